@@ -1,0 +1,1 @@
+"""tutelage: alignment from demonstrations alone."""

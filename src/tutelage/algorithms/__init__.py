@@ -1,0 +1,7 @@
+"""The algorithms, a page each."""
+
+from tutelage.algorithms.irft import IRFTConfig, IRFTTrainer
+from tutelage.algorithms.sft import SFTConfig, SFTTrainer
+from tutelage.algorithms.spin import SPINConfig, SPINTrainer
+
+__all__ = ["IRFTConfig", "IRFTTrainer", "SFTConfig", "SFTTrainer", "SPINConfig", "SPINTrainer"]

@@ -1,0 +1,22 @@
+"""Demonstrations: load and check them, turn them into tokens, look at them."""
+
+from .demonstrations import Demonstration, detect_format, is_conversational, load_dataset, read_row, read_rows
+from .inspection import Inspection, inspect_dataset, print_inspection
+from .tokenization import DataSummary, Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
+
+__all__ = [
+    "DataSummary",
+    "Demonstration",
+    "Inspection",
+    "Tokenization",
+    "detect_format",
+    "group_from_row",
+    "inspect_dataset",
+    "is_conversational",
+    "load_dataset",
+    "preference_group_from_row",
+    "print_inspection",
+    "read_row",
+    "read_rows",
+    "tokenize_dataset",
+]

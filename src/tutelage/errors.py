@@ -1,0 +1,45 @@
+"""The one error a user sees for a mistake that the user can mend."""
+
+from __future__ import annotations
+
+__all__ = ["NonFiniteLossError", "UserError"]
+
+
+class UserError(ValueError):
+    """Bad input: what is wrong, where (file, row, field) and what to do about it.
+
+    The command line prints the message alone and exits with code 2; from Python it is an ordinary ``ValueError``.
+
+    Args:
+        problem: what is wrong, one sentence.
+        remedy: what to do, one sentence.
+        file: the file or data set the problem is in.
+        row: the row's number, counted from 1 as an editor counts lines.
+        field: the column or argument.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        remedy: str | None = None,
+        file: str | None = None,
+        row: int | None = None,
+        field: str | None = None,
+    ):
+        self.problem, self.remedy, self.file, self.row, self.field = problem, remedy, file, row, field
+        place = ", ".join(
+            part
+            for part in (
+                file and str(file),
+                row is not None and f"row {row}",
+                field and f"field '{field}'",
+            )
+            if part
+        )
+        message = f"{place}: {problem}" if place else problem
+        super().__init__(f"{message} {remedy}" if remedy else message)
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite; raised before the optimiser step, so that no weight is touched by it."""

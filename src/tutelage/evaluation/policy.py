@@ -1,0 +1,237 @@
+"""What a policy learned: held-out log-probs, the implicit reward on preference pairs, task score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+
+from tutelage.data.demonstrations import Demonstration, read_rows
+from tutelage.data.tokenization import Tokenization
+from tutelage.errors import UserError
+from tutelage.evaluation.statistics import mean_interval
+from tutelage.evaluation.verifiers import Verifier, load_verifier
+from tutelage.groups import Group
+from tutelage.logprobs import Layout, cached_logps
+from tutelage.sampling import Sample, SamplingParams, TransformersSampler
+
+__all__ = ["Evaluation", "EvaluationSet"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One answer a row, drawn from the policy."""
+
+    samples: list[Sample]
+    texts: list[str]
+    scores: list[float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Findings, one value a held-out row.
+
+    Attributes:
+        rows: the rows' numbers.
+        demonstration_logps: log π of the demonstration (nats a sequence).
+        demonstration_lengths: tokens.
+        demonstration_rewards: implicit reward of the demonstration, β log π/π_0; None without a reference.
+        preference_rewards: [pairs, 2] implicit rewards of preferred and rejected answer, log π/π_0 (nats); None
+            without pairs or reference.
+        preference_logps: [pairs, 2] log π of the same; None without pairs.
+        sampled, greedy: answers drawn at temperature 1, and the likeliest-token ones.
+    """
+
+    rows: list[int]
+    demonstration_logps: list[float]
+    demonstration_lengths: list[int]
+    demonstration_rewards: list[float] | None = None
+    preference_rewards: np.ndarray | None = None
+    preference_logps: np.ndarray | None = None
+    sampled: Answers | None = None
+    greedy: Answers | None = None
+    task: str | None = None
+
+    def _values(self) -> dict[str, list[float]]:
+        """Per-row values of each quantity that has some."""
+        values: dict[str, Any] = {"demonstration_logp": self.demonstration_logps}
+        if self.demonstration_rewards is not None:
+            values["demonstration_reward"] = self.demonstration_rewards
+        for name, pairs in (("preference", self.preference_rewards), ("preference_logp", self.preference_logps)):
+            if pairs is not None:
+                gaps = pairs[:, 0] - pairs[:, 1]
+                # A tie tells nothing and counts half: so does the start, whose implicit reward is zero everywhere.
+                values[f"{name}_accuracy"] = np.where(gaps == 0, 0.5, gaps > 0).tolist()
+                values[f"{name}_gap"] = gaps.tolist()
+        if self.sampled is not None:
+            values["length"] = [len(sample.token_ids) for sample in self.sampled.samples]
+            values["cut"] = [float(not sample.ended) for sample in self.sampled.samples]
+        for name, answers in (("accuracy_sampled", self.sampled), ("accuracy_greedy", self.greedy)):
+            if answers is not None and answers.scores is not None:
+                values[name] = answers.scores
+        return values
+
+    def metrics(self) -> dict[str, float]:
+        """Means by name, for logs; ``loss`` is the usual one of SFT (nats a token)."""
+        means = {name: float(np.mean(values)) for name, values in self._values().items()}
+        return {"loss": -sum(self.demonstration_logps) / sum(self.demonstration_lengths)} | means
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``evaluation`` of ``results.json``: means with 95% intervals, and the values of each row."""
+        values = self._values()
+        cut, length = values.pop("cut", None), values.pop("length", None)
+        found: dict[str, Any] = {"num_rows": len(self.rows), "task": self.task}
+        found |= {name: mean_interval(numbers).to_dict() for name, numbers in values.items()}
+        if cut is not None and length is not None:
+            found |= {"cut_fraction": float(np.mean(cut)), "length_mean": float(np.mean(length))}
+        per_row: dict[str, Any] = {"row": self.rows, "demonstration_logp": self.demonstration_logps}
+        for name, answers in (("sampled_score", self.sampled), ("greedy_score", self.greedy)):
+            if answers is not None and answers.scores is not None:
+                per_row[name] = answers.scores
+        return found | {"per_row": per_row}
+
+
+@dataclass
+class EvaluationSet:
+    """Held-out rows, tokenised once, and what is remembered about them.
+
+    Attributes:
+        demonstrations, groups: the rows, and each with its demonstration as tokens.
+        pairs: preferred and rejected answer of the rows that have both.
+        verifier: scores answers, if there is one.
+        task: its name.
+        reference: log-probs of ``groups`` and ``pairs`` under π_0, once remembered.
+    """
+
+    demonstrations: list[Demonstration]
+    groups: list[Group]
+    pairs: list[Group]
+    tokenization: Tokenization
+    verifier: Verifier | None = None
+    task: str | None = None
+    reference: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(
+        dataset: Dataset,
+        tokenization: Tokenization,
+        *,
+        verifier: str | None = None,
+        limit: int | None = None,
+        source: str = "held-out data",
+    ) -> EvaluationSet:
+        """Read held-out rows.
+
+        Args:
+            verifier: see ``load_verifier``.
+            limit: take the first so many rows.
+
+        Raises:
+            UserError: bad data; or no row remains.
+        """
+        if limit is not None:
+            dataset = dataset.select(range(min(limit, len(dataset))))
+        demonstrations, groups, pairs = [], [], []
+        for row in read_rows(dataset, source=source):
+            for demonstration in row:
+                group = tokenization.group(demonstration, source=source)
+                if group is not None:
+                    demonstrations.append(demonstration)
+                    groups.append(group)
+                    pair = tokenization.preference_group(demonstration, source=source)
+                    pairs += [pair] if pair is not None else []
+        if not groups:
+            raise UserError("no row is left to evaluate on.", remedy="Give at least one.", file=source)
+        check = load_verifier(verifier) if verifier else None
+        return EvaluationSet(demonstrations, groups, pairs, tokenization, check, verifier)
+
+    def remember_reference(self, model: nn.Module, *, layout: Layout = "auto", batch_size: int = 16) -> None:
+        """Keep the log-probs under the model as it is now as those of π_0, the zero of the implicit reward."""
+        self.reference = self._logps(model, layout, batch_size)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        *,
+        beta: float = 1.0,
+        layout: Layout = "auto",
+        batch_size: int = 16,
+        sampling_batch_size: int = 64,
+        seed: int = 0,
+        sample: bool | None = None,
+        greedy: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Look at the policy.
+
+        Args:
+            beta: temperature of the implicit reward.
+            seed: of the answers.
+            sample: draw one answer a row at temperature 1; by default if there is a verifier to score it.
+            greedy: also decode one greedily.
+            on_progress: called with the number of rows answered.
+        """
+        logps, pair_logps = self._logps(model, layout, batch_size)
+        demonstration_logps = [values[0] for values in logps]
+        rewards, preference_rewards = None, None
+        if self.reference is not None:
+            initial, initial_pairs = self.reference
+            rewards = [beta * (now - then[0]) for now, then in zip(demonstration_logps, initial, strict=True)]
+            if self.pairs:
+                preference_rewards = np.array(pair_logps) - np.array(initial_pairs)
+        sample = self.verifier is not None if sample is None else sample
+        sampler = TransformersSampler(model, batch_size=sampling_batch_size, pad_token_id=self.tokenization.pad_id)
+        return Evaluation(
+            rows=[group.row for group in self.groups],
+            demonstration_logps=demonstration_logps,
+            demonstration_lengths=[len(group.completions[0].token_ids) for group in self.groups],
+            demonstration_rewards=rewards,
+            preference_rewards=preference_rewards,
+            preference_logps=np.array(pair_logps) if self.pairs else None,
+            sampled=self._answers(sampler, 1.0, seed, on_progress) if sample else None,
+            greedy=self._answers(sampler, 0.0, seed, on_progress) if greedy else None,
+            task=self.task,
+        )
+
+    def _logps(self, model: nn.Module, layout: Layout, batch_size: int):
+        options = {"layout": layout, "batch_size": batch_size, "pad_token_id": self.tokenization.pad_id}
+        return tuple(cached_logps(model, groups, **options) for groups in (self.groups, self.pairs))  # type: ignore[arg-type]
+
+    def _answers(
+        self, sampler: TransformersSampler, temperature: float, seed: int, on_progress: Callable[[int], None] | None
+    ) -> Answers:
+        params = SamplingParams(
+            max_completion_length=self.tokenization.max_completion_length,
+            stop_ids=self.tokenization.stop_ids(self.demonstrations[0].conversational),
+            temperature=temperature,
+            seed=seed,
+        )
+        done = 0
+
+        def count(place: int, drawn: Sequence[Sample]) -> None:
+            nonlocal done
+            done += 1
+            if on_progress:
+                on_progress(done)
+
+        samples = [
+            drawn[0]
+            for drawn in sampler.sample(
+                [group.prompt_ids for group in self.groups],
+                params,
+                rows=[group.row for group in self.groups],
+                on_finished=count,
+            )
+        ]
+        texts = [self.tokenization.text(sample.token_ids) for sample in samples]
+        scores = None
+        if self.verifier is not None:
+            scores = [
+                float(self.verifier(text, demonstration.fields))
+                for text, demonstration in zip(texts, self.demonstrations, strict=True)
+            ]
+        return Answers(samples, texts, scores)

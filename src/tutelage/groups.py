@@ -1,0 +1,226 @@
+"""The one data structure: a prompt with its completions, and the two ways a batch of them meets a model.
+
+Shape suffixes used throughout the project::
+
+    B  rows of a batch          L  positions of a row       G  groups
+    C  completions, in order    N  completion tokens of all completions of a batch, in order
+    H  hidden size              V  vocabulary size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+__all__ = ["Batch", "Completion", "Group", "Kind", "collate_padded", "collate_tree"]
+
+
+class Kind(StrEnum):
+    """What a completion is."""
+
+    DEMONSTRATION = "demonstration"
+    SAMPLE = "sample"
+    PREFERRED = "preferred"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer to a prompt.
+
+    Attributes:
+        token_ids: the tokens; the end-of-turn token is the last one if, and only if, ``ended``.
+        kind: demonstration, sample, preferred or rejected.
+        ended: True if it ended by itself, False if it was cut at the length limit.
+    """
+
+    token_ids: tuple[int, ...]
+    kind: Kind
+    ended: bool
+
+    def __post_init__(self):
+        if not self.token_ids:
+            raise ValueError("a completion needs at least one token")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt with its completions, the unit of every algorithm.
+
+    Attributes:
+        prompt_ids: tokens of the prompt, with the BOS token if the tokenizer has one. At least one.
+        completions: at least one.
+        row: number of the row in the data set, from 0; it names the group in logs and on disk.
+        reference_logps: log-prob of each completion under the reference (nats a sequence), once it is known.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    row: int = -1
+    reference_logps: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if not self.prompt_ids:
+            raise ValueError("a group needs a prompt of at least one token")
+        if not self.completions:
+            raise ValueError("a group needs at least one completion")
+        if self.reference_logps is not None and len(self.reference_logps) != len(self.completions):
+            raise ValueError(
+                f"{len(self.reference_logps)} reference log-probs for {len(self.completions)} completions"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tensors of a batch of groups.
+
+    Attributes:
+        input_ids: [B, L] token ids, padded at the right.
+        position_ids: [B, L]; in the tree layout they restart after the prompt for each completion.
+        attention_mask: [B, L] bool (padded layout: what is no padding) or None (tree layout: see ``branch_ids``).
+        branch_ids: [B, L]; 0 for the prompt, k for the k-th completion of the row, -1 for padding.
+        predictor_rows, predictor_columns: [N] where the hidden state stands that predicts each completion token.
+        targets: [N] the completion tokens.
+        completion_ids: [N] which completion of the batch, counted in order, each token belongs to.
+        num_completions: C.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    branch_ids: torch.Tensor
+    predictor_rows: torch.Tensor
+    predictor_columns: torch.Tensor
+    targets: torch.Tensor
+    completion_ids: torch.Tensor
+    num_completions: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        moved = {
+            name: value.to(device) if isinstance(value := getattr(self, name), torch.Tensor) else value
+            for name in self.__dataclass_fields__
+        }
+        return Batch(**moved)
+
+    def tree_mask(self, window: int | None = None) -> torch.Tensor:
+        """Who may attend to whom in the tree layout.
+
+        A completion token attends to the prompt and to its own completion, up to itself.
+
+        Args:
+            window: width of a sliding window in tokens, counted along the sequence the model would see if the
+                completion stood alone; None for full attention.
+
+        Returns:
+            [B, 1, L, L] bool, True where the query (third axis) may attend to the key (fourth axis). A padding
+            position attends to itself alone, so that no row of the softmax is empty.
+        """
+        query_branch, key_branch = self.branch_ids[:, :, None], self.branch_ids[:, None, :]
+        distance = self.position_ids[:, :, None] - self.position_ids[:, None, :]
+        mask = ((key_branch == query_branch) | (key_branch == 0)) & (query_branch >= 0) & (distance >= 0)
+        if window is not None:
+            mask &= distance < window
+        mask |= torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+        return mask[:, None]
+
+
+def collate_tree(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
+    """One row a group: the prompt once, then each completion, positions restarting after the prompt.
+
+    >>> demonstration = Completion((7, 8, 2), Kind.DEMONSTRATION, ended=True)
+    >>> sample = Completion((9, 2), Kind.SAMPLE, ended=True)
+    >>> batch = collate_tree([Group((1, 5), (demonstration, sample)), Group((1,), (demonstration,))])
+    >>> batch.input_ids
+    tensor([[1, 5, 7, 8, 2, 9, 2],
+            [1, 7, 8, 2, 0, 0, 0]])
+    >>> batch.position_ids
+    tensor([[0, 1, 2, 3, 4, 2, 3],
+            [0, 1, 2, 3, 0, 0, 0]])
+    >>> batch.branch_ids
+    tensor([[ 0,  0,  1,  1,  1,  2,  2],
+            [ 0,  1,  1,  1, -1, -1, -1]])
+    >>> batch.predictor_columns  # the last prompt position predicts the first token of every completion
+    tensor([1, 2, 3, 1, 5, 0, 1, 2])
+    >>> batch.targets
+    tensor([7, 8, 2, 9, 2, 7, 8, 2])
+    >>> batch.completion_ids
+    tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    >>> batch.tree_mask()[0, 0].int()
+    tensor([[1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 1, 0, 0],
+            [1, 1, 0, 0, 0, 1, 0],
+            [1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    rows = [_Row(group.prompt_ids, group.completions) for group in groups]
+    return _collate(rows, pad_token_id, tree=True)
+
+
+def collate_padded(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
+    """One row a completion: the prompt repeated before each, padded at the right.
+
+    >>> demonstration = Completion((7, 8, 2), Kind.DEMONSTRATION, ended=True)
+    >>> sample = Completion((9, 2), Kind.SAMPLE, ended=True)
+    >>> batch = collate_padded([Group((1, 5), (demonstration, sample))])
+    >>> batch.input_ids
+    tensor([[1, 5, 7, 8, 2],
+            [1, 5, 9, 2, 0]])
+    >>> batch.attention_mask.int()
+    tensor([[1, 1, 1, 1, 1],
+            [1, 1, 1, 1, 0]], dtype=torch.int32)
+    >>> batch.predictor_rows, batch.predictor_columns
+    (tensor([0, 0, 0, 1, 1]), tensor([1, 2, 3, 1, 2]))
+    """
+    rows = [_Row(group.prompt_ids, (completion,)) for group in groups for completion in group.completions]
+    return _collate(rows, pad_token_id, tree=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + sum(len(completion.token_ids) for completion in self.completions)
+
+
+def _collate(rows: Sequence[_Row], pad_token_id: int, *, tree: bool) -> Batch:
+    width = max(len(row) for row in rows)
+    input_ids, position_ids, branch_ids = [], [], []
+    predictor_rows, predictor_columns, targets, completion_ids = [], [], [], []
+    num_completions = 0
+    for row_index, row in enumerate(rows):
+        start = len(row.prompt_ids)
+        tokens, positions, branches = list(row.prompt_ids), list(range(start)), [0] * start
+        for branch, completion in enumerate(row.completions, start=1):
+            length = len(completion.token_ids)
+            predictor_rows += [row_index] * length
+            predictor_columns += [start - 1, *range(len(tokens), len(tokens) + length - 1)]
+            targets += completion.token_ids
+            completion_ids += [num_completions] * length
+            num_completions += 1
+            tokens += completion.token_ids
+            positions += range(start, start + length)
+            branches += [branch] * length
+        padding = width - len(tokens)
+        input_ids.append(tokens + [pad_token_id] * padding)
+        position_ids.append(positions + [0] * padding)
+        branch_ids.append(branches + [-1] * padding)
+    branches_BL = torch.tensor(branch_ids)
+    return Batch(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(position_ids),
+        attention_mask=None if tree else branches_BL >= 0,
+        branch_ids=branches_BL,
+        predictor_rows=torch.tensor(predictor_rows),
+        predictor_columns=torch.tensor(predictor_columns),
+        targets=torch.tensor(targets),
+        completion_ids=torch.tensor(completion_ids),
+        num_completions=num_completions,
+    )

@@ -1,0 +1,211 @@
+"""Models: load with their tokenizer, add adapters, keep the initial policy, find the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from tutelage.errors import UserError
+
+__all__ = [
+    "InitialPolicy",
+    "LMHead",
+    "add_adapter",
+    "base_causal_lm",
+    "check_vocabulary",
+    "evaluation_mode",
+    "load_model",
+    "load_tokenizer",
+]
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str = "main",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel | PeftModel:
+    """Load a causal language model: a full model, or an adapter together with its base.
+
+    Args:
+        name_or_path: hub name or folder. An adapter's folder (the output of an adapter run) loads base and adapter,
+            the adapter trainable.
+        dtype: of the base's weights; adapters are kept in float32, where small steps are not rounded away.
+        options: handed to ``from_pretrained``.
+
+    Raises:
+        UserError: no model is there, or it cannot be read.
+    """
+    options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        if find_adapter_config_file(name_or_path, revision=revision):
+            return AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=True, **options)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model '{name_or_path}' cannot be loaded: {_first_line(error)}",
+            remedy="Give a hub name or a folder with config.json or adapter_config.json and safetensors weights.",
+            field="model_name_or_path",
+        ) from error
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies with a model or an adapter.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no tokenizer can be loaded from '{name_or_path}': {_first_line(error)}",
+            remedy="Save the tokenizer next to the model (tokenizer.save_pretrained).",
+            field="model_name_or_path",
+        ) from error
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every token of the tokenizer has a row in the model's embedding; a model may have spare rows.
+
+    Raises:
+        UserError: the tokenizer knows more tokens than the model.
+    """
+    embeddings = cast(nn.Embedding, base_causal_lm(model).get_input_embeddings()).num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {embeddings}.",
+            remedy="Use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save it.",
+            field="model_name_or_path",
+        )
+
+
+def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Put a fresh adapter on a model whose own weights then stay as they are.
+
+    Raises:
+        UserError: the model already has an adapter; or the adapter would change a head that is tied to the
+            embedding, which merging and saving then break.
+    """
+    if isinstance(model, PeftModel):
+        raise UserError(
+            "the model already has an adapter, which training continues.",
+            remedy="Leave out --use_peft (peft_config), or merge the adapter into its base first.",
+            field="use_peft",
+        )
+    base = cast(PreTrainedModel, model)
+    targets = getattr(config, "target_modules", None) or ()
+    wanted = {targets} if isinstance(targets, str) else set(targets)
+    wanted |= set(getattr(config, "modules_to_save", None) or ())
+    tied = {"lm_head", "embed_tokens", "embed_out", "wte"} & {name.rsplit(".", 1)[-1] for name in wanted}
+    if tied and getattr(base.config.get_text_config(), "tie_word_embeddings", False):
+        raise UserError(
+            f"{', '.join(sorted(tied))} shares its weights between embedding and head in {type(base).__name__}: "
+            "an adapter on one of them breaks the tie when it is merged or saved.",
+            remedy="Leave it out, for example with --lora_target_modules all-linear (which spares the head).",
+            field="lora_target_modules",
+        )
+    return cast(PeftModel, get_peft_model(base, config))
+
+
+class InitialPolicy:
+    """π_0, the policy as training found it.
+
+    Keeps a copy of the trainable weights alone: a few megabytes with adapters, which share the frozen base; as much as
+    the model itself when all parameters are trained.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._pairs = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within, the model is π_0; weights change hands and nothing is copied."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for index, (parameter, other) in enumerate(self._pairs):
+            self._pairs[index] = (parameter, parameter.data)
+            parameter.data = other
+
+
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside adapters."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off within, the model's mode restored after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True, slots=True)
+class LMHead:
+    """The last linear layer and what the architecture does to its output: cap · tanh(scale · (W h + b) / cap)."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+    @staticmethod
+    def of(base: PreTrainedModel) -> LMHead:
+        config = base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        module = cast(nn.Module, base.get_output_embeddings())
+        return LMHead(module, float(scale), getattr(config, "final_logit_softcapping", None))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of logits."""
+        return cast(Tensor, self.module.weight).shape[0]
+
+    @property
+    def is_frozen_linear(self) -> bool:
+        """True for a plain linear layer without adapters that is not trained."""
+        return type(self.module) is nn.Linear and not self.module.weight.requires_grad
+
+    def raw_logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, V] what the linear layer gives, in the model's precision; ``transform`` makes logits of it."""
+        return self.module(hidden_NH)
+
+    def transform(self, raw_NV: Tensor) -> Tensor:
+        """[N, V] float32 logits from the linear layer's output."""
+        logits_NV = raw_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, V] float32."""
+        return self.transform(self.raw_logits(hidden_NH))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

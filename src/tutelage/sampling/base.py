@@ -1,0 +1,122 @@
+"""What a sampler is, and the random numbers it draws with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tutelage.groups import Completion, Kind
+
+__all__ = ["Sample", "Sampler", "SamplingParams", "uniforms"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn.
+
+    The method's theory wants ỹ ~ π itself: temperature 1, no top-k, no top-p, which are the defaults.
+
+    Attributes:
+        max_completion_length: tokens, end-of-turn included, after which a completion is cut.
+        stop_ids: tokens that end a completion; the one that did is its last token.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
+        seed: together with stage, row, draw and position, decides every token.
+    """
+
+    max_completion_length: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_completion_length < 1:
+            raise ValueError("max_completion_length must be at least 1 token")
+        if self.temperature < 0:
+            raise ValueError("temperature must be 0 (greedy) or above")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("top_k must be 0 (off) or above, top_p in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A completion drawn from a policy.
+
+    Attributes:
+        token_ids: the tokens, with the stop token that ended it, if one did.
+        token_logps: log-prob of each under the policy it was drawn from, temperature and filters included (nats).
+        ended: False if it was cut at the length limit.
+    """
+
+    token_ids: tuple[int, ...]
+    token_logps: tuple[float, ...]
+    ended: bool
+
+    @property
+    def completion(self) -> Completion:
+        """As a member of a group."""
+        return Completion(self.token_ids, Kind.SAMPLE, self.ended)
+
+
+class Sampler(Protocol):
+    """Token ids in, token ids and log-probs out."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        num_samples: int = 1,
+        rows: Sequence[int] | None = None,
+        stage: int = 0,
+        on_finished: Callable[[int, list[Sample]], None] | None = None,
+    ) -> list[list[Sample]]:
+        """Draw ``num_samples`` completions for each prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            rows: the number that names each prompt in the random stream; by default its place in ``prompts``.
+            stage: the stage's number, likewise.
+            on_finished: called with a prompt's place in ``prompts`` and its samples as soon as all of them are drawn.
+
+        Returns:
+            one list of samples a prompt, in the order of ``prompts``.
+        """
+        ...
+
+
+def uniforms(seed: int, stage: int, rows: np.ndarray, draws: np.ndarray, position: int) -> np.ndarray:
+    """One number in [0, 1) for a token, a function of where the token stands and of nothing else.
+
+    A counter-based generator: the coordinates are absorbed one after the other by the finaliser of SplitMix64
+    (Steele, Lea and Flood 2014), so batch size, order, process count and resumption change no sample.
+
+    Args:
+        rows, draws: [B] integers.
+        position: of the token in its completion, from 0.
+
+    Returns:
+        [B] float64 with 53 random bits.
+
+    >>> a = uniforms(0, 1, np.array([5, 6]), np.array([0, 0]), position=3)
+    >>> b = uniforms(0, 1, np.array([6]), np.array([0]), position=3)
+    >>> bool(a[1] == b[0]), bool(a[0] == a[1])
+    (True, False)
+    """
+    state = np.zeros(len(rows), dtype=np.uint64)
+    for coordinate in (seed, stage, rows, draws, position):
+        state = _splitmix64(state ^ np.asarray(coordinate, dtype=np.int64).astype(np.uint64))
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix64(state: np.ndarray) -> np.ndarray:
+    state = state + np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around, as the generator wants
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,272 @@
+"""Sampling in the training process, from the model as it stands."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import Cache, DynamicLayer
+
+from tutelage.errors import UserError
+from tutelage.models import LMHead, base_causal_lm, evaluation_mode
+from tutelage.sampling.base import Sample, SamplingParams, uniforms
+
+__all__ = ["TransformersSampler", "draw_tokens"]
+
+# Rows of logits that are turned into tokens at once: 8 × 262,144 float32 stay in the last-level cache of a CPU core.
+_DRAW_ELEMENTS = 2**21
+# The cumulative distribution is searched in two steps: over blocks of this many tokens, then inside one.
+_BLOCK = 512
+
+
+class TransformersSampler:
+    """Draws completions from a causal language model of transformers, adapters included.
+
+    Args:
+        model: sampled from as it stands at each call; put into evaluation mode meanwhile.
+        batch_size: sequences decoded side by side. Changes speed and memory, not the samples.
+        pad_token_id: fills prompts up at the left; no sample depends on it.
+
+    Raises:
+        UserError: the model keeps no key-value cache that can be cut to the unfinished rows.
+    """
+
+    def __init__(self, model: nn.Module, *, batch_size: int = 64, pad_token_id: int = 0):
+        body = base_causal_lm(model).base_model
+        missing = {"past_key_values", "position_ids"} - set(inspect.signature(body.forward).parameters)
+        if missing:
+            raise UserError(
+                f"{type(body).__name__} cannot be sampled from: its forward takes no {' and no '.join(sorted(missing))}.",
+                remedy="Use a transformer with a key-value cache.",
+            )
+        self.model, self.batch_size, self.pad_token_id = model, batch_size, pad_token_id
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        num_samples: int = 1,
+        rows: Sequence[int] | None = None,
+        stage: int = 0,
+        on_finished: Callable[[int, list[Sample]], None] | None = None,
+    ) -> list[list[Sample]]:
+        """See ``Sampler.sample``. Prompts of like length are decoded together; finished rows leave the batch."""
+        rows = range(len(prompts)) if rows is None else rows
+        samples: list[list[Sample]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        prompts_a_batch = max(1, self.batch_size // num_samples)
+        with evaluation_mode(self.model):
+            for start in range(0, len(order), prompts_a_batch):
+                places = order[start : start + prompts_a_batch]
+                draws = range(num_samples)
+                for first in range(0, num_samples, self.batch_size):
+                    decoding = _Decoding.of(
+                        [prompts[place] for place in places],
+                        [rows[place] for place in places],
+                        draws[first : first + self.batch_size],
+                    )
+                    for place, drawn in zip(places, self._decode(decoding, params, stage), strict=True):
+                        samples[place] += drawn
+                if on_finished:
+                    for place in places:
+                        on_finished(place, samples[place])
+        return samples
+
+    def _decode(self, batch: _Decoding, params: SamplingParams, stage: int) -> list[list[Sample]]:
+        base = base_causal_lm(self.model)
+        head, device = LMHead.of(base), base.device
+        cache = Cache(layer_class_to_replicate=_GrowingLayer)
+        input_ids, attention_mask = _left_padded(batch.prompts, self.pad_token_id)
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        hidden = base.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        # The prompt ran once; from here on each of its draws is a row of its own.
+        parents = torch.from_numpy(batch.parents).to(device)
+        cache.batch_select_indices(parents)
+        hidden, attention_mask, last = hidden[parents], attention_mask[parents], positions[parents, -1]
+        live = np.arange(len(batch.rows))  # which draw each row of the tensors belongs to
+        running = np.ones(len(live), dtype=bool)
+        for position in range(params.max_completion_length):
+            numbers = uniforms(params.seed, stage, batch.rows[live], batch.draws[live], position)
+            tokens, logps = draw_tokens(head.raw_logits(hidden), numbers, transform=head.transform, params=params)
+            running = batch.extend(live, running, tokens, logps, params.stop_ids)
+            if not running.any() or position + 1 == params.max_completion_length:
+                break
+            # Cutting the cache copies it, so rows leave when an eighth of the batch has finished.
+            if running.sum() <= len(live) * 7 // 8:
+                keep = torch.from_numpy(np.flatnonzero(running)).to(device)
+                cache.batch_select_indices(keep)
+                attention_mask, last, tokens = attention_mask[keep], last[keep], tokens[keep.to(tokens.device)]
+                live, running = live[running], running[running]
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(live), 1)], dim=1)
+            last = last + 1
+            hidden = base.base_model(
+                input_ids=tokens[:, None].to(device),
+                attention_mask=attention_mask,
+                position_ids=last[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+        return batch.samples()
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """The sequences of one batch while they grow: draw d of prompt p is row ``p * len(draws) + d``."""
+
+    prompts: list[Sequence[int]]
+    parents: np.ndarray
+    rows: np.ndarray
+    draws: np.ndarray
+    token_ids: list[list[int]]
+    token_logps: list[list[float]]
+    ended: list[bool]
+
+    @staticmethod
+    def of(prompts: list[Sequence[int]], rows: list[int], draws: Sequence[int]) -> _Decoding:
+        parents = np.repeat(np.arange(len(prompts)), len(draws))
+        return _Decoding(
+            prompts=prompts,
+            parents=parents,
+            rows=np.asarray(rows, dtype=np.int64)[parents],
+            draws=np.tile(np.asarray(draws, dtype=np.int64), len(prompts)),
+            token_ids=[[] for _ in parents],
+            token_logps=[[] for _ in parents],
+            ended=[False for _ in parents],
+        )
+
+    def extend(
+        self, live: np.ndarray, running: np.ndarray, tokens: Tensor, logps: Tensor, stop_ids: frozenset[int]
+    ) -> np.ndarray:
+        """Append a token to each running row; returns which rows still run."""
+        for place, (index, token, logp) in enumerate(zip(live, tokens.tolist(), logps.tolist(), strict=True)):
+            if running[place]:
+                self.token_ids[index].append(token)
+                self.token_logps[index].append(logp)
+                self.ended[index] = token in stop_ids
+        return running & ~np.asarray([self.ended[index] for index in live])
+
+    def samples(self) -> list[list[Sample]]:
+        made: list[list[Sample]] = [[] for _ in self.prompts]
+        for parent, ids, logps, ended in zip(self.parents, self.token_ids, self.token_logps, self.ended, strict=True):
+            made[parent].append(Sample(tuple(ids), tuple(logps), ended))
+        return made
+
+
+def draw_tokens(
+    logits_BV: Tensor,
+    numbers_B: np.ndarray,
+    *,
+    params: SamplingParams,
+    transform: Callable[[Tensor], Tensor] = Tensor.float,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution at one uniform number a row.
+
+    Sampling by a random number a token of the vocabulary (``torch.multinomial``, Gumbel noise) costs several times
+    a decoding step at 262,144 tokens; here each logit is read twice and exponentiated once.
+
+    Args:
+        logits_BV: [B, V], in any precision.
+        numbers_B: [B] uniform numbers in [0, 1).
+        params: temperature and filters.
+        transform: from raw logits to float32 logits, applied to a few rows at a time.
+
+    Returns:
+        [B] tokens and [B] float32 log-probs (nats) under the distribution they were drawn from.
+    """
+    rows = max(1, _DRAW_ELEMENTS // logits_BV.shape[1])
+    drawn = [
+        _draw(transform(logits), torch.from_numpy(numbers).to(logits.device), params)
+        for logits, numbers in zip(
+            logits_BV.split(rows), np.split(numbers_B, range(rows, len(numbers_B), rows)), strict=True
+        )
+    ]
+    tokens, logps = zip(*drawn, strict=True)
+    return torch.cat(tokens), torch.cat(logps)
+
+
+def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    if params.temperature == 0:
+        tokens = logits.argmax(1)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+    if params.temperature != 1:
+        logits = logits / params.temperature
+    no_ids = torch.empty(0)  # these warpers read the scores alone
+    if params.top_k:
+        logits = TopKLogitsWarper(params.top_k)(no_ids, logits)  # type: ignore[arg-type]
+    if params.top_p < 1:
+        logits = TopPLogitsWarper(params.top_p)(no_ids, logits)  # type: ignore[arg-type]
+    highest = logits.amax(1, keepdim=True)
+    weights = (logits - highest).exp_()
+    blocks = nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(weights), -1, _BLOCK)
+    block_sums = blocks.sum(2, dtype=torch.float32).double()
+    cumulative = block_sums.cumsum(1)
+    total = cumulative[:, -1:]
+    threshold = numbers[:, None] * total
+    block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[1] - 1)
+    # Rounding must not lead into a block, or to a token, of probability zero: the last possible one takes the rest.
+    block = torch.minimum(block, _last_positive(block_sums))
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double()
+    remainder = threshold - (cumulative.gather(1, block) - block_sums.gather(1, block))
+    offset = torch.searchsorted(inside.cumsum(1), remainder, right=True).clamp_(max=_BLOCK - 1)
+    offset = torch.minimum(offset, _last_positive(inside))
+    tokens = block * _BLOCK + offset
+    return tokens[:, 0], (logits.gather(1, tokens) - highest - total.log().float())[:, 0]
+
+
+def _last_positive(values: Tensor) -> Tensor:
+    """[B, 1] index of the last positive value of each row."""
+    return values.shape[1] - 1 - (values > 0).flip(1).int().argmax(1, keepdim=True)
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = [[pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer with room to grow: a step writes its own token and copies no other.
+
+    transformers' dynamic layer concatenates, which copies the whole cache at each step.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            # By half, at least 64: a few copies in a completion's life, and never twice the memory.
+            self._buffers = tuple(_grown(states, end + max(64, end // 2)) for states in (self.keys, self.values))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._buffers = tuple(_grown(states[indices], states.shape[2] + 64) for states in (self.keys, self.values))
+        self.keys, self.values = (buffer[:, :, : self.keys.shape[2]] for buffer in self._buffers)
+
+
+def _grown(states: Tensor, length: int) -> Tensor:
+    buffer = states.new_empty(*states.shape[:2], length, states.shape[3])
+    buffer[:, :, : states.shape[2]] = states
+    return buffer

@@ -1,0 +1,313 @@
+"""Stages on the engine: sample from the policy as it stands, cache the reference, train on the chunk, go on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from tutelage.data.demonstrations import is_conversational
+from tutelage.errors import UserError
+from tutelage.groups import Group
+from tutelage.logprobs import cached_logps
+from tutelage.models import InitialPolicy
+from tutelage.sampling import Sampler, SamplingParams, TransformersSampler
+from tutelage.stages import StageSchedule, StageStore, fingerprint
+from tutelage.trainer import DemonstrationConfig, DemonstrationTrainer
+
+__all__ = ["StageConfig", "StageTrainer"]
+
+
+@dataclass
+class StageConfig(DemonstrationConfig):
+    """What every algorithm that samples is configured with."""
+
+    stages_per_epoch: int = field(
+        default=4,
+        metadata={
+            "help": "T: into how many stages an epoch of demonstrations is cut. Each samples from the policy as it then "
+            "is. More stages: fresher opponents, less collapse, a little more time."
+        },
+    )
+    num_samples: int = field(default=1, metadata={"help": "n: completions sampled for each prompt."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature. The theory wants 1: samples of the policy itself."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0 (the theory's) keeps all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability; 1 keeps all."}
+    )
+    reference: str = field(
+        default="stage",
+        metadata={
+            "help": "Which policy the reference log-probs come from: the one at the stage's start, or the initial one.",
+            "choices": ["stage", "initial"],
+        },
+    )
+    replay_stages: int = field(
+        default=0,
+        metadata={
+            "help": "Train a stage also on the samples of so many stages before it, scored anew by its reference. "
+            "Each adds as many groups to a batch as the batch has."
+        },
+    )
+    sampling_batch_size: int = field(
+        default=64, metadata={"help": "Sequences decoded side by side. Changes speed and memory, not the samples."}
+    )
+    save_each_stage: bool = field(
+        default=True,
+        metadata={"help": "Write a checkpoint at the end of each stage, besides those of --save_steps."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("stages_per_epoch", 1), ("num_samples", 1), ("replay_stages", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"must be at least {least}, not {getattr(self, name)}.", field=name)
+        if self.reference not in ("stage", "initial"):
+            raise UserError(f"must be 'stage' or 'initial', not '{self.reference}'.", field="reference")
+        if self.temperature <= 0:
+            raise UserError("must be above 0: greedy completions are no samples of the policy.", field="temperature")
+
+
+class StageTrainer(DemonstrationTrainer):
+    """Adds stages to the engine. A stage owns consecutive optimiser steps.
+
+    At a stage's first step the prompts of all its steps are drawn from the data loader; the policy samples for them;
+    reference log-probs are computed once and kept; samples equal to their demonstration are dropped and counted; then
+    the steps are handed out. Everything sampled lies in ``output_dir/stages`` and a killed run goes on from there.
+
+    Args:
+        sampler: draws the samples; by default from the model in memory.
+        otherwise: as ``DemonstrationTrainer``.
+    """
+
+    args: StageConfig
+    paper: ClassVar[str] = ""
+
+    def __init__(
+        self, model, args: StageConfig, train_dataset=None, *further, sampler: Sampler | None = None, **options
+    ):
+        conversational = train_dataset is not None and is_conversational(train_dataset)
+        super().__init__(model, args, train_dataset, *further, **options)
+        self.sampling_params = SamplingParams(
+            max_completion_length=args.max_completion_length,
+            stop_ids=self.tokenization.stop_ids(conversational),
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+        self.sampler = sampler or TransformersSampler(
+            self.model, batch_size=args.sampling_batch_size, pad_token_id=self.tokenization.pad_id
+        )
+        self.initial = InitialPolicy(self.model) if args.reference == "initial" else None
+        self.store = StageStore(Path(args.output_dir) / "stages", self._sample_settings())
+        self.schedule: StageSchedule | None = None
+        self.stage = -1
+        self._steps: deque[list[list[Group]]] = deque()
+        self._facts: dict[str, Any] = {}
+        self.add_callback(_StageEnd(self))
+
+    def _sample_settings(self) -> dict[str, Any]:
+        """What the samples and their reference log-probs depend on besides the policy."""
+        names = ("seed", "num_samples", "temperature", "top_k", "top_p", "max_completion_length", "reference")
+        return {name: getattr(self.args, name) for name in names}
+
+    def set_initial_training_values(self, args, dataloader):
+        """As transformers'; here the number of steps in an epoch becomes known, and with it the stages."""
+        values = super().set_initial_training_values(args, dataloader)
+        self.schedule = StageSchedule(steps_per_epoch=values[1], stages_per_epoch=args.stages_per_epoch)
+        self._steps.clear()
+        return values
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimiser step; begins a stage when none is left of the last one."""
+        if not self._steps:
+            self._begin_stage(epoch_iterator)
+        batches = self._steps.popleft() if self._steps else []
+        return batches, self.counts([group for batch in batches for group in batch])
+
+    # --- a stage ----------------------------------------------------------------------------------------------------
+
+    def _begin_stage(self, epoch_iterator: Iterator) -> None:
+        assert self.schedule is not None
+        step = self.state.global_step
+        self.stage = self.schedule.stage_of(step)
+        first, end = self.schedule.bounds(self.stage)
+        end = min(end, self.state.max_steps)
+        accumulation = self.args.gradient_accumulation_steps
+        steps = [list(islice(epoch_iterator, accumulation)) for _ in range(step, end)]
+        demonstrations = {group.row: group for batches in steps for batch in batches for group in batch}
+        recorded = self._record_stage(list(demonstrations.values()), at_start=step == first)
+        replayed = self._replayed(len(recorded))
+        for batches in steps:
+            self._steps.append(
+                [
+                    [kept for group in batch for kept in self._trained_on(recorded[group.row], replayed)]
+                    for batch in batches
+                ]
+            )
+        self._watch_stage([recorded[row] for row in demonstrations])
+
+    def _trained_on(self, group: Group, replayed: Iterator[list[Group]]) -> Iterator[Group]:
+        for candidate in (group, *next(replayed, [])):
+            kept = drop_copies(candidate)
+            if kept is not None:
+                yield kept
+
+    def _record_stage(self, demonstrations: list[Group], *, at_start: bool) -> dict[int, Group]:
+        """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
+        policy = fingerprint(self.model) if at_start else None
+        recorded = self.store.read(self.stage, policy)
+        missing = [group for group in demonstrations if group.row not in recorded]
+        if policy is None:
+            if missing:
+                raise UserError(
+                    f"stage {self.stage} has no samples for row {missing[0].row}: the data differ from the first run's.",
+                    remedy="Resume with the same data, seed and batch size.",
+                    file=str(self.store.path(self.stage)),
+                )
+            return recorded
+        self._facts = {"step": self.state.global_step, "rows": len(demonstrations), "seconds_sampling": 0.0}
+        return self.store.write(
+            self.stage,
+            policy,
+            recorded.values(),
+            self._sampled(missing, done=len(recorded)),
+            self.tokenization.text,
+            lambda: self._facts,
+        )
+
+    def _sampled(self, demonstrations: list[Group], *, done: int) -> Iterator[list[Group]]:
+        """Samples and scores a few batches' worth of prompts at a time; each piece is on disk before the next begins."""
+        piece = max(1, 4 * self.args.sampling_batch_size // self.args.num_samples)
+        name = f"stage {self.stage + 1}"
+        with self.progress.phase(f"{name}: sampling", done + len(demonstrations)) as advance:
+            for start in range(0, len(demonstrations), piece):
+                groups = demonstrations[start : start + piece]
+                begin = time.perf_counter()
+                with self.compute_loss_context_manager():
+                    sampled = self._with_samples(groups)
+                    middle = time.perf_counter()
+                    yield self._with_reference(sampled)
+                self._took("sampling", middle - begin)
+                self._took("reference", time.perf_counter() - middle)
+                advance(done + start + len(groups))
+
+    def _with_samples(self, groups: list[Group]) -> list[Group]:
+        drawn = self.sampler.sample(
+            [group.prompt_ids for group in groups],
+            self.sampling_params,
+            num_samples=self.args.num_samples,
+            rows=[group.row for group in groups],
+            stage=self.stage,
+        )
+        self.sampled_tokens += sum(len(sample.token_ids) for samples in drawn for sample in samples)
+        return [
+            replace(group, completions=(*group.completions, *(sample.completion for sample in samples)))
+            for group, samples in zip(groups, drawn, strict=True)
+        ]
+
+    def _with_reference(self, groups: list[Group]) -> list[Group]:
+        with self.initial.active() if self.initial else nullcontext():
+            logps = cached_logps(
+                self.model,
+                groups,
+                batch_size=self.args.per_device_eval_batch_size,
+                layout=self.layout,
+                pad_token_id=self.tokenization.pad_id,
+            )
+        return [replace(group, reference_logps=values) for group, values in zip(groups, logps, strict=True)]
+
+    def _replayed(self, count: int) -> Iterator[list[Group]]:
+        """For each group of the stage, one of each earlier stage that is replayed, scored by this stage's reference."""
+        earlier = range(max(0, self.stage - self.args.replay_stages), self.stage)
+        stages = []
+        for stage in earlier:
+            groups = self.store.groups(stage)[:count]
+            if self.args.reference == "stage":
+                with self.compute_loss_context_manager():
+                    groups = self._with_reference(groups)
+            stages.append(groups)
+        return iter([list(groups) for groups in zip(*stages, strict=False)])
+
+    def _took(self, what: str, seconds: float) -> None:
+        self.seconds[what] += seconds
+        self._facts[f"seconds_{what}"] = self._facts.get(f"seconds_{what}", 0.0) + seconds
+
+    def _watch_stage(self, groups: Sequence[Group]) -> None:
+        """Log what the stage's samples look like."""
+        samples = [c.token_ids for group in groups for c in group.completions[1:]]
+        copies = sum(c.token_ids == g.completions[0].token_ids for g in groups for c in g.completions[1:])
+        self.log(
+            {
+                "stage": self.stage,
+                "pairs/dropped": copies,
+                "samples/cut_fraction": _mean([not c.ended for g in groups for c in g.completions[1:]]),
+                "samples/distinct_1": distinct_n(samples, 1),
+                "samples/distinct_2": distinct_n(samples, 2),
+                "length/demonstrations": _mean([len(g.completions[0].token_ids) for g in groups]),
+                "length/samples": _mean([len(sample) for sample in samples]),
+                "time/sampling": self.seconds["sampling"],
+                "time/reference": self.seconds["reference"],
+                "time/training": self.seconds["training"],
+            }
+        )
+
+    def _place(self) -> str:
+        return f" (stage {self.stage + 1})"
+
+
+class _StageEnd(TrainerCallback):
+    """Asks for a checkpoint where a stage ends."""
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        schedule = self.trainer.schedule
+        assert schedule is not None
+        ends = schedule.bounds(schedule.stage_of(state.global_step - 1))[1] == state.global_step
+        if ends and args.save_each_stage and args.save_strategy != IntervalStrategy.NO:
+            control.should_save = True
+
+
+def drop_copies(group: Group) -> Group | None:
+    """The group without the samples that equal its demonstration; None if no sample is left.
+
+    Such a pair has a constant loss and no gradient, whatever the policy.
+    """
+    demonstration = group.completions[0]
+    keep = [0] + [i for i, c in enumerate(group.completions) if i > 0 and c.token_ids != demonstration.token_ids]
+    if len(keep) == 1:
+        return None
+    reference = group.reference_logps
+    return replace(
+        group,
+        completions=tuple(group.completions[i] for i in keep),
+        reference_logps=None if reference is None else tuple(reference[i] for i in keep),
+    )
+
+
+def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Share of different n-grams among all n-grams of the completions (Li et al. 2016, arXiv 1510.03055).
+
+    >>> distinct_n([(1, 2, 1), (1, 2)], 1)
+    0.4
+    """
+    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,216 @@
+"""When a stage begins and ends, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from tutelage.errors import UserError
+from tutelage.groups import Completion, Group, Kind
+
+__all__ = ["StageSchedule", "StageStore", "fingerprint", "write_json"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSchedule:
+    """Cuts an epoch of optimiser steps into stages of like length.
+
+    Attributes:
+        steps_per_epoch: optimiser steps S of an epoch.
+        stages_per_epoch: T. Stage i of an epoch holds the steps from ⌊i S / T⌋ up to ⌊(i+1) S / T⌋.
+
+    Raises:
+        UserError: more stages than steps.
+
+    >>> [StageSchedule(10, 4).bounds(stage) for stage in range(5)]
+    [(0, 2), (2, 5), (5, 7), (7, 10), (10, 12)]
+    >>> StageSchedule(10, 4).stage_of(7)
+    3
+    """
+
+    steps_per_epoch: int
+    stages_per_epoch: int
+
+    def __post_init__(self):
+        if self.stages_per_epoch < 1:
+            raise UserError("must be at least 1.", field="stages_per_epoch")
+        if self.stages_per_epoch > self.steps_per_epoch:
+            raise UserError(
+                f"{self.stages_per_epoch} stages do not fit into an epoch of {self.steps_per_epoch} optimiser steps.",
+                remedy=f"Use --stages_per_epoch {self.steps_per_epoch} or less, a smaller batch, or more data.",
+                field="stages_per_epoch",
+            )
+
+    def bounds(self, stage: int) -> tuple[int, int]:
+        """First optimiser step of the stage, and the first step after it; steps count from 0 over all epochs."""
+        epoch, index = divmod(stage, self.stages_per_epoch)
+        first, end = (
+            epoch * self.steps_per_epoch + edge * self.steps_per_epoch // self.stages_per_epoch
+            for edge in (index, index + 1)
+        )
+        return first, end
+
+    def stage_of(self, step: int) -> int:
+        """The stage that an optimiser step belongs to."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        # The largest index with ⌊index · S / T⌋ ≤ step.
+        index = ((step + 1) * self.stages_per_epoch - 1) // self.steps_per_epoch
+        return epoch * self.stages_per_epoch + index
+
+
+class StageStore:
+    """What each stage sampled, one folder a stage, in files that people can read.
+
+    ``stage-0003/samples.jsonl`` has a line for each prompt: row, text and tokens of prompt, demonstration and samples,
+    and the reference log-probs. ``manifest.json`` says from which policy, with which settings. While a stage is being
+    sampled the file ends in ``.part``; it is renamed when whole, so a killed run is known by it and goes on from there.
+
+    Args:
+        folder: the run's ``stages`` folder.
+        settings: what the samples depend on besides the policy (seed, temperature, …); a stage recorded under other
+            settings is not reused.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]):
+        self.folder, self.settings = Path(folder), settings
+
+    def path(self, stage: int) -> Path:
+        """The stage's folder."""
+        return self.folder / f"stage-{stage:04d}"
+
+    def read(self, stage: int, policy: str | None) -> dict[int, Group]:
+        """Groups that the stage recorded, by row, with samples and reference log-probs.
+
+        Args:
+            policy: fingerprint of the policy at the stage's start. A record of another policy, or of one killed
+                before its first line, is worth nothing and comes back empty. None when the policy has already moved
+                on inside the stage: then the record must be whole.
+
+        Raises:
+            UserError: ``policy`` is None and there is no whole record, or it was made under other settings.
+        """
+        folder = self.path(stage)
+        manifest = _read_json(folder / "manifest.json")
+        whole = folder / "samples.jsonl"
+        if policy is None:
+            if not whole.exists() or manifest.get("settings") != self.settings:
+                raise UserError(
+                    f"the samples of stage {stage} are missing or were drawn under other settings.",
+                    remedy="Resume with the settings of the first run, or from a checkpoint at the stage's start.",
+                    file=str(whole),
+                )
+            return {group.row: group for group in _read_groups(whole)}
+        if manifest.get("policy") != policy or manifest.get("settings") != self.settings:
+            return {}
+        part = whole if whole.exists() else whole.with_suffix(".jsonl.part")
+        return {group.row: group for group in _read_groups(part)} if part.exists() else {}
+
+    def groups(self, stage: int) -> list[Group]:
+        """Groups of an earlier, whole stage, in the order they were sampled."""
+        return list(_read_groups(self.path(stage) / "samples.jsonl"))
+
+    def write(
+        self,
+        stage: int,
+        policy: str,
+        kept: Iterable[Group],
+        batches: Iterable[list[Group]],
+        text: Callable[[tuple[int, ...]], str],
+        facts: Callable[[], dict[str, Any]],
+    ) -> dict[int, Group]:
+        """Record a stage, batch by batch as it is made.
+
+        Args:
+            kept: groups that a killed run had already recorded; written again first, without its torn last line.
+            batches: groups with samples and reference log-probs; lazily made, each on disk before the next is asked.
+            text: decodes token ids for the reader.
+            facts: what the manifest says besides, asked for when the stage is whole.
+
+        Returns:
+            all groups by row.
+        """
+        folder = self.path(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = folder / "samples.jsonl"
+        part = whole.with_suffix(".jsonl.part")
+        manifest = {"stage": stage, "policy": policy, "settings": self.settings}
+        kept = list(kept)
+        whole.unlink(missing_ok=True)
+        write_json(folder / "manifest.json", {**manifest, "complete": False})
+        groups: dict[int, Group] = {}
+        with part.with_suffix(".rewrite").open("w", encoding="utf-8") as file:
+            _append(file, kept, text)
+        os.replace(part.with_suffix(".rewrite"), part)
+        with part.open("a", encoding="utf-8") as file:
+            for batch in batches:
+                _append(file, batch, text)
+                groups |= {group.row: group for group in batch}
+        os.replace(part, whole)
+        write_json(folder / "manifest.json", {**manifest, "complete": True, **facts()})
+        return {group.row: group for group in kept} | groups
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name for the state of the trainable weights: equal states have equal names.
+
+    Reads at most 64 numbers of each tensor, so that it is cheap at any size; a training step moves nearly all of them.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            flat = parameter.detach().flatten()
+            probe = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+            digest.update(name.encode() + probe.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write to a temporary name and rename: a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _append(file: IO[str], groups: Iterable[Group], text: Callable[[tuple[int, ...]], str]) -> None:
+    for group in groups:
+        demonstration, *samples = group.completions
+        record = {
+            "row": group.row,
+            "prompt": text(group.prompt_ids),
+            "demonstration": text(demonstration.token_ids),
+            "samples": [text(sample.token_ids) for sample in samples],
+            "ended": [completion.ended for completion in group.completions],
+            "reference_logps": group.reference_logps,
+            "prompt_ids": group.prompt_ids,
+            "completion_ids": [completion.token_ids for completion in group.completions],
+        }
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _read_groups(path: Path) -> Iterator[Group]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return  # torn by a kill in the middle of the line
+            record = json.loads(line)
+            kinds = [Kind.DEMONSTRATION] + [Kind.SAMPLE] * len(record["samples"])
+            completions = zip(record["completion_ids"], kinds, record["ended"], strict=True)
+            yield Group(
+                prompt_ids=tuple(record["prompt_ids"]),
+                completions=tuple(Completion(tuple(ids), kind, ended) for ids, kind, ended in completions),
+                row=record["row"],
+                reference_logps=tuple(record["reference_logps"]),
+            )

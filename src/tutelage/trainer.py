@@ -1,0 +1,353 @@
+"""The engine on ``transformers.Trainer``: groups in, log-probs, a loss, and what is watched meanwhile.
+
+An algorithm is a subclass that says how much there is to average over (``counts``) and what the loss is (``loss``);
+one that samples derives from ``tutelage.stage_trainer.StageTrainer``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from tutelage.data.tokenization import Tokenization, group_from_row, tokenize_dataset
+from tutelage.errors import NonFiniteLossError, UserError
+from tutelage.evaluation.policy import EvaluationSet
+from tutelage.groups import Group
+from tutelage.logprobs import Layout, completion_logps, probe_layout
+from tutelage.models import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
+from tutelage.progress import Progress, Silent
+
+__all__ = ["DemonstrationConfig", "DemonstrationTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DemonstrationConfig(TrainingArguments):
+    """What every algorithm is configured with, on top of transformers' ``TrainingArguments``."""
+
+    adapter_learning_rate: ClassVar[float] = 1e-4
+    full_learning_rate: ClassVar[float] = 1e-5
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Initial learning rate. By default each algorithm's own: a larger one for adapters, a smaller one "
+            "when all parameters are trained. The run's first line says which."
+        },
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Compute in bfloat16 (mixed precision). On unless fp16 is."},
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Has no effect here: the columns a row needs are known."}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt, in tokens; see --on_long_prompt."})
+    max_completion_length: int = field(
+        default=256,
+        metadata={
+            "help": "Tokens after which a completion is cut, demonstrations and samples alike. A cut one gets no "
+            "end-of-turn token."
+        },
+    )
+    on_long_prompt: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a prompt over --max_prompt_length: stop with an error, or drop and count the row. "
+            "Prompts are never cut.",
+            "choices": ["error", "drop"],
+        },
+    )
+    turns: str = field(
+        default="last",
+        metadata={
+            "help": "Which assistant turns of a conversation are demonstrations.",
+            "choices": ["last", "all"],
+        },
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How a prompt and its completions meet the model: 'tree' runs the prompt once, 'padded' repeats "
+            "it for each completion, 'auto' takes the tree where a check on the model finds the same numbers.",
+            "choices": ["auto", "tree", "padded"],
+        },
+    )
+    verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scores sampled answers during evaluation: 'reasoning_gym:NAME' or 'module:function' "
+            "(called with the answer's text and the row, returns a number, 1 for right)."
+        },
+    )
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many held-out rows; by default on all."}
+    )
+
+    def __post_init__(self):
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__post_init__()
+        if self.max_prompt_length < 1 or self.max_completion_length < 1:
+            raise UserError("must be at least 1 token.", field="max_prompt_length / max_completion_length")
+
+    def tokenization(self, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+        """The templating path that these settings describe."""
+        return Tokenization(
+            tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            max_completion_length=self.max_completion_length,
+            on_long_prompt=cast(Literal["error", "drop"], self.on_long_prompt),
+        )
+
+
+class DemonstrationTrainer(Trainer):
+    """Trains a policy from demonstrations; subclasses say with which loss.
+
+    Args:
+        model: a causal language model, with or without an adapter, or its name or path.
+        args: the algorithm's config.
+        train_dataset: rows in any of the recognised formats (``docs/data-formats.md``), map-style or streaming.
+        eval_dataset: held-out rows, map-style; preference pairs among them are ranked by the implicit reward.
+        processing_class: the tokenizer; by default the one that lies with the model.
+        peft_config: an adapter to put on the model and to train alone.
+        callbacks, optimizers: as for ``transformers.Trainer``.
+        progress: is told what runs and how far it is; silent by default.
+
+    Raises:
+        UserError: bad data, a tokenizer that does not fit the model, an adapter on a tied head.
+    """
+
+    algorithm: ClassVar[str] = ""
+    args: DemonstrationConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: DemonstrationConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        progress: Progress | None = None,
+    ):
+        policy = load_model(model) if isinstance(model, str) else model
+        tokenizer = processing_class or load_tokenizer(base_causal_lm(policy).name_or_path)
+        check_vocabulary(policy, tokenizer)
+        self.tokenization = args.tokenization(tokenizer)
+        self.progress: Progress = progress or Silent()
+        self.model_name = model if isinstance(model, str) else base_causal_lm(policy).name_or_path
+        if train_dataset is not None and "prompt_ids" not in (train_dataset.column_names or ()):
+            with self.progress.phase("reading demonstrations"):
+                train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns)  # type: ignore[arg-type]
+        if peft_config is not None:
+            policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
+        if args.learning_rate is None:
+            args.learning_rate = (
+                args.adapter_learning_rate if isinstance(policy, PeftModel) else args.full_learning_rate
+            )
+        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.trained_tokens = 0
+        self.sampled_tokens = 0
+        super().__init__(
+            model=cast(PreTrainedModel, policy),
+            args=args,
+            data_collator=collate_rows,
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise UserError(
+                f"{max(args.world_size, args.n_gpu)} processes or devices: training runs on one so far.",
+                remedy="Start one process and show it one device (CUDA_VISIBLE_DEVICES=0).",
+            )
+        # The loss comes averaged over the whole optimiser step (``num_items_in_batch``): transformers must not divide
+        # it by the number of accumulation steps again.
+        self.model_accepts_loss_kwargs = True
+        self.layout = self._choose_layout(cast(Layout, args.layout))
+        self.eval_dataset = eval_dataset  # type: ignore[assignment]
+        self.evaluation_set = (
+            EvaluationSet.of(eval_dataset, self.tokenization, verifier=args.verifier, limit=args.eval_rows)
+            if eval_dataset is not None
+            else None
+        )
+        self.add_callback(_Guard(self))
+        logger.info(
+            "%s: learning rate %g, %s, layout %s",
+            self.algorithm,
+            args.learning_rate,
+            "adapter" if isinstance(policy, PeftModel) else "all parameters",
+            self.layout,
+        )
+
+    def _choose_layout(self, layout: Layout) -> Literal["tree", "padded"]:
+        probe = probe_layout(self.model)
+        if layout == "tree" and probe.layout != "tree":
+            raise UserError(f"the tree layout does not work: {probe.reason}.", remedy="Use --layout auto.")
+        return probe.layout if layout == "auto" else layout
+
+    # --- what an algorithm says -------------------------------------------------------------------------------------
+
+    def counts(self, groups: Sequence[Group]) -> dict[str, int]:
+        """How many of each thing that the loss averages over the groups of an optimiser step hold."""
+        raise NotImplementedError
+
+    def loss(self, groups: Sequence[Group], logps_C: Tensor, counts: dict[str, int]) -> Tensor:
+        """The groups' share of the optimiser step's loss.
+
+        Args:
+            groups: one micro-batch.
+            logps_C: [C] log-probs of their completions under the policy (nats a sequence), with gradient.
+            counts: ``counts`` of all groups of the optimiser step, to divide by.
+
+        Returns:
+            scalar; the shares of the micro-batches add up to the loss of the step.
+        """
+        raise NotImplementedError
+
+    # --- one optimiser step -----------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimiser step, and what to average their loss over."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, self.counts([group for batch in batches for group in batch])
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: list[Group],  # type: ignore[override]
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, int] | None = None,  # type: ignore[override]
+    ):
+        """The loss of one micro-batch of groups.
+
+        Raises:
+            NonFiniteLossError: it is NaN or infinite; raised before any weight moves.
+        """
+        counts = self.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        if inputs:
+            logps_C = completion_logps(self.model, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
+            loss = self.loss(inputs, logps_C, counts)
+            self.trained_tokens += sum(len(c.token_ids) for group in inputs for c in group.completions)
+        else:  # every pair of the micro-batch was dropped
+            loss = cast(Tensor, sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad))
+        if not torch.isfinite(loss):
+            raise self.non_finite("loss", loss.item())
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As transformers', on the clock."""
+        start = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.seconds["training"] += time.perf_counter() - start
+        return loss
+
+    def floating_point_ops(self, inputs: list[Group]) -> int:  # type: ignore[override]
+        """Six operations a parameter and token, as transformers estimates it."""
+        tokens = sum(len(g.prompt_ids) + sum(len(c.token_ids) for c in g.completions) for g in inputs)
+        return 6 * tokens * base_causal_lm(self.model).num_parameters(exclude_embeddings=True)
+
+    def non_finite(self, what: str, value: float) -> NonFiniteLossError:
+        """The error that stops training before a weight is spoilt."""
+        return NonFiniteLossError(
+            f"the {what} is {value} at step {self.state.global_step + 1}{self._place()}; no weight was changed by it.",
+            remedy=f"The last good checkpoint in {self.args.output_dir} is kept. Lower --learning_rate or --max_grad_norm.",
+        )
+
+    def _place(self) -> str:
+        return ""
+
+    # --- what is watched --------------------------------------------------------------------------------------------
+
+    def watch(self, name: str, values: Tensor | Sequence[float]) -> None:
+        """Add values to the mean that the next log line shows under ``name``."""
+        total = values.detach().sum().item() if isinstance(values, Tensor) else float(sum(values))
+        self._sums[name][0] += total
+        self._sums[name][1] += len(values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with the means of what was watched since the last training log."""
+        if "loss" in logs:
+            logs |= {name: total / count for name, (total, count) in self._sums.items() if count}
+            self._sums.clear()
+            if self.seconds["training"]:
+                logs["tokens_per_second"] = self.trained_tokens / self.seconds["training"]
+        super().log(logs, start_time)
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        """As transformers'. Held-out log-probs of the policy as it starts are kept: the zero of the implicit reward."""
+        if self.evaluation_set is not None:
+            with self.progress.phase("held-out log-probs of the start"), self.compute_loss_context_manager():
+                self.evaluation_set.remember_reference(self.model, layout=self.layout)
+        return super().train(*args, **kwargs)
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out demonstration log-prob, implicit reward, preference accuracy and task score, as far as data allow.
+
+        Raises:
+            UserError: there is no held-out data.
+        """
+        evaluation_set = self.evaluation_set
+        if eval_dataset is not None:
+            evaluation_set = EvaluationSet.of(eval_dataset, self.tokenization, verifier=self.args.verifier)
+        if evaluation_set is None:
+            raise UserError("there is no held-out data to evaluate on.", remedy="Give an eval_dataset.")
+        start = time.perf_counter()
+        with self.progress.phase("evaluating"), self.compute_loss_context_manager():
+            found = evaluation_set.evaluate(
+                self.model, beta=getattr(self, "beta", 1.0), layout=self.layout, seed=self.args.seed
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
+        self.seconds["evaluation"] += time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Guard(TrainerCallback):
+    """Stops before an optimiser step whose gradient is not finite, and says how far the run is."""
+
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.progress.steps(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise self.trainer.non_finite("gradient", norm.item())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.progress.steps(state.global_step, state.max_steps)
+
+
+def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:
+    """Tokenised rows to groups; they become tensors only when the model meets them."""
+    return [group_from_row(row) for row in rows]

@@ -1,0 +1,122 @@
+"""Tree, padded and one-by-one log-probs agree, with their gradients, on the architectures people train."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+
+from tutelage.errors import UserError
+from tutelage.groups import Completion, Group, Kind
+from tutelage.logprobs import cached_logps, completion_logps, probe_layout
+from tutelage.testing.models import tiny_model
+
+TREE_ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3", "gpt_neox", "opt"]
+
+
+def random_groups(seed=0, vocab_size=97, prompts=(9, 3, 12), lengths=((5, 3, 7), (4, 1), (2,))):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length):
+        return tuple(torch.randint(3, vocab_size, (length,), generator=generator).tolist())
+
+    return [
+        Group(tokens(prompt), tuple(Completion(tokens(n), Kind.SAMPLE, ended=False) for n in completions))
+        for prompt, completions in zip(prompts, lengths, strict=True)
+    ]
+
+
+def one_by_one(model, groups):
+    """The model's own forward on each sequence alone: what a reader would write."""
+    sums = []
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt_ids + completion.token_ids])
+            logps = F.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+            logps = logps.gather(1, ids[0, 1:, None])[:, 0]
+            sums.append(logps[len(group.prompt_ids) - 1 :].sum())
+    return torch.stack(sums)
+
+
+def gradients(model, logps):
+    model.zero_grad()
+    weights = torch.linspace(-1, 1, len(logps))
+    (logps * weights).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", TREE_ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_tree_equals_padded_equals_one_by_one(architecture, attention):
+    model = tiny_model(architecture)
+    model.set_attn_implementation(attention)
+    groups = random_groups()
+    assert probe_layout(model).layout == "tree"
+    truth = one_by_one(model, groups)
+    truth_gradients = gradients(model, truth)
+    for layout in ("tree", "padded"):
+        logps = completion_logps(model, groups, layout=layout, chunk_size=4)
+        torch.testing.assert_close(logps, truth, atol=1e-5, rtol=1e-5)
+        found = gradients(model, logps)
+        assert found.keys() == truth_gradients.keys()
+        for name, gradient in truth_gradients.items():
+            scale = max(1.0, gradient.abs().max().item())
+            torch.testing.assert_close(found[name] / scale, gradient / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_frozen_head_gives_the_adapters_the_same_gradients(architecture):
+    """With adapters the head is frozen and its gradient is computed along with the log-probs."""
+    config = {"final_logit_softcapping": 5.0} if architecture == "gemma3" else {}
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_model(architecture, **config), LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    )
+    groups = random_groups()
+    truth = one_by_one(model, groups)
+    truth_gradients = gradients(model, truth)
+    assert truth_gradients
+    logps = completion_logps(model, groups, chunk_size=4)
+    torch.testing.assert_close(logps, truth, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients(model, logps).items():
+        torch.testing.assert_close(gradient, truth_gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_recurrent_model_falls_to_padded_by_itself():
+    model = tiny_model("mamba")
+    probe = probe_layout(model)
+    assert probe.layout == "padded"
+    assert "Mamba" in probe.reason
+    groups = random_groups()
+    torch.testing.assert_close(completion_logps(model, groups), one_by_one(model, groups), atol=1e-4, rtol=1e-5)
+
+
+def test_unknown_step_after_the_head_is_an_error():
+    model = tiny_model("llama")
+    forward = model.forward
+
+    def shifted(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 2
+        return outputs
+
+    model.forward = shifted
+    with pytest.raises(UserError, match="after the head"):
+        probe_layout(model)
+
+
+def test_padding_token_and_chunk_size_change_nothing():
+    model, groups = tiny_model("qwen3"), random_groups()
+    first = completion_logps(model, groups, pad_token_id=0, chunk_size=1)
+    second = completion_logps(model, groups, pad_token_id=50, chunk_size=1000)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_logps_come_back_in_order_without_dropout():
+    model, groups = tiny_model("gpt_neox", hidden_dropout=0.5), random_groups()
+    model.train()
+    cached = cached_logps(model, groups, batch_size=2)
+    assert model.training
+    model.eval()
+    flat = [logp for group in cached for logp in group]
+    torch.testing.assert_close(torch.tensor(flat), one_by_one(model, groups), atol=1e-5, rtol=1e-5)
+    assert [len(group) for group in cached] == [3, 2, 1]
