@@ -98,8 +98,8 @@ class DemonstrationConfig(TrainingArguments):
 
     def __post_init__(self):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        if self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bfloat16 without an accelerator unless the CPU is asked for
         super().__post_init__()
         if self.max_prompt_length < 1 or self.max_completion_length < 1:
             raise UserError("must be at least 1 token.", field="max_prompt_length / max_completion_length")

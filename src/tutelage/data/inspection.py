@@ -180,7 +180,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         remedy = (
             "Training would stop at them: raise --max_prompt_length, or leave them out with --on_long_prompt drop."
         )
-        console.print(f"Prompts too long: {inspection.summary.long_prompts:,}. {remedy}", style="bold red")
+        console.print(Text(f"Prompts too long: {inspection.summary.long_prompts:,}. {remedy}", style="bold red"))
     for title, lengths in (("Prompts", inspection.prompts), ("Completions", inspection.completions)):
         console.print(_length_line(title, lengths))
         console.print(_histogram(lengths))

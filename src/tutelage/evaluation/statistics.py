@@ -8,11 +8,11 @@ out of eight it would say that the accuracy is 1, exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tutelage.errors import UserError
 
@@ -41,8 +41,8 @@ class Interval:
         return asdict(self)
 
 
-def mean_interval(values: Sequence[float], *, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """Mean of one value a row: the Wilson interval if all are 0 or 1, the bootstrap otherwise.
+def mean_interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> Interval:
+    """Mean of ``values`` [n], one a row: the Wilson interval if all are 0 or 1, the bootstrap otherwise.
 
     Raises:
         UserError: no values, or one is NaN or infinite.
@@ -56,12 +56,11 @@ def mean_interval(values: Sequence[float], *, seed: int = 0, confidence: float =
     return bootstrap_mean(values, seed=seed, confidence=confidence)
 
 
-def bootstrap_mean(
-    values: Sequence[float], *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
-) -> Interval:
-    """Percentile bootstrap of the mean: draw n rows with replacement, ``resamples`` times, and cut off both tails.
+def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95) -> Interval:
+    """Percentile bootstrap of the mean of ``values`` [n], one a row.
 
-    The same arguments give the same interval. Values that are all equal give an interval of width zero.
+    Draws n rows with replacement, ``resamples`` times, takes the mean of each draw and cuts off both tails. The same
+    arguments give the same interval. Values that are all equal give an interval of width zero.
 
     Raises:
         UserError: no values, or one is NaN or infinite.
@@ -79,8 +78,8 @@ def bootstrap_mean(
     return Interval(float(array.mean()), float(low), float(high), n)
 
 
-def proportion_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval (1927) for 0/1 values.
+def proportion_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval (1927) for ``values`` [n] of 0 and 1.
 
     Raises:
         UserError: no values, or one is neither 0 nor 1.
@@ -96,7 +95,7 @@ def proportion_interval(values: Sequence[float], *, confidence: float = 0.95) ->
 
 
 def paired_difference(
-    a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
+    a: ArrayLike, b: ArrayLike, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
 ) -> Interval:
     """Mean of a − b over the same rows, ``a[i]`` and ``b[i]`` being the two runs' values of one row.
 
@@ -115,7 +114,7 @@ def paired_difference(
         )
     difference = first - second
     if not (_is_binary(first) and _is_binary(second)):
-        return bootstrap_mean(difference.tolist(), seed=seed, resamples=resamples, confidence=confidence)
+        return bootstrap_mean(difference, seed=seed, resamples=resamples, confidence=confidence)
     n = len(difference)
     won, lost = ((difference > 0).sum() + 1) / (n + 2), ((difference < 0).sum() + 1) / (n + 2)
     half = _z(confidence) * math.sqrt((won + lost - (won - lost) ** 2) / (n + 2))
@@ -123,7 +122,7 @@ def paired_difference(
     return Interval(float(difference.mean()), float(low), float(high), n)
 
 
-def _checked(values: Sequence[float]) -> np.ndarray:
+def _checked(values: ArrayLike) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array):
         raise UserError(f"an interval needs a list of at least one value, got shape {array.shape}.")

@@ -96,9 +96,9 @@ def tiny_tokenizer(style: Style) -> PreTrainedTokenizerFast:
     """A small tokenizer that behaves like those of a family of models.
 
     Args:
-        style: ``llama3``, ``gemma3`` and ``zephyr`` put BOS before every text. ``llama3`` and ``gemma3`` end a turn with
-            a token that is not EOS. ``qwen3`` writes an empty thinking block before the last answer. ``zephyr`` and
-            ``plain`` have no pad token, and ``plain`` has no chat template.
+        style: ``llama3``, ``gemma3`` and ``zephyr`` put BOS before every text. ``llama3`` and ``gemma3`` end a turn
+            with a token that is not EOS. ``qwen3`` writes an empty thinking block before the last answer. ``zephyr``
+            and ``plain`` have no pad token, and ``plain`` has no chat template.
 
     >>> tokenizer = tiny_tokenizer("zephyr")
     >>> tokenizer.decode(tokenizer("The answer")["input_ids"])

@@ -1,0 +1,259 @@
+"""report.html: one file that needs nothing else, neither scripts nor anything from the network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from tutelage.report import charts
+from tutelage.report.runs import Run, require_distinct_names
+from tutelage.report.summary import Cell, Column, duration, summary_columns
+from tutelage.report.verdicts import judge
+
+__all__ = ["render", "write_report"]
+
+OPEN_PROMPTS = 12  # further prompts with their samples are folded
+_IDENTITY = ("algorithm", "model", "dataset", "seed", "start")
+
+
+def write_report(runs: Sequence[Run], path: str | Path) -> None:
+    """Write report.html for one run or several, under a temporary name first. The same runs give the same file.
+
+    Raises:
+        UserError: no runs, or two of the same name.
+    """
+    path = Path(path)
+    text = render(runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as HTML. Every text that comes from runs, models or data is escaped.
+
+    Raises:
+        UserError: no runs, or two of the same name.
+    """
+    require_distinct_names(runs)
+    title = _title(runs)
+    body = "\n".join(
+        [_header(runs, title), _summary(runs), _curves(runs), _time(runs), _samples(runs), _settings(runs)]
+    )
+    style = files("tutelage.report").joinpath("style.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs compared"
+
+
+def _header(runs: Sequence[Run], title: str) -> str:
+    meta = [
+        f"{field} {', '.join(_distinct(str(run[field]) for run in runs))}" for field in ("model", "dataset", "seed")
+    ]
+    tasks = _distinct(task for run in runs if (task := (run["evaluation"] or {}).get("task")))
+    if tasks:
+        meta.append(f"task {', '.join(tasks)}")
+    items = "".join(
+        f'<li class="{verdict.tone}"><strong>{escape(verdict.claim)}:</strong> {escape(verdict.evidence)}.</li>'
+        for verdict in judge(runs)
+    )
+    return (
+        f'<h1>{escape(title)}</h1>\n<p class="meta">{escape(" · ".join(meta))}</p>\n<ul class="verdicts">{items}</ul>'
+    )
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    columns = summary_columns(runs)
+    if not columns:
+        return ""
+    head = "".join(
+        f'<th scope="col" title="{escape(column.help)}">{escape(column.heading)}</th>' for column in columns
+    )
+    rows = "".join(
+        f'<tr style="{_colour(index)}"><th scope="row">{_name(run, index)}</th>'
+        + "".join(f"<td>{_value(column.cells[index], column)}</td>" for column in columns)
+        + "</tr>"
+        for index, run in enumerate(runs)
+    )
+    note = "Bars and small numbers: 95% intervals over the rows; the bars of a column share a scale."
+    return (
+        f'<h2>Summary</h2>\n<div class="wide"><table class="summary"><thead><tr><th scope="col">run</th>{head}</tr>'
+        f'</thead><tbody>{rows}</tbody></table></div>\n<p class="note">{note}</p>'
+    )
+
+
+def _value(cell: Cell | None, column: Column) -> str:
+    if cell is None:
+        return '<span class="quiet">–</span>'
+    if cell.interval is None:
+        return escape(cell.text)
+    bounds = [
+        bound
+        for other in column.cells
+        if other is not None and other.interval is not None
+        for bound in (other.interval.low, other.interval.high)
+        if math.isfinite(bound)
+    ]
+    low, width = (min(bounds), max(bounds) - min(bounds)) if bounds else (0.0, 0.0)
+    bar = ""
+    if width > 0 and all(map(math.isfinite, (cell.interval.low, cell.interval.mean, cell.interval.high))):
+        left, middle, right = (
+            (bound - low) / width * 100 for bound in (cell.interval.low, cell.interval.mean, cell.interval.high)
+        )
+        bar = f'<i style="left:{left:.1f}%;width:{right - left:.1f}%"></i><b style="left:{middle:.1f}%"></b>'
+        bar = f'<span class="range">{bar}</span>'
+    return f"{escape(cell.text)}{bar}<small>{escape(cell.bounds)}</small>"
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    sections = [
+        f"<h3>{escape(group)}</h3>\n{drawn}"
+        for group, metrics in charts.GROUPS.items()
+        if (drawn := _grid(runs, metrics))
+    ]
+    rest = _grid(runs, charts.other_metrics(runs))
+    if rest:
+        sections.append(f"<details><summary>Everything else that was logged</summary>\n{rest}</details>")
+    if not sections:
+        return ""
+    legend = "".join(_name(run, index) for index, run in enumerate(runs))
+    legend = f'<div class="legend">{legend}</div>' if len(runs) > 1 else ""
+    note = '<p class="note">Dotted vertical lines mark the stages of the run of their colour.</p>'
+    return "\n".join([f"<section><h2>Curves</h2>\n{legend}", *sections, note, "</section>"])
+
+
+def _grid(runs: Sequence[Run], metrics: Iterable[charts.Metric]) -> str:
+    drawn = [
+        _figure(metric.title, metric.unit, svg)
+        for metric in metrics
+        if (svg := charts.curve(runs, metric.key)) is not None
+    ]
+    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _figure(title: str, unit: str, svg: str) -> str:
+    labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return f"<figure><figcaption>{escape(title)}<span>{escape(unit)}</span></figcaption>{labelled}</figure>"
+
+
+def _time(runs: Sequence[Run]) -> str:
+    times = [run.get("time_s") or {} for run in runs]
+    longest = max((time.get("total", 0.0) for time in times), default=0.0)
+    if longest <= 0:
+        return ""
+    keys = "".join(f'<span style="--o:{opacity}">{part}</span>' for part, opacity in charts.TIME_PARTS.items())
+    rows = []
+    for index, (run, time) in enumerate(zip(runs, times, strict=True)):
+        parts = "".join(
+            f'<i style="width:{time[part] / longest * 100:.2f}%;opacity:{opacity}" title="{part} '
+            f'{duration(time[part])}"></i>'
+            for part, opacity in charts.TIME_PARTS.items()
+            if time.get(part)
+        )
+        total = duration(time["total"]) if "total" in time else "–"
+        rows.append(f'{_name(run, index)}<div class="bar" style="{_colour(index)}">{parts}</div><span>{total}</span>')
+    stages = "".join(
+        _figure(run["name"], "seconds a stage", svg)
+        for index, run in enumerate(runs)
+        if (svg := charts.stage_times(run, index)) is not None
+    )
+    stages = f'<h3>By stage</h3>\n<div class="charts">{stages}</div>' if stages else ""
+    return f'<h2>Time</h2>\n<div class="keys">{keys}</div>\n<div class="times">{"".join(rows)}</div>\n{stages}'
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    """A card a prompt, in the order of the first run that shows it, with one column a run."""
+    by_run = [{sample["row"]: sample for sample in run["samples"]} for run in runs]
+    order = _distinct(row for samples in by_run for row in samples)
+    if not order:
+        return ""
+    cards = []
+    for row in order:
+        given = next(samples[row] for samples in by_run if row in samples)
+        answers = "".join(_answer(run, index, by_run[index].get(row)) for index, run in enumerate(runs))
+        cards.append(
+            f'<article class="prompt"><div class="given"><div><p class="label">Prompt, row {escape(str(row))}</p>'
+            f'<pre>{escape(given["prompt"])}</pre></div><div><p class="label">Demonstration</p>'
+            f'<pre>{escape(given["demonstration"])}</pre></div></div><div class="answers">{answers}</div></article>'
+        )
+    shown, folded = "".join(cards[:OPEN_PROMPTS]), "".join(cards[OPEN_PROMPTS:])
+    if folded:
+        folded = f"<details><summary>{len(cards) - OPEN_PROMPTS} more prompts</summary>{folded}</details>"
+    return f"<h2>Samples</h2>\n{shown}{folded}"
+
+
+def _answer(run: Run, index: int, sample: dict | None) -> str:
+    parts = [
+        f'<p class="label"><span>{kind}</span>{_mark(sample.get(kind + "_score"))}</p><pre>{escape(text)}</pre>'
+        for kind in ("sampled", "greedy")
+        if sample and (text := sample.get(kind)) is not None
+    ]
+    return f"<div>{_name(run, index)}{''.join(parts) or '<p class=quiet>not sampled</p>'}</div>"
+
+
+def _mark(score: float | None) -> str:
+    if score is None:
+        return ""
+    if score >= 1:
+        return f'<span class="right">✓ right, {score:.3g}</span>'
+    if score <= 0:
+        return f'<span class="wrong">✗ wrong, {score:.3g}</span>'
+    return f"<span>partly, {score:.3g}</span>"
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    all_settings = [{field: run.get(field) for field in _IDENTITY} | run["settings"] for run in runs]
+    keys = _distinct(key for settings in all_settings for key in settings)
+    texts = {key: [_setting(settings, key) for settings in all_settings] for key in keys}
+    differing = {key: row for key, row in texts.items() if len(set(row)) > 1}
+    shared = {key: row[:1] for key, row in texts.items() if key not in differing}
+    if len(runs) == 1:
+        return f"<h2>Settings</h2>\n{_settings_table(shared)}"
+    names = "".join(f'<th scope="col">{_name(run, index)}</th>' for index, run in enumerate(runs))
+    head = f"<thead><tr><td></td>{names}</tr></thead>"
+    different = _settings_table(differing, head) if differing else "<p>The runs differ in no setting.</p>"
+    folded = (
+        f"<details><summary>{len(shared)} settings that all runs share</summary>{_settings_table(shared)}</details>"
+    )
+    return f"<h2>Settings that differ</h2>\n{different}\n{folded}"
+
+
+def _settings_table(rows: dict[str, list[str]], head: str = "") -> str:
+    body = "".join(
+        f'<tr><th scope="row">{escape(key)}</th>{"".join(f"<td>{escape(text)}</td>" for text in row)}</tr>'
+        for key, row in rows.items()
+    )
+    return f'<div class="wide"><table class="settings">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _setting(settings: dict, key: str) -> str:
+    if settings.get(key) is None:
+        return "–"
+    value = settings[key]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _name(run: Run, index: int) -> str:
+    dash = f" dash-{charts.dash(index)}" if charts.dash(index) else ""
+    return f'<span class="name{dash}" style="{_colour(index)}">{escape(run["name"])}</span>'
+
+
+def _colour(index: int) -> str:
+    return f"--c:var(--run-{index % charts.NUM_COLOURS})"
+
+
+def _distinct(values: Iterable) -> list:
+    """The values without repetition, in the order of their first."""
+    return list(dict.fromkeys(values))

@@ -1,0 +1,137 @@
+"""The summary: one row a run, and only the columns that have a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from tutelage.evaluation.statistics import Interval
+from tutelage.report.runs import Run, require_distinct_names
+from tutelage.report.verdicts import signed
+
+__all__ = ["Cell", "Column", "duration", "summary_columns", "summary_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a run has in a column: the value as text, and its interval where it has one."""
+
+    text: str
+    interval: Interval | None = None
+    digits: int = 2
+
+    @property
+    def bounds(self) -> str:
+        """The interval as text, "" without one."""
+        if self.interval is None:
+            return ""
+        low, high = (signed(bound, self.digits) for bound in (self.interval.low, self.interval.high))
+        return f"{low} to {high}" if "−" in low else f"{low}–{high}"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: its heading, what its number is, and one cell a run, None where the run has no value."""
+
+    heading: str
+    help: str
+    cells: tuple[Cell | None, ...]
+
+
+def summary_columns(runs: Sequence[Run]) -> list[Column]:
+    """The columns of the summary that hold at least one value, without the names of the runs."""
+    columns = [Column(heading, help, tuple(read(run) for run in runs)) for heading, help, read in _COLUMNS]
+    return [column for column in columns if any(column.cells)]
+
+
+def summary_table(runs: Sequence[Run]) -> Table:
+    """The summary for a terminal of 100 columns: a run a row, the 95% intervals below their values.
+
+    Raises:
+        UserError: no runs, or two of the same name.
+    """
+    require_distinct_names(runs)
+    columns = summary_columns(runs)
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        caption="95% intervals below the values" if any(_has_interval(column) for column in columns) else None,
+        caption_justify="left",
+    )
+    table.add_column("run", overflow="fold", max_width=20)
+    for column in columns:
+        table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for index, run in enumerate(runs):
+        cells = [_terminal(column.cells[index]) for column in columns]
+        table.add_row(Text(run["name"]), *cells)  # Text: a name is no markup
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people to read.
+
+    >>> duration(8.25), duration(75), duration(7530)
+    ('8.2 s', '1 min 15 s', '2 h 05 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _has_interval(column: Column) -> bool:
+    return any(cell is not None and cell.interval is not None for cell in column.cells)
+
+
+def _terminal(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text("–", style="dim")
+    return Text.assemble(cell.text, *([("\n" + cell.bounds, "dim")] if cell.bounds else []))
+
+
+def _evaluated(key: str, digits: int = 2) -> Callable[[Run], Cell | None]:
+    def read(run: Run) -> Cell | None:
+        value = (run["evaluation"] or {}).get(key)
+        return Cell(signed(value["mean"], digits), Interval(**value), digits) if value else None
+
+    return read
+
+
+def _passes(run: Run) -> Cell | None:
+    passes = run.get("demonstration_passes")
+    return None if passes is None else Cell(f"{passes:.3g}")
+
+
+def _time(run: Run) -> Cell | None:
+    total = (run.get("time_s") or {}).get("total")
+    return None if total is None else Cell(duration(total))
+
+
+def _memory(run: Run) -> Cell | None:
+    peak = run.get("peak_memory_bytes")
+    return None if peak is None else Cell(f"{peak / 2**30:.2f} GiB")
+
+
+_COLUMNS = (
+    ("passes", "Times the run went through the demonstrations", _passes),
+    ("sampled accuracy", "Share of prompts whose sampled answer is right", _evaluated("accuracy_sampled")),
+    ("greedy accuracy", "Share of prompts whose greedy answer is right", _evaluated("accuracy_greedy")),
+    (
+        "demonstration log-prob",
+        "Log-prob of held-out demonstrations, nats a sequence",
+        _evaluated("demonstration_logp"),
+    ),
+    (
+        "preference accuracy",
+        "Share of preference pairs that the implicit reward puts in the right order",
+        _evaluated("preference_accuracy"),
+    ),
+    ("time", "Wall-clock time of training, sampling included", _time),
+    ("peak memory", "Most memory in use at once", _memory),
+)
