@@ -178,20 +178,26 @@ class _FrozenHeadLogps(torch.autograd.Function):
                 chunk = slice(start, start + chunk_size)
                 targets = targets_N[chunk, None]
                 logits = F.linear(hidden_NH[chunk].to(weight.dtype), weight, bias).float()
-                logits *= head.scale
+                if head.scale != 1.0:
+                    logits *= head.scale
                 if head.softcap is not None:
                     logits = head.softcap * torch.tanh(logits / head.softcap)
+                damping = None
+                if head.softcap is not None and slopes_NH is not None:
+                    damping = 1 - (logits / head.softcap) ** 2
                 chosen = logits.gather(1, targets)
-                normaliser = logits.logsumexp(1, keepdim=True)
-                logps_N[chunk] = (chosen - normaliser)[:, 0]
+                highest = logits.amax(1, keepdim=True)
+                weights = logits.sub_(highest).exp_()  # in place: one exponential serves log-prob and gradient
+                total = weights.sum(1, keepdim=True)
+                logps_N[chunk] = (chosen - highest - total.log())[:, 0]
                 if slopes_NH is None:
                     continue
-                damping = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-                difference = logits.sub_(normaliser).exp_().neg_()  # −p
+                difference = weights.mul_(-1 / total)  # −p
                 difference.scatter_add_(1, targets, torch.ones_like(chosen))  # e_y − p
                 if damping is not None:
                     difference *= damping
-                difference *= head.scale
+                if head.scale != 1.0:
+                    difference *= head.scale
                 slopes_NH[chunk] = (difference.to(weight.dtype) @ weight).to(slopes_NH.dtype)
         ctx.slopes_NH = slopes_NH
         return logps_N

@@ -251,18 +251,18 @@ class StageTrainer(DemonstrationTrainer):
         copies = sum(c.token_ids == g.completions[0].token_ids for g in groups for c in g.completions[1:])
         self.log(
             {
-                "stage": self.stage,
                 "pairs/dropped": copies,
                 "samples/cut_fraction": _mean([not c.ended for g in groups for c in g.completions[1:]]),
                 "samples/distinct_1": distinct_n(samples, 1),
                 "samples/distinct_2": distinct_n(samples, 2),
                 "length/demonstrations": _mean([len(g.completions[0].token_ids) for g in groups]),
                 "length/samples": _mean([len(sample) for sample in samples]),
-                "time/sampling": self.seconds["sampling"],
-                "time/reference": self.seconds["reference"],
-                "time/training": self.seconds["training"],
             }
         )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the engine's; every line says which stage it belongs to."""
+        super().log({"stage": self.stage, **logs} if self.stage >= 0 else logs, start_time)
 
     def _place(self) -> str:
         return f" (stage {self.stage + 1})"

@@ -126,6 +126,7 @@ class DemonstrationTrainer(Trainer):
         peft_config: an adapter to put on the model and to train alone.
         callbacks, optimizers: as for ``transformers.Trainer``.
         progress: is told what runs and how far it is; silent by default.
+        source, eval_source: what errors about the data call them: file names, for example.
 
     Raises:
         UserError: bad data, a tokenizer that does not fit the model, an adapter on a tied head.
@@ -145,6 +146,8 @@ class DemonstrationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         progress: Progress | None = None,
+        source: str = "training data",
+        eval_source: str = "held-out data",
     ):
         policy = load_model(model) if isinstance(model, str) else model
         tokenizer = processing_class or load_tokenizer(base_causal_lm(policy).name_or_path)
@@ -152,9 +155,9 @@ class DemonstrationTrainer(Trainer):
         self.tokenization = args.tokenization(tokenizer)
         self.progress: Progress = progress or Silent()
         self.model_name = model if isinstance(model, str) else base_causal_lm(policy).name_or_path
-        if train_dataset is not None and "prompt_ids" not in (train_dataset.column_names or ()):
+        if train_dataset is not None:
             with self.progress.phase("reading demonstrations"):
-                train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns)  # type: ignore[arg-type]
+                train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns, source=source)  # type: ignore[arg-type]
         if peft_config is not None:
             policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
         if args.learning_rate is None:
@@ -163,6 +166,7 @@ class DemonstrationTrainer(Trainer):
             )
         self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.seconds: dict[str, float] = defaultdict(float)
+        self._logged: dict[str, float] = {}
         self.trained_tokens = 0
         self.sampled_tokens = 0
         super().__init__(
@@ -185,7 +189,7 @@ class DemonstrationTrainer(Trainer):
         self.layout = self._choose_layout(cast(Layout, args.layout))
         self.eval_dataset = eval_dataset  # type: ignore[assignment]
         self.evaluation_set = (
-            EvaluationSet.of(eval_dataset, self.tokenization, verifier=args.verifier, limit=args.eval_rows)
+            EvaluationSet.of(eval_dataset, self.tokenization, verifier=args.verifier, limit=args.eval_rows, source=eval_source)
             if eval_dataset is not None
             else None
         )
@@ -288,9 +292,17 @@ class DemonstrationTrainer(Trainer):
         if "loss" in logs:
             logs |= {name: total / count for name, (total, count) in self._sums.items() if count}
             self._sums.clear()
-            if self.seconds["training"]:
-                logs["tokens_per_second"] = self.trained_tokens / self.seconds["training"]
+            logs |= self._since_last_log()
         super().log(logs, start_time)
+
+    def _since_last_log(self) -> dict[str, float]:
+        """Seconds of each kind of work since the last training log, and completion tokens trained on a second."""
+        now = {**self.seconds, "tokens": float(self.trained_tokens)}
+        spent = {name: value - self._logged.get(name, 0.0) for name, value in now.items()}
+        self._logged = now
+        tokens = spent.pop("tokens")
+        found = {f"time/{name}": value for name, value in spent.items()}
+        return found | ({"tokens_per_second": tokens / spent["training"]} if spent.get("training") else {})
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

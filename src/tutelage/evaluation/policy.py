@@ -24,11 +24,16 @@ __all__ = ["Evaluation", "EvaluationSet"]
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One answer a row, drawn from the policy."""
+    """One answer a row, drawn from the policy; the verifier's scores, if there is one."""
 
     samples: list[Sample]
     texts: list[str]
     scores: list[float] | None
+
+    @property
+    def right(self) -> list[float]:
+        """1 where the score is full, else 0: what accuracy is the mean of."""
+        return [float(score >= 1) for score in self.scores or ()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +75,11 @@ class Evaluation:
         if self.sampled is not None:
             values["length"] = [len(sample.token_ids) for sample in self.sampled.samples]
             values["cut"] = [float(not sample.ended) for sample in self.sampled.samples]
-        for name, answers in (("accuracy_sampled", self.sampled), ("accuracy_greedy", self.greedy)):
+        for name, answers in (("sampled", self.sampled), ("greedy", self.greedy)):
             if answers is not None and answers.scores is not None:
-                values[name] = answers.scores
+                values[f"accuracy_{name}"] = answers.right
+                if answers.scores != answers.right:  # the verifier gives part of a point
+                    values[f"score_{name}"] = answers.scores
         return values
 
     def metrics(self) -> dict[str, float]:
@@ -91,7 +98,7 @@ class Evaluation:
         per_row: dict[str, Any] = {"row": self.rows, "demonstration_logp": self.demonstration_logps}
         for name, answers in (("sampled_score", self.sampled), ("greedy_score", self.greedy)):
             if answers is not None and answers.scores is not None:
-                per_row[name] = answers.scores
+                per_row[name] = answers.right
         return found | {"per_row": per_row}
 
 

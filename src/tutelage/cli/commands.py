@@ -1,0 +1,267 @@
+"""tutelage sample | evaluate | report | data: what does not train."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tutelage.cli.progress import TerminalProgress
+from tutelage.data import Tokenization, inspect_dataset, is_conversational, load_dataset, print_inspection
+from tutelage.data.tokenization import group_from_row, tokenize_dataset
+from tutelage.errors import UserError
+from tutelage.evaluation.policy import EvaluationSet
+from tutelage.models import check_vocabulary, load_model, load_tokenizer
+from tutelage.report import load_run, summary_table, verdicts, write_report
+from tutelage.results import SCHEMA, evaluation_record, peak_memory_bytes, reset_peak_memory, write_results
+from tutelage.sampling import SamplingParams, TransformersSampler
+
+__all__ = ["data", "evaluate", "report", "sample"]
+
+
+def sample(args: Sequence[str], console: Console) -> None:
+    """Draw completions for a data set's prompts and write them as JSON lines."""
+    parser = _parser("sample", sample.__doc__, _data_arguments, _model_arguments)
+    parser.add_argument("--output", required=True, help="The .jsonl file to write; it must not exist yet.")
+    parser.add_argument("--num_samples", type=int, default=1, help="Completions a prompt.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token.")
+    parser.add_argument("--top_k", type=int, default=0, help="Sample from the k likeliest tokens; 0 keeps all.")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Sample from this much probability; 1 keeps all.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Sequences decoded side by side.")
+    options = parser.parse_args(args)
+    output = Path(options.output)
+    if output.exists():
+        raise UserError("the file exists.", file=str(output), remedy="Remove it or name another.", field="output")
+    model, tokenization = _load_model(options)
+    dataset = _load_data(options)
+    rows = tokenize_dataset(dataset, tokenization, source=options.dataset_name)
+    groups = [group_from_row(row) for row in rows]
+    try:
+        params = SamplingParams(
+            max_completion_length=options.max_completion_length,
+            stop_ids=tokenization.stop_ids(is_conversational(dataset)),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    sampler = TransformersSampler(model, batch_size=options.batch_size, pad_token_id=tokenization.pad_id)
+    with TerminalProgress(console, "sample") as progress, progress.phase("sampling", len(groups)) as advance:
+        done = 0
+
+        def count(place: int, drawn: Any) -> None:
+            nonlocal done
+            done += 1
+            advance(done)
+
+        drawn = sampler.sample(
+            [group.prompt_ids for group in groups],
+            params,
+            num_samples=options.num_samples,
+            rows=[group.row for group in groups],
+            on_finished=count,
+        )
+    temporary = output.with_name(output.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for group, samples in zip(groups, drawn, strict=True):
+            line = {
+                "row": group.row,
+                "prompt": tokenization.text(group.prompt_ids),
+                "demonstration": tokenization.text(group.completions[0].token_ids),
+                "samples": [tokenization.text(s.token_ids) for s in samples],
+                "ended": [s.ended for s in samples],
+                "logps": [sum(s.token_logps) for s in samples],
+                "token_ids": [s.token_ids for s in samples],
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(temporary, output)
+    console.print(f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
+
+
+def evaluate(args: Sequence[str], console: Console) -> None:
+    """Say what trained models learned, against the model they started from and their controls."""
+    parser = _parser("evaluate", evaluate.__doc__, _data_arguments)
+    parser.add_argument(
+        "--model_name_or_path",
+        nargs="+",
+        required=True,
+        help="One or more models or run folders. The results of a run folder keep its training history.",
+    )
+    parser.add_argument(
+        "--reference",
+        help="The start, π_0 of the implicit reward β log π/π_0; evaluated too. By default there is no implicit reward.",
+    )
+    parser.add_argument("--verifier", help="Scores answers: reasoning_gym:NAME or module:function.")
+    parser.add_argument("--output_dir", required=True, help="Where results and the report go.")
+    parser.add_argument("--rows", type=int, help="Look at the first so many rows.")
+    parser.add_argument("--beta", type=float, default=0.1, help="Temperature of the implicit reward.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Rows a forward pass.")
+    options = parser.parse_args(args)
+    out = Path(options.output_dir)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(
+            "the output folder is not empty.", file=str(out), remedy="Name another.", field="output_dir"
+        )
+    names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
+    labels = _labels(names)
+    dataset = _load_data(options)
+    reference, records = None, []
+    for name, label in zip(names, labels, strict=True):
+        reset_peak_memory()
+        with TerminalProgress(console, label) as progress, progress.phase("evaluating") as advance:
+            model, tokenization = _load_model(options, name)
+            rows = EvaluationSet.of(
+                dataset, tokenization, verifier=options.verifier, limit=options.rows, source=options.dataset_name
+            )
+            if options.reference and reference is None:
+                rows.remember_reference(model, batch_size=options.batch_size)
+                reference = rows.reference
+            rows.reference = reference
+            found = rows.evaluate(
+                model,
+                beta=options.beta,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                sample=True,
+                greedy=True,
+                on_progress=advance,
+            )
+        record = _untrained(name, label, options) | _of_run(name) | evaluation_record(found, rows)
+        record |= {"name": label, "start": labels[0] if options.reference and label != labels[0] else None}
+        records.append(record)
+        del model
+    for record in records:
+        write_results(out / record["name"], record)
+    _show(records, out / "report.html", console)
+
+
+def report(args: Sequence[str], console: Console) -> None:
+    """Write one page that compares runs."""
+    parser = _parser("report", report.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
+    parser.add_argument("--output", default="report.html", help="The page to write.")
+    options = parser.parse_args(args)
+    _show([load_run(run) for run in options.runs], Path(options.output), console)
+
+
+def data(args: Sequence[str], console: Console) -> None:
+    """Show what the model will see of a data set."""
+    parser = _parser("data", data.__doc__, _length_arguments)
+    parser.add_argument("dataset_name", metavar="DATA", help="A hub name, a folder or a file.")
+    parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
+    parser.add_argument("--split", default="train", help="Split of the data set.")
+    parser.add_argument("--turns", default="last", choices=["last", "all"], help="Which assistant turns are taken.")
+    parser.add_argument("--on_long_prompt", default="drop", choices=["error", "drop"], help="Stop, or count.")
+    parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer to use.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
+    options = parser.parse_args(args)
+    tokenizer = load_tokenizer(options.model_name_or_path, trust_remote_code=options.trust_remote_code)
+    tokenization = Tokenization(
+        tokenizer, options.max_prompt_length, options.max_completion_length, options.on_long_prompt
+    )
+    found = inspect_dataset(
+        _load_data(options), tokenization, turns=options.turns, source=options.dataset_name
+    )
+    print_inspection(found, console)
+
+
+def _show(records: list[dict[str, Any]], path: Path, console: Console) -> None:
+    write_report(records, path)
+    console.print(summary_table(records))
+    for sentence in verdicts(records):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"report: {path}", highlight=False, markup=False)
+
+
+def _untrained(name: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What results.json says of a model that is no run of ours."""
+    return {
+        "schema": SCHEMA,
+        "name": label,
+        "algorithm": "base",
+        "model": name,
+        "dataset": options.dataset_name,
+        "seed": options.seed,
+        "start": None,
+        "settings": {},
+        "demonstration_passes": 0.0,
+        "trained_tokens": 0,
+        "sampled_tokens": 0,
+        "time_s": {},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "history": [],
+    }
+
+
+def _of_run(name: str) -> dict[str, Any]:
+    """The training side of a run folder's results, or nothing."""
+    if not (Path(name) / "results.json").exists():
+        return {}
+    run = load_run(name)
+    return {key: value for key, value in run.items() if key not in ("name", "start", "evaluation", "samples", "dataset")}
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Short different names: the last parts of the paths, numbered where they are alike."""
+    labels: list[str] = []
+    for name in names:
+        label = Path(name).name or name
+        labels.append(label if label not in labels else f"{label}-{sum(other.startswith(label) for other in labels) + 1}")
+    return labels
+
+
+def _parser(command: str, description: str | None, *groups: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"tutelage {command}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for group in groups:
+        group(parser)
+    return parser
+
+
+def _length_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max_prompt_length", type=int, default=512, help="Longest prompt, in tokens.")
+    parser.add_argument("--max_completion_length", type=int, default=256, help="Completions are cut here, in tokens.")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset_name", required=True, help="A hub name, a folder or a file.")
+    parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
+    parser.add_argument("--split", default="train", help="Split of the data set.")
+    parser.add_argument("--on_long_prompt", default="error", choices=["error", "drop"], help="Stop, or drop the row.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
+    parser.add_argument("--dtype", default="bfloat16", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
+    _length_arguments(parser)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_name_or_path", required=True, help="A model, or the folder of a run.")
+
+
+def _load_data(options: argparse.Namespace) -> Any:
+    return load_dataset(options.dataset_name, config_name=options.dataset_config, split=options.split)
+
+
+def _load_model(options: argparse.Namespace, name: str | None = None) -> tuple[Any, Tokenization]:
+    name = name or options.model_name_or_path
+    tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = load_model(name, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    check_vocabulary(model, tokenizer)
+    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+    tokenization = Tokenization(
+        tokenizer, options.max_prompt_length, options.max_completion_length, options.on_long_prompt
+    )
+    return model, tokenization

@@ -1,0 +1,167 @@
+"""tutelage sft | spin | irft: train, evaluate, report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer, SPINConfig, SPINTrainer
+from tutelage.cli.arguments import DataArguments, ModelArguments, parse
+from tutelage.cli.progress import LogLines, TerminalProgress, duration
+from tutelage.data import load_dataset
+from tutelage.errors import NonFiniteLossError, UserError
+from tutelage.models import load_tokenizer
+from tutelage.report import summary_table, verdicts, write_report
+from tutelage.results import evaluation_record, model_card, reset_peak_memory, training_record, write_results
+from tutelage.trainer import DemonstrationConfig, DemonstrationTrainer
+
+__all__ = ["ALGORITHMS", "main", "train"]
+
+ALGORITHMS: dict[str, tuple[type[DemonstrationConfig], type[DemonstrationTrainer]]] = {
+    "sft": (SFTConfig, SFTTrainer),
+    "spin": (SPINConfig, SPINTrainer),
+    "irft": (IRFTConfig, IRFTTrainer),
+}
+
+# What a run writes into its folder, and hence what --overwrite_output_dir may take away.
+_OUTPUTS = ("checkpoint-*", "stages", "results.json", "report.html", "README.md", "adapter_*", "model*.safetensors*")
+
+
+def main(algorithm: str, args: Sequence[str], console: Console) -> None:
+    """Run one algorithm as its command line says."""
+    config, _ = ALGORITHMS[algorithm]
+    data, model, training = parse(algorithm, config, args)
+    if not data.dataset_name:
+        raise UserError("no data are given.", remedy="Add --dataset_name DATA.", field="dataset_name")
+    model.require_name()
+    with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir):
+        record = train(algorithm, data, model, training, console)
+    folder = Path(training.output_dir)
+    report = folder / "report.html"
+    write_report([record], report)
+    console.print(summary_table([record]))
+    for sentence in verdicts([record]):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"model and results: {folder}\nreport: {report}", highlight=False, markup=False)
+
+
+def train(
+    algorithm: str,
+    data: DataArguments,
+    model: ModelArguments,
+    training: DemonstrationConfig,
+    console: Console,
+    *,
+    start: str | None = None,
+    dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+) -> dict[str, Any]:
+    """Train, save, evaluate; returns what results.json holds.
+
+    Args:
+        start: name of the run this one starts from, for comparisons.
+        dataset, eval_dataset: rows already loaded; by default loaded as ``data`` says.
+    """
+    _, trainer_class = ALGORITHMS[algorithm]
+    name = data.run_name_in_tables or algorithm
+    reset_peak_memory()
+    training.disable_tqdm = True
+    dataset = dataset or _load(data, str(data.dataset_name), streaming=data.dataset_streaming)
+    eval_source = str(data.eval_dataset_name or data.dataset_name)
+    if eval_dataset is None and (data.eval_dataset_name or training.eval_strategy != "no"):
+        eval_dataset = _load(data, eval_source, split=data.dataset_test_split if not data.eval_dataset_name else None)
+    with TerminalProgress(console, name) as progress:
+        with progress.phase("loading the model"):
+            tokenizer = load_tokenizer(
+                model.require_name(), revision=model.model_revision, trust_remote_code=model.trust_remote_code
+            )
+            policy = model.load()
+        # An adapter's folder brings its adapter along, and training continues it.
+        peft_config = model.peft_config() if not hasattr(policy, "peft_config") else None
+        trainer = trainer_class(
+            policy,
+            training,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            progress=progress,
+            source=str(data.dataset_name),
+            eval_source=eval_source,
+        )
+        trainer.model_name = model.require_name()
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(LogLines(console))
+        console.print(
+            f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {training.learning_rate:g}, "
+            f"layout {trainer.layout}",
+            highlight=False,
+        )
+        checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(training.output_dir)
+        record = training_record(trainer, name=name, dataset=str(data.dataset_name), start=start)
+        if trainer.evaluation_set is not None:
+            with progress.phase("evaluating"), trainer.compute_loss_context_manager():
+                evaluation = trainer.evaluation_set.evaluate(
+                    trainer.model,
+                    beta=getattr(trainer, "beta", 1.0),
+                    layout=trainer.layout,
+                    seed=training.seed,
+                    sample=True,
+                    greedy=True,
+                )
+            record |= evaluation_record(evaluation, trainer.evaluation_set)
+    console.print(f"  {name} took {duration(record['time_s']['total'])}", highlight=False)
+    write_results(training.output_dir, record)
+    (Path(training.output_dir) / "README.md").write_text(model_card(record), encoding="utf-8")
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return record
+
+
+class OutputFolder:
+    """Refuses a folder in use, and leaves no empty shell of a run that never began.
+
+    Raises:
+        UserError: the folder holds something and neither resume nor overwrite was asked for.
+    """
+
+    def __init__(self, folder: str, *, resume: bool, overwrite: bool):
+        self.folder = Path(folder)
+        self.existed = self.folder.exists()
+        if self.existed and not self.folder.is_dir():
+            raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")
+        if self.existed and any(self.folder.iterdir()) and not resume:
+            if not overwrite:
+                raise UserError(
+                    "the output folder is not empty.",
+                    remedy="Use --resume to go on with its run, --overwrite_output_dir to replace it, or another folder.",
+                    file=str(folder),
+                    field="output_dir",
+                )
+            for pattern in _OUTPUTS:
+                for path in self.folder.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        # A run stopped by its loss leaves its checkpoints and samples to look at; bad input leaves nothing.
+        if isinstance(error, UserError) and not isinstance(error, NonFiniteLossError) and not self.existed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _load(data: DataArguments, name: str, *, split: str | None = None, streaming: bool = False) -> Any:
+    return load_dataset(
+        name, config_name=data.dataset_config, split=split or data.dataset_train_split, streaming=streaming
+    )

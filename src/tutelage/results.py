@@ -1,0 +1,165 @@
+"""What a run leaves besides its weights: results.json and the model card."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage.evaluation.policy import Evaluation, EvaluationSet
+from tutelage.stages import write_json
+from tutelage.trainer import DemonstrationTrainer
+
+__all__ = [
+    "evaluation_record",
+    "model_card",
+    "peak_memory_bytes",
+    "reset_peak_memory",
+    "training_record",
+    "write_results",
+]
+
+SCHEMA = 1
+_SHOWN_SAMPLES = 12
+
+
+def training_record(trainer: DemonstrationTrainer, *, name: str, dataset: str, start: str | None) -> dict[str, Any]:
+    """A training run for results.json, without its evaluation.
+
+    Args:
+        name: what tables call the run.
+        dataset: what it was trained on, for people.
+        start: name of the run it started from, if that is one of a comparison.
+    """
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "algorithm": trainer.algorithm,
+        "model": trainer.model_name,
+        "dataset": dataset,
+        "seed": trainer.args.seed,
+        "start": start,
+        "settings": _settings(trainer),
+        "demonstration_passes": round(trainer.state.epoch or 0.0, 4),
+        "trained_tokens": trainer.trained_tokens,
+        "sampled_tokens": trainer.sampled_tokens,
+        "time_s": {**trainer.seconds, "total": sum(trainer.seconds.values())},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "history": trainer.state.log_history,
+        "evaluation": None,
+        "samples": [],
+    }
+
+
+def evaluation_record(evaluation: Evaluation, rows: EvaluationSet) -> dict[str, Any]:
+    """The ``evaluation`` and ``samples`` of results.json."""
+    shown = []
+    for index, demonstration in enumerate(rows.demonstrations[:_SHOWN_SAMPLES]):
+        prompt = demonstration.prompt
+        record: dict[str, Any] = {
+            "row": demonstration.row,
+            "prompt": prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
+            "demonstration": demonstration.completion,
+        }
+        for kind, answers in (("sampled", evaluation.sampled), ("greedy", evaluation.greedy)):
+            if answers is not None:
+                record[kind] = answers.texts[index]
+                record[f"{kind}_score"] = answers.scores[index] if answers.scores is not None else None
+        shown.append(record)
+    return {"evaluation": evaluation.to_dict(), "samples": shown}
+
+
+def write_results(folder: str | Path, record: Mapping[str, Any]) -> Path:
+    """Write ``results.json`` into the run's folder; returns its path."""
+    path = Path(folder) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return path
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """A README.md for the model: algorithm, data, stages and results of the run."""
+    settings = record["settings"]
+    lines = [
+        "---",
+        "library_name: " + ("peft" if settings.get("adapter") else "transformers"),
+        "tags: [tutelage, " + str(record["algorithm"]) + "]",
+        "---",
+        "",
+        f"# {record['name']}",
+        "",
+        f"Trained with **{record['algorithm']}** from demonstrations alone by tutelage, starting from "
+        f"`{record['model']}`, on `{record['dataset']}` (seed {record['seed']}, "
+        f"{record['demonstration_passes']:g} passes over the demonstrations).",
+        "",
+    ]
+    if record["algorithm"] != "sft":
+        stages = sum("pairs/dropped" in row for row in record["history"])
+        lines += [
+            f"{stages} stages: at the start of each, {settings.get('num_samples')} completion(s) a prompt were sampled "
+            f"from the policy as it stood, and the steps of the stage raised the demonstrations over them "
+            "(Li et al. 2024, arXiv 2405.17888).",
+            "",
+        ]
+    lines += ["## Settings", "", "| setting | value |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in settings.items()]
+    lines += ["", "## Results on held-out rows", ""]
+    evaluation = record["evaluation"]
+    if evaluation is None:
+        lines.append("No held-out data was given.")
+    else:
+        lines += ["| quantity | mean | 95% interval | n |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {name} | {value['mean']:.4g} | {value['low']:.4g} to {value['high']:.4g} | {value['n']} |"
+            for name, value in evaluation.items()
+            if isinstance(value, Mapping) and "mean" in value
+        ]
+    return "\n".join([*lines, ""])
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory the process has held: of the accelerator where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except OSError:  # no Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Start measuring anew, where the system can: on an accelerator and on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+
+
+def _settings(trainer: DemonstrationTrainer) -> dict[str, Any]:
+    """What a reader needs to run it again: the algorithm's own fields, the optimiser's and the adapter's."""
+    args = trainer.args
+    names = [name for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for name in cls.__annotations__]
+    names += ["num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim"]
+    names += ["lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"]
+    settings = {name: _plain(getattr(args, name)) for name in dict.fromkeys(names) if name in args.__dataclass_fields__}
+    settings["layout"] = trainer.layout
+    config = getattr(trainer.model, "peft_config", None)
+    if config:
+        adapter = next(iter(config.values()))
+        settings |= {"adapter": str(adapter.peft_type.value), "lora_r": getattr(adapter, "r", None)}
+        settings["lora_alpha"] = getattr(adapter, "lora_alpha", None)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return value[0] if len(value) == 1 else list(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else getattr(value, "value", str(value))
