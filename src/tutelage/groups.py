@@ -72,6 +72,10 @@ class Group:
                 f"{len(self.reference_logps)} reference log-probs for {len(self.completions)} completions"
             )
 
+    def __len__(self) -> int:
+        """Tokens: the prompt once and every completion."""
+        return len(self.prompt_ids) + sum(len(completion.token_ids) for completion in self.completions)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -158,8 +162,7 @@ def collate_tree(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
             [1, 1, 0, 0, 0, 1, 0],
             [1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
-    rows = [_Row(group.prompt_ids, group.completions) for group in groups]
-    return _collate(rows, pad_token_id, tree=True)
+    return _collate(groups, pad_token_id, tree=True)
 
 
 def collate_padded(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
@@ -177,20 +180,11 @@ def collate_padded(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
     >>> batch.predictor_rows, batch.predictor_columns
     (tensor([0, 0, 0, 1, 1]), tensor([1, 2, 3, 1, 2]))
     """
-    rows = [_Row(group.prompt_ids, (completion,)) for group in groups for completion in group.completions]
+    rows = [Group(group.prompt_ids, (completion,)) for group in groups for completion in group.completions]
     return _collate(rows, pad_token_id, tree=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    prompt_ids: tuple[int, ...]
-    completions: tuple[Completion, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + sum(len(completion.token_ids) for completion in self.completions)
-
-
-def _collate(rows: Sequence[_Row], pad_token_id: int, *, tree: bool) -> Batch:
+def _collate(rows: Sequence[Group], pad_token_id: int, *, tree: bool) -> Batch:
     width = max(len(row) for row in rows)
     input_ids, position_ids, branch_ids = [], [], []
     predictor_rows, predictor_columns, targets, completion_ids = [], [], [], []

@@ -81,7 +81,7 @@ def cached_logps(
     Returns:
         one tuple a group, in the order given: the log-prob of each completion (nats a sequence).
     """
-    order = sorted(range(len(groups)), key=lambda index: _size(groups[index]), reverse=True)
+    order = sorted(range(len(groups)), key=lambda index: len(groups[index]), reverse=True)
     logps: list[tuple[float, ...]] = [()] * len(groups)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
@@ -286,10 +286,6 @@ def _collate(model: nn.Module, groups: Sequence[Group], layout: Layout, pad_toke
     if layout == "auto":
         layout = probe_layout(model).layout
     return (collate_tree if layout == "tree" else collate_padded)(groups, pad_token_id)
-
-
-def _size(group: Group) -> int:
-    return len(group.prompt_ids) + sum(len(completion.token_ids) for completion in group.completions)
 
 
 def _first_line(error: Exception) -> str:

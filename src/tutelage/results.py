@@ -146,10 +146,14 @@ def reset_peak_memory() -> None:
 def _settings(trainer: DemonstrationTrainer) -> dict[str, Any]:
     """What a reader needs to run it again: the algorithm's own fields, the optimiser's and the adapter's."""
     args = trainer.args
-    names = [name for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for name in cls.__annotations__]
+    names = [
+        name for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for name in cls.__annotations__
+    ]
     names += ["num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim"]
     names += ["lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"]
-    settings = {name: _plain(getattr(args, name)) for name in dict.fromkeys(names) if name in args.__dataclass_fields__}
+    settings = {
+        name: _plain(getattr(args, name)) for name in dict.fromkeys(names) if name in args.__dataclass_fields__
+    }
     settings["layout"] = trainer.layout
     config = getattr(trainer.model, "peft_config", None)
     if config:

@@ -134,8 +134,7 @@ class StageTrainer(DemonstrationTrainer):
         """The micro-batches of one optimiser step; begins a stage when none is left of the last one."""
         if not self._steps:
             self._begin_stage(epoch_iterator)
-        batches = self._steps.popleft() if self._steps else []
-        return batches, self.counts([group for batch in batches for group in batch])
+        return self._step_of(self._steps.popleft() if self._steps else [])
 
     # --- a stage ----------------------------------------------------------------------------------------------------
 

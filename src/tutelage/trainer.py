@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -50,6 +51,9 @@ class DemonstrationConfig(TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Compute in bfloat16 (mixed precision). On unless fp16 is."},
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep the last so many checkpoints; older ones are removed."}
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Has no effect here: the columns a row needs are known."}
@@ -189,7 +193,9 @@ class DemonstrationTrainer(Trainer):
         self.layout = self._choose_layout(cast(Layout, args.layout))
         self.eval_dataset = eval_dataset  # type: ignore[assignment]
         self.evaluation_set = (
-            EvaluationSet.of(eval_dataset, self.tokenization, verifier=args.verifier, limit=args.eval_rows, source=eval_source)
+            EvaluationSet.of(
+                eval_dataset, self.tokenization, verifier=args.verifier, limit=args.eval_rows, source=eval_source
+            )
             if eval_dataset is not None
             else None
         )
@@ -231,8 +237,16 @@ class DemonstrationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimiser step, and what to average their loss over."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        return batches, self.counts([group for batch in batches for group in batch])
+        return self._step_of(list(islice(epoch_iterator, num_batches)))
+
+    def _step_of(self, batches: list[list[Group]]) -> tuple[list[list[Group]], dict[str, int]]:
+        """Micro-batches of like length, so that little is spent on padding, and the counts of the whole step.
+
+        The loss is averaged over the step, so which micro-batch a group is in changes no result.
+        """
+        groups = sorted((group for batch in batches for group in batch), key=len)
+        ordered = iter(groups)
+        return [list(islice(ordered, len(batch))) for batch in batches], self.counts(groups)
 
     def compute_loss(
         self,
@@ -266,8 +280,11 @@ class DemonstrationTrainer(Trainer):
 
     def floating_point_ops(self, inputs: list[Group]) -> int:  # type: ignore[override]
         """Six operations a parameter and token, as transformers estimates it."""
-        tokens = sum(len(g.prompt_ids) + sum(len(c.token_ids) for c in g.completions) for g in inputs)
-        return 6 * tokens * base_causal_lm(self.model).num_parameters(exclude_embeddings=True)
+        return (
+            6
+            * sum(len(group) for group in inputs)
+            * base_causal_lm(self.model).num_parameters(exclude_embeddings=True)
+        )
 
     def non_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that stops training before a weight is spoilt."""

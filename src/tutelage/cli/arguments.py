@@ -50,7 +50,9 @@ class DataArguments(ScriptArguments):
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Demonstrations: a hub name, a folder, or a .json, .jsonl, .csv or .parquet file (also .gz)."},
+        metadata={
+            "help": "Demonstrations: a hub name, a folder, or a .json, .jsonl, .csv or .parquet file (also .gz)."
+        },
     )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out rows, likewise. By default none are looked at."}
@@ -61,9 +63,7 @@ class DataArguments(ScriptArguments):
     resume: bool = field(
         default=False, metadata={"help": "Go on with the run in --output_dir from its last checkpoint and samples."}
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that is in --output_dir."}
-    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that is in --output_dir."})
 
 
 @dataclass

@@ -107,9 +107,7 @@ def evaluate(args: Sequence[str], console: Console) -> None:
     options = parser.parse_args(args)
     out = Path(options.output_dir)
     if out.exists() and any(out.iterdir()):
-        raise UserError(
-            "the output folder is not empty.", file=str(out), remedy="Name another.", field="output_dir"
-        )
+        raise UserError("the output folder is not empty.", file=str(out), remedy="Name another.", field="output_dir")
     names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
     labels = _labels(names)
     dataset = _load_data(options)
@@ -167,9 +165,7 @@ def data(args: Sequence[str], console: Console) -> None:
     tokenization = Tokenization(
         tokenizer, options.max_prompt_length, options.max_completion_length, options.on_long_prompt
     )
-    found = inspect_dataset(
-        _load_data(options), tokenization, turns=options.turns, source=options.dataset_name
-    )
+    found = inspect_dataset(_load_data(options), tokenization, turns=options.turns, source=options.dataset_name)
     print_inspection(found, console)
 
 
@@ -206,7 +202,9 @@ def _of_run(name: str) -> dict[str, Any]:
     if not (Path(name) / "results.json").exists():
         return {}
     run = load_run(name)
-    return {key: value for key, value in run.items() if key not in ("name", "start", "evaluation", "samples", "dataset")}
+    return {
+        key: value for key, value in run.items() if key not in ("name", "start", "evaluation", "samples", "dataset")
+    }
 
 
 def _labels(names: Sequence[str]) -> list[str]:
@@ -214,7 +212,9 @@ def _labels(names: Sequence[str]) -> list[str]:
     labels: list[str] = []
     for name in names:
         label = Path(name).name or name
-        labels.append(label if label not in labels else f"{label}-{sum(other.startswith(label) for other in labels) + 1}")
+        labels.append(
+            label if label not in labels else f"{label}-{sum(other.startswith(label) for other in labels) + 1}"
+        )
     return labels
 
 
