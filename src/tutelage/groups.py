@@ -10,7 +10,7 @@ Shape suffixes used throughout the project::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -104,11 +104,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        moved = {
-            name: value.to(device) if isinstance(value := getattr(self, name), torch.Tensor) else value
+        tensors = {
+            name: value.to(device)
             for name in self.__dataclass_fields__
+            if isinstance(value := getattr(self, name), torch.Tensor)
         }
-        return Batch(**moved)
+        return replace(self, **tensors)
 
     def tree_mask(self, window: int | None = None) -> torch.Tensor:
         """Who may attend to whom in the tree layout.

@@ -21,6 +21,7 @@ __all__ = [
     "peak_memory_bytes",
     "reset_peak_memory",
     "training_record",
+    "untrained_record",
     "write_results",
 ]
 
@@ -53,6 +54,26 @@ def training_record(trainer: DemonstrationTrainer, *, name: str, dataset: str, s
         "history": trainer.state.log_history,
         "evaluation": None,
         "samples": [],
+    }
+
+
+def untrained_record(model: str, *, label: str, dataset: str, seed: int) -> dict[str, Any]:
+    """A model that no run of ours made, for results.json, without its evaluation."""
+    return {
+        "schema": SCHEMA,
+        "name": label,
+        "algorithm": "base",
+        "model": model,
+        "dataset": dataset,
+        "seed": seed,
+        "start": None,
+        "settings": {},
+        "demonstration_passes": 0.0,
+        "trained_tokens": 0,
+        "sampled_tokens": 0,
+        "time_s": {},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "history": [],
     }
 
 

@@ -108,10 +108,10 @@ class StageTrainer(DemonstrationTrainer):
             seed=args.seed,
         )
         self.sampler = sampler or TransformersSampler(
-            self.model, batch_size=args.sampling_batch_size, pad_token_id=self.tokenization.pad_id
+            self.policy, batch_size=args.sampling_batch_size, pad_token_id=self.tokenization.pad_id
         )
-        self.initial = InitialPolicy(self.model) if args.reference == "initial" else None
-        self.store = StageStore(Path(args.output_dir) / "stages", self._sample_settings())
+        self.initial = InitialPolicy(self.policy) if args.reference == "initial" else None
+        self.store = StageStore(Path(str(args.output_dir)) / "stages", self._sample_settings())
         self.schedule: StageSchedule | None = None
         self.stage = -1
         self._steps: deque[list[list[Group]]] = deque()
@@ -126,7 +126,7 @@ class StageTrainer(DemonstrationTrainer):
     def set_initial_training_values(self, args, dataloader):
         """As transformers'; here the number of steps in an epoch becomes known, and with it the stages."""
         values = super().set_initial_training_values(args, dataloader)
-        self.schedule = StageSchedule(steps_per_epoch=values[1], stages_per_epoch=args.stages_per_epoch)
+        self.schedule = StageSchedule(steps_per_epoch=values[1], stages_per_epoch=self.args.stages_per_epoch)
         self._steps.clear()
         return values
 
@@ -166,7 +166,7 @@ class StageTrainer(DemonstrationTrainer):
 
     def _record_stage(self, demonstrations: list[Group], *, at_start: bool) -> dict[int, Group]:
         """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
-        policy = fingerprint(self.model) if at_start else None
+        policy = fingerprint(self.policy) if at_start else None
         recorded = self.store.read(self.stage, policy)
         missing = [group for group in demonstrations if group.row not in recorded]
         if policy is None:
@@ -220,7 +220,7 @@ class StageTrainer(DemonstrationTrainer):
     def _with_reference(self, groups: list[Group]) -> list[Group]:
         with self.initial.active() if self.initial else nullcontext():
             logps = cached_logps(
-                self.model,
+                self.policy,
                 groups,
                 batch_size=self.args.per_device_eval_batch_size,
                 layout=self.layout,
@@ -277,7 +277,7 @@ class _StageEnd(TrainerCallback):
         schedule = self.trainer.schedule
         assert schedule is not None
         ends = schedule.bounds(schedule.stage_of(state.global_step - 1))[1] == state.global_step
-        if ends and args.save_each_stage and args.save_strategy != IntervalStrategy.NO:
+        if ends and self.trainer.args.save_each_stage and args.save_strategy != IntervalStrategy.NO:
             control.should_save = True
 
 

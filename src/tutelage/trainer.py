@@ -138,6 +138,7 @@ class DemonstrationTrainer(Trainer):
 
     algorithm: ClassVar[str] = ""
     args: DemonstrationConfig
+    layout: Literal["tree", "padded"]
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class DemonstrationTrainer(Trainer):
         eval_source: str = "held-out data",
     ):
         policy = load_model(model) if isinstance(model, str) else model
-        tokenizer = processing_class or load_tokenizer(base_causal_lm(policy).name_or_path)
+        tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
         check_vocabulary(policy, tokenizer)
         self.tokenization = args.tokenization(tokenizer)
         self.progress: Progress = progress or Silent()
@@ -176,7 +177,7 @@ class DemonstrationTrainer(Trainer):
         super().__init__(
             model=cast(PreTrainedModel, policy),
             args=args,
-            data_collator=collate_rows,
+            data_collator=collate_rows,  # type: ignore[arg-type]
             train_dataset=train_dataset,  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -208,8 +209,13 @@ class DemonstrationTrainer(Trainer):
             self.layout,
         )
 
+    @property
+    def policy(self) -> nn.Module:
+        """The model in training, without the wrappers that a launcher puts around it."""
+        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
+
     def _choose_layout(self, layout: Layout) -> Literal["tree", "padded"]:
-        probe = probe_layout(self.model)
+        probe = probe_layout(self.policy)
         if layout == "tree" and probe.layout != "tree":
             raise UserError(f"the tree layout does not work: {probe.reason}.", remedy="Use --layout auto.")
         return probe.layout if layout == "auto" else layout
@@ -262,11 +268,11 @@ class DemonstrationTrainer(Trainer):
         """
         counts = self.counts(inputs) if num_items_in_batch is None else num_items_in_batch
         if inputs:
-            logps_C = completion_logps(self.model, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
+            logps_C = completion_logps(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
             loss = self.loss(inputs, logps_C, counts)
             self.trained_tokens += sum(len(c.token_ids) for group in inputs for c in group.completions)
         else:  # every pair of the micro-batch was dropped
-            loss = cast(Tensor, sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad))
+            loss = cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
         if not torch.isfinite(loss):
             raise self.non_finite("loss", loss.item())
         return (loss, None) if return_outputs else loss
@@ -283,7 +289,7 @@ class DemonstrationTrainer(Trainer):
         return (
             6
             * sum(len(group) for group in inputs)
-            * base_causal_lm(self.model).num_parameters(exclude_embeddings=True)
+            * base_causal_lm(self.policy).num_parameters(exclude_embeddings=True)
         )
 
     def non_finite(self, what: str, value: float) -> NonFiniteLossError:
@@ -327,7 +333,7 @@ class DemonstrationTrainer(Trainer):
         """As transformers'. Held-out log-probs of the policy as it starts are kept: the zero of the implicit reward."""
         if self.evaluation_set is not None:
             with self.progress.phase("held-out log-probs of the start"), self.compute_loss_context_manager():
-                self.evaluation_set.remember_reference(self.model, layout=self.layout)
+                self.evaluation_set.remember_reference(self.policy, layout=self.layout)
         return super().train(*args, **kwargs)
 
     def evaluate(  # type: ignore[override]
@@ -349,7 +355,7 @@ class DemonstrationTrainer(Trainer):
         start = time.perf_counter()
         with self.progress.phase("evaluating"), self.compute_loss_context_manager():
             found = evaluation_set.evaluate(
-                self.model, beta=getattr(self, "beta", 1.0), layout=self.layout, seed=self.args.seed
+                self.policy, beta=getattr(self, "beta", 1.0), layout=self.layout, seed=self.args.seed
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
         self.seconds["evaluation"] += time.perf_counter() - start
@@ -368,7 +374,7 @@ class _Guard(TrainerCallback):
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trainer.policy.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise self.trainer.non_finite("gradient", norm.item())

@@ -126,7 +126,7 @@ def parse(command: str, config: type[TrainingArguments], args: Sequence[str]) ->
         UserError: a config file that cannot be read or has unknown keys, a missing output folder, or a bad value.
         SystemExit: unknown arguments on the command line (code 2), or after printing the help (code 0).
     """
-    parser = TrlParser([DataArguments, ModelArguments, config], prog=f"tutelage {command}", allow_abbrev=False)
+    parser = TrlParser((DataArguments, ModelArguments, config), prog=f"tutelage {command}", allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="A YAML file with any of these fields; the command line overrides it.")
     parser.add_argument("--help_all", action="store_true", help="This help with every field of transformers.")
     if "--help_all" in args:

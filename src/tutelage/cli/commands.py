@@ -19,7 +19,7 @@ from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.models import check_vocabulary, load_model, load_tokenizer
 from tutelage.report import load_run, summary_table, verdicts, write_report
-from tutelage.results import SCHEMA, evaluation_record, peak_memory_bytes, reset_peak_memory, write_results
+from tutelage.results import evaluation_record, reset_peak_memory, untrained_record, write_results
 from tutelage.sampling import SamplingParams, TransformersSampler
 
 __all__ = ["data", "evaluate", "report", "sample"]
@@ -38,10 +38,10 @@ def sample(args: Sequence[str], console: Console) -> None:
     output = Path(options.output)
     if output.exists():
         raise UserError("the file exists.", file=str(output), remedy="Remove it or name another.", field="output")
-    model, tokenization = _load_model(options)
+    model, tokenization = _load_model(options, options.model_name_or_path)
     dataset = _load_data(options)
     rows = tokenize_dataset(dataset, tokenization, source=options.dataset_name)
-    groups = [group_from_row(row) for row in rows]
+    groups = [group_from_row(row) for row in rows]  # type: ignore[arg-type]
     try:
         params = SamplingParams(
             max_completion_length=options.max_completion_length,
@@ -132,7 +132,8 @@ def evaluate(args: Sequence[str], console: Console) -> None:
                 greedy=True,
                 on_progress=advance,
             )
-        record = _untrained(name, label, options) | _of_run(name) | evaluation_record(found, rows)
+        record = untrained_record(name, label=label, dataset=options.dataset_name, seed=options.seed)
+        record |= _of_run(name) | evaluation_record(found, rows)
         record |= {"name": label, "start": labels[0] if options.reference and label != labels[0] else None}
         records.append(record)
         del model
@@ -175,26 +176,6 @@ def _show(records: list[dict[str, Any]], path: Path, console: Console) -> None:
     for sentence in verdicts(records):
         console.print(sentence, highlight=False, markup=False)
     console.print(f"report: {path}", highlight=False, markup=False)
-
-
-def _untrained(name: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What results.json says of a model that is no run of ours."""
-    return {
-        "schema": SCHEMA,
-        "name": label,
-        "algorithm": "base",
-        "model": name,
-        "dataset": options.dataset_name,
-        "seed": options.seed,
-        "start": None,
-        "settings": {},
-        "demonstration_passes": 0.0,
-        "trained_tokens": 0,
-        "sampled_tokens": 0,
-        "time_s": {},
-        "peak_memory_bytes": peak_memory_bytes(),
-        "history": [],
-    }
 
 
 def _of_run(name: str) -> dict[str, Any]:
@@ -254,13 +235,12 @@ def _load_data(options: argparse.Namespace) -> Any:
     return load_dataset(options.dataset_name, config_name=options.dataset_config, split=options.split)
 
 
-def _load_model(options: argparse.Namespace, name: str | None = None) -> tuple[Any, Tokenization]:
-    name = name or options.model_name_or_path
+def _load_model(options: argparse.Namespace, name: str) -> tuple[Any, Tokenization]:
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = load_model(name, dtype=dtype, trust_remote_code=options.trust_remote_code)
     check_vocabulary(model, tokenizer)
-    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()  # type: ignore[arg-type]
     tokenization = Tokenization(
         tokenizer, options.max_prompt_length, options.max_completion_length, options.on_long_prompt
     )

@@ -112,7 +112,7 @@ def train(
         if trainer.evaluation_set is not None:
             with progress.phase("evaluating"), trainer.compute_loss_context_manager():
                 evaluation = trainer.evaluation_set.evaluate(
-                    trainer.model,
+                    trainer.policy,
                     beta=getattr(trainer, "beta", 1.0),
                     layout=trainer.layout,
                     seed=training.seed,
@@ -121,8 +121,9 @@ def train(
                 )
             record |= evaluation_record(evaluation, trainer.evaluation_set)
     console.print(f"  {name} took {duration(record['time_s']['total'])}", highlight=False)
-    write_results(training.output_dir, record)
-    (Path(training.output_dir) / "README.md").write_text(model_card(record), encoding="utf-8")
+    folder = Path(str(training.output_dir))
+    write_results(folder, record)
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if training.push_to_hub:
         trainer.push_to_hub()
     return record

@@ -204,9 +204,15 @@ class EvaluationSet:
             task=self.task,
         )
 
-    def _logps(self, model: nn.Module, layout: Layout, batch_size: int):
-        options = {"layout": layout, "batch_size": batch_size, "pad_token_id": self.tokenization.pad_id}
-        return tuple(cached_logps(model, groups, **options) for groups in (self.groups, self.pairs))  # type: ignore[arg-type]
+    def _logps(
+        self, model: nn.Module, layout: Layout, batch_size: int
+    ) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+        def logps(groups: list[Group]) -> list[tuple[float, ...]]:
+            return cached_logps(
+                model, groups, layout=layout, batch_size=batch_size, pad_token_id=self.tokenization.pad_id
+            )
+
+        return logps(self.groups), logps(self.pairs)
 
     def _answers(
         self, sampler: TransformersSampler, temperature: float, seed: int, on_progress: Callable[[int], None] | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from tutelage.errors import UserError
 
@@ -42,7 +42,7 @@ def load_verifier(name: str) -> Verifier:
         ) from error
     if not callable(verifier):
         raise UserError(f"'{name}' is no function.", remedy="Name a function of (text, row).", field="verifier")
-    return verifier
+    return cast(Verifier, verifier)
 
 
 def reasoning_gym_rows(task: str, rows: int, seed: int, **options: Any) -> list[dict[str, str]]:

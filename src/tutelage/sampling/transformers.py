@@ -246,11 +246,14 @@ class _GrowingLayer(DynamicLayer):
     transformers' dynamic layer concatenates, which copies the whole cache at each step.
     """
 
+    keys: Tensor
+    values: Tensor
+    _buffers: tuple[Tensor, ...]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
+            self.keys, self.values = self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
@@ -262,8 +265,9 @@ class _GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._buffers = tuple(_grown(states[indices], states.shape[2] + 64) for states in (self.keys, self.values))
-        self.keys, self.values = (buffer[:, :, : self.keys.shape[2]] for buffer in self._buffers)
+        length = self.keys.shape[2]
+        self._buffers = tuple(_grown(states[indices], length + 64) for states in (self.keys, self.values))
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
 def _grown(states: Tensor, length: int) -> Tensor:

@@ -1,0 +1,180 @@
+"""tutelage quickstart: the whole comparison on a small language model and a task with a verifier."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+
+from tutelage.cli.arguments import DataArguments, ModelArguments
+from tutelage.cli.progress import TerminalProgress, duration
+from tutelage.cli.train import ALGORITHMS, OutputFolder, train
+from tutelage.errors import UserError
+from tutelage.evaluation.policy import EvaluationSet
+from tutelage.evaluation.verifiers import reasoning_gym_rows
+from tutelage.models import load_model, load_tokenizer
+from tutelage.report import summary_table, verdicts, write_report
+from tutelage.results import evaluation_record, reset_peak_memory, untrained_record, write_results
+from tutelage.testing.gemma import GEMMA_LICENCE, gemma_3_270m
+
+__all__ = ["main"]
+
+# Sums of two numbers of two digits: hard for 270M parameters, easy to get better at, checked by arithmetic.
+_TASK_OPTIONS = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
+
+# Seconds that each part took on two CPU cores; only their proportions matter, for the time that is left.
+_PARTS = {"model": 55, "base": 30, "sft": 60, "continued-sft": 30, "spin": 45, "irft": 45}
+
+
+def main(args: Sequence[str], console: Console) -> None:
+    """Train SFT, then from its checkpoint continued SFT, SPIN and IRFT; evaluate all; write the report."""
+    options = _parse(args)
+    out = Path(options.output_dir)
+    with OutputFolder(str(out), resume=False, overwrite=options.overwrite_output_dir):
+        records = _run(options, out, console)
+    write_report(records, out / "report.html")
+    console.print(summary_table(records))
+    for sentence in verdicts(records):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False, markup=False)
+
+
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tutelage quickstart",
+        description=main.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model_name_or_path", help="Any model; by default Gemma 3 270M from the package index.")
+    parser.add_argument("--task", default="chain_sum", help="A reasoning-gym task with written solutions.")
+    parser.add_argument("--rows", type=int, default=256, help="Demonstrations to train on.")
+    parser.add_argument("--test_rows", type=int, default=200, help="Held-out rows.")
+    parser.add_argument("--max_completion_length", type=int, default=16, help="Completions are cut here, in tokens.")
+    parser.add_argument("--seed", type=int, default=0, help="Of data, training and samples.")
+    parser.add_argument("--full", action="store_true", help="Full size: 2,000 demonstrations, 500 held-out rows.")
+    parser.add_argument("--output_dir", default="quickstart", help="Where models, results and the report go.")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace what an earlier quickstart left.")
+    options = parser.parse_args(args)
+    if options.full:
+        options.rows, options.test_rows = 2000, 500
+    if min(options.rows, options.test_rows) < 16:
+        raise UserError("at least 16 rows are needed.", field="rows / test_rows")
+    return options
+
+
+def _run(options: argparse.Namespace, out: Path, console: Console) -> list[dict[str, Any]]:
+    plan = _Plan(console, options.rows)
+    train_rows, test_rows = _data(options)
+    console.print(
+        f"[bold]tutelage quickstart[/bold]: task {options.task}, {len(train_rows)} demonstrations, "
+        f"{len(test_rows)} held-out rows, seed {options.seed}",
+        highlight=False,
+    )
+    with plan.part("model", "getting the model ready"):
+        if options.model_name_or_path is None:
+            console.print(GEMMA_LICENCE, style="dim", highlight=False)
+            with TerminalProgress(console, "model") as progress, progress.phase("converting (first time only)"):
+                options.model_name_or_path = str(gemma_3_270m())
+    out.mkdir(parents=True, exist_ok=True)
+    train_file, test_file = _save(train_rows, out / "train.jsonl"), _save(test_rows, out / "test.jsonl")
+    training = {
+        "max_completion_length": options.max_completion_length,
+        "seed": options.seed,
+        "per_device_train_batch_size": 16,
+        "warmup_steps": 0.1,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "verifier": f"reasoning_gym:{options.task}",
+    }
+    data = DataArguments(dataset_name=str(train_file), eval_dataset_name=str(test_file))
+    base = ModelArguments(model_name_or_path=options.model_name_or_path, use_peft=True, lora_dropout=0.0)
+    records = []
+    with plan.part("base", "the model as it is"):
+        records.append(_evaluate_base(base, data, training, console))
+        write_results(out / "base", records[0])
+    # The same passes over the demonstrations for the control and both methods, from the same checkpoint.
+    after_sft = replace(base, model_name_or_path=str(out / "sft"))
+    for name, algorithm, start, epochs in (
+        ("sft", "sft", "base", 3),
+        ("continued-sft", "sft", "sft", 1),
+        ("spin", "spin", "sft", 1),
+        ("irft", "irft", "sft", 1),
+    ):
+        with plan.part(name, f"{name} from {start}, {epochs} pass(es) over the demonstrations"):
+            config, _ = ALGORITHMS[algorithm]
+            args = config(output_dir=str(out / name), num_train_epochs=epochs, **training)
+            named = replace(data, run_name_in_tables=name)
+            model = base if start == "base" else after_sft
+            records.append(train(algorithm, named, model, args, console, start=start))
+    return records
+
+
+def _data(options: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training and held-out rows without a prompt in common."""
+    wanted = options.rows + options.test_rows
+    made = reasoning_gym_rows(options.task, 3 * wanted, options.seed, **_TASK_OPTIONS.get(options.task, {}))
+    rows = list({row["prompt"]: row for row in made}.values())
+    if len(rows) < wanted:
+        raise UserError(
+            f"the task '{options.task}' gave {len(rows)} different prompts, {wanted} are needed.",
+            remedy="Lower --rows or --test_rows.",
+            field="rows",
+        )
+    return rows[: options.rows], rows[options.rows : wanted]
+
+
+def _save(rows: list[dict[str, str]], path: Path) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _evaluate_base(
+    model: ModelArguments, data: DataArguments, training: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    reset_peak_memory()
+    name = model.require_name()
+    config = ALGORITHMS["sft"][0](output_dir="", **training)
+    policy = load_model(name, dtype=torch.bfloat16).to(config.device)  # type: ignore[arg-type]
+    rows = EvaluationSet.of(
+        Dataset.from_json(str(data.eval_dataset_name)),  # type: ignore[arg-type]
+        config.tokenization(load_tokenizer(name)),
+        verifier=config.verifier,
+        source=str(data.eval_dataset_name),
+    )
+    with TerminalProgress(console, "base") as progress, progress.phase("answering", len(rows.groups)) as advance:
+        found = rows.evaluate(policy, seed=config.seed, sample=True, greedy=True, on_progress=advance)
+    record = untrained_record(name, label="base", dataset=str(data.eval_dataset_name), seed=config.seed)
+    return record | evaluation_record(found, rows)
+
+
+class _Plan:
+    """Says which part runs, how many there are and how long they will still take."""
+
+    def __init__(self, console: Console, rows: int):
+        self.console, self.begun = console, time.monotonic()
+        self.done: list[str] = []
+        self.scale = max(1.0, rows / 256)
+
+    @contextmanager
+    def part(self, name: str, description: str) -> Iterator[None]:
+        done = sum(_PARTS[part] for part in self.done)
+        left = sum(_PARTS.values()) - done
+        pace = (time.monotonic() - self.begun) / done if done else self.scale
+        self.console.print(
+            f"\n[bold]{len(self.done) + 1}/{len(_PARTS)}[/bold] {description}   "
+            f"[dim]about {duration(pace * left)} left[/dim]",
+            highlight=False,
+        )
+        yield
+        self.done.append(name)
