@@ -5,7 +5,8 @@ how much log-prob and implicit reward separate the preferred answer from the rej
 
     python examples/figure_1.py --model MODEL --data pairs.jsonl.gz --output_dir OUT
 
-Runs SFT, then from its checkpoint continued SFT, SPIN and IRFT with one more pass each. Writes OUT/figure_1.json.
+Runs SFT, then from its checkpoint IRFT, SPIN and continued SFT with one more pass each. Writes OUT/figure_1.json, anew
+after each.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from tutelage.results import training_record, write_results
 
 METHODS = {
     "sft": (SFTConfig, SFTTrainer, {}),
-    "continued-sft": (SFTConfig, SFTTrainer, {"learning_rate": 1e-4}),
-    "spin": (SPINConfig, SPINTrainer, {}),
     "irft": (IRFTConfig, IRFTTrainer, {"stages_per_epoch": 5}),
+    "spin": (SPINConfig, SPINTrainer, {}),
+    "continued-sft": (SFTConfig, SFTTrainer, {"learning_rate": 1e-4}),
 }
 
 
@@ -66,7 +67,7 @@ def main() -> None:
             num_train_epochs=1,
             warmup_steps=0.1,
             max_prompt_length=1024,
-            max_completion_length=96,
+            max_completion_length=64,
             logging_steps=5,
             save_strategy="no",
             disable_tqdm=True,
@@ -92,7 +93,7 @@ def main() -> None:
         trainer.save_model(str(out / name))
         logps[name], demonstrations[name] = pair_logps(trainer.model, rows)
         write_results(out / name, training_record(trainer, name=name, dataset=options.data, start=None))
-    show(logps, demonstrations, out / "figure_1.json", console)
+        show(logps, demonstrations, out / "figure_1.json", console)
 
 
 def show(logps: dict[str, np.ndarray], demonstrations: dict[str, list[float]], path: Path, console: Console) -> None:

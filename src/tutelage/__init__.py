@@ -1,1 +1,39 @@
 """tutelage: alignment from demonstrations alone."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer, SPINConfig, SPINTrainer
+    from tutelage.errors import UserError
+    from tutelage.groups import Completion, Group, Kind
+
+__version__ = version("tutelage")
+
+# Imported when asked for: torch and transformers take seconds, and `tutelage --help` should not.
+_HOMES = {
+    "tutelage.algorithms": ["IRFTConfig", "IRFTTrainer", "SFTConfig", "SFTTrainer", "SPINConfig", "SPINTrainer"],
+    "tutelage.errors": ["UserError"],
+    "tutelage.groups": ["Completion", "Group", "Kind"],
+}
+
+__all__ = [
+    "Completion",
+    "Group",
+    "IRFTConfig",
+    "IRFTTrainer",
+    "Kind",
+    "SFTConfig",
+    "SFTTrainer",
+    "SPINConfig",
+    "SPINTrainer",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'tutelage' has no attribute {name!r}")

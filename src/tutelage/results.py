@@ -7,13 +7,15 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.stages import write_json
-from tutelage.trainer import DemonstrationTrainer
+
+if TYPE_CHECKING:
+    from tutelage.trainer import DemonstrationTrainer
 
 __all__ = [
     "evaluation_record",

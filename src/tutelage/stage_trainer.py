@@ -146,29 +146,33 @@ class StageTrainer(DemonstrationTrainer):
         end = min(end, self.state.max_steps)
         accumulation = self.args.gradient_accumulation_steps
         steps = [list(islice(epoch_iterator, accumulation)) for _ in range(step, end)]
-        demonstrations = {group.row: group for batches in steps for batch in batches for group in batch}
-        recorded = self._record_stage(list(demonstrations.values()), at_start=step == first)
-        replayed = self._replayed(len(recorded))
-        for batches in steps:
-            self._steps.append(
-                [
-                    [kept for group in batch for kept in self._trained_on(recorded[group.row], replayed)]
-                    for batch in batches
-                ]
+        if not all(steps):
+            raise UserError(
+                f"the data end after {step + sum(map(bool, steps))} of {self.state.max_steps} optimiser steps.",
+                remedy="Lower --max_steps, or give a stream that is long enough (IterableDataset.repeat).",
+                field="max_steps",
             )
+        demonstrations = {group.row: group for batches in steps for batch in batches for group in batch}
+        at_start = step == first
+        if at_start:
+            self._check_weights()  # nothing can be sampled from weights that are not finite
+        recorded = self._record_stage(list(demonstrations.values()), at_start=at_start)
+        replayed = self._replayed(recorded, at_start=at_start)
+        for batches in steps:
+            self._steps.append([_trained_on(batch, recorded, replayed) for batch in batches])
         self._watch_stage([recorded[row] for row in demonstrations])
 
-    def _trained_on(self, group: Group, replayed: Iterator[list[Group]]) -> Iterator[Group]:
-        for candidate in (group, *next(replayed, [])):
-            kept = drop_copies(candidate)
-            if kept is not None:
-                yield kept
+    def _check_weights(self) -> None:
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
+        if not torch.isfinite(norm):
+            raise self.non_finite("norm of the weights", norm.item())
 
     def _record_stage(self, demonstrations: list[Group], *, at_start: bool) -> dict[int, Group]:
         """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
         policy = fingerprint(self.policy) if at_start else None
         recorded = self.store.read(self.stage, policy)
-        missing = [group for group in demonstrations if group.row not in recorded]
+        # A record of other data, or of the same data in another template, is none.
+        missing = [group for group in demonstrations if not _is_record(recorded.get(group.row), group)]
         if policy is None:
             if missing:
                 raise UserError(
@@ -177,15 +181,18 @@ class StageTrainer(DemonstrationTrainer):
                     file=str(self.store.path(self.stage)),
                 )
             return recorded
+        kept = [recorded[group.row] for group in demonstrations if _is_record(recorded.get(group.row), group)]
         self._facts = {"step": self.state.global_step, "rows": len(demonstrations), "seconds_sampling": 0.0}
-        return self.store.write(
+        recorded = self.store.write(
             self.stage,
             policy,
-            recorded.values(),
-            self._sampled(missing, done=len(recorded)),
+            kept,
+            self._sampled(missing, done=len(kept)),
             self.tokenization.text,
             lambda: self._facts,
         )
+        self.sampled_tokens += sum(len(c.token_ids) for group in recorded.values() for c in group.completions[1:])
+        return recorded
 
     def _sampled(self, demonstrations: list[Group], *, done: int) -> Iterator[list[Group]]:
         """Samples and scores a few batches' worth of prompts at a time; each piece is on disk before the next begins."""
@@ -211,7 +218,6 @@ class StageTrainer(DemonstrationTrainer):
             rows=[group.row for group in groups],
             stage=self.stage,
         )
-        self.sampled_tokens += sum(len(sample.token_ids) for samples in drawn for sample in samples)
         return [
             replace(group, completions=(*group.completions, *(sample.completion for sample in samples)))
             for group, samples in zip(groups, drawn, strict=True)
@@ -228,17 +234,22 @@ class StageTrainer(DemonstrationTrainer):
             )
         return [replace(group, reference_logps=values) for group, values in zip(groups, logps, strict=True)]
 
-    def _replayed(self, count: int) -> Iterator[list[Group]]:
-        """For each group of the stage, one of each earlier stage that is replayed, scored by this stage's reference."""
-        earlier = range(max(0, self.stage - self.args.replay_stages), self.stage)
+    def _replayed(self, recorded: dict[int, Group], *, at_start: bool) -> dict[int, tuple[Group, ...]]:
+        """For each row of the stage, a group of each earlier stage that is replayed, scored by this stage's reference.
+
+        Their scores lie beside the stage's samples: inside the stage the policy that gave them is gone.
+        """
         stages = []
-        for stage in earlier:
-            groups = self.store.groups(stage)[:count]
-            if self.args.reference == "stage":
-                with self.compute_loss_context_manager():
-                    groups = self._with_reference(groups)
-            stages.append(groups)
-        return iter([list(groups) for groups in zip(*stages, strict=False)])
+        for earlier in range(max(0, self.stage - self.args.replay_stages), self.stage):
+            name = f"replayed-{earlier:04d}"
+            if at_start:
+                groups = self.store.groups(earlier)[: len(recorded)]
+                if self.args.reference == "stage":
+                    with self.compute_loss_context_manager():
+                        groups = self._with_reference(groups)
+                self.store.write_groups(self.stage, name, groups, self.tokenization.text)
+            stages.append(self.store.groups(self.stage, name))
+        return dict(zip(recorded, zip(*stages, strict=False), strict=False))
 
     def _took(self, what: str, seconds: float) -> None:
         self.seconds[what] += seconds
@@ -279,6 +290,21 @@ class _StageEnd(TrainerCallback):
         ends = schedule.bounds(schedule.stage_of(state.global_step - 1))[1] == state.global_step
         if ends and self.trainer.args.save_each_stage and args.save_strategy != IntervalStrategy.NO:
             control.should_save = True
+
+
+def _trained_on(batch: list[Group], recorded: dict[int, Group], replayed: dict[int, tuple[Group, ...]]) -> list[Group]:
+    """The batch with its samples, each group followed by those replayed with it; copies of demonstrations dropped."""
+    groups = [group for row in (g.row for g in batch) for group in (recorded[row], *replayed.get(row, ()))]
+    return [kept for group in groups if (kept := drop_copies(group)) is not None]
+
+
+def _is_record(recorded: Group | None, group: Group) -> bool:
+    """Whether a recorded group is of this prompt and demonstration."""
+    return (
+        recorded is not None
+        and recorded.prompt_ids == group.prompt_ids
+        and recorded.completions[:1] == group.completions
+    )
 
 
 def drop_copies(group: Group) -> Group | None:

@@ -72,6 +72,7 @@ class StageStore:
     ``stage-0003/samples.jsonl`` has a line for each prompt: row, text and tokens of prompt, demonstration and samples,
     and the reference log-probs. ``manifest.json`` says from which policy, with which settings. While a stage is being
     sampled the file ends in ``.part``; it is renamed when whole, so a killed run is known by it and goes on from there.
+    ``replayed-0002.jsonl`` beside it holds samples of stage 2 that stage 3 trains on too, with stage 3's reference.
 
     Args:
         folder: the run's ``stages`` folder.
@@ -113,9 +114,24 @@ class StageStore:
         part = whole if whole.exists() else whole.with_suffix(".jsonl.part")
         return {group.row: group for group in _read_groups(part)} if part.exists() else {}
 
-    def groups(self, stage: int) -> list[Group]:
-        """Groups of an earlier, whole stage, in the order they were sampled."""
-        return list(_read_groups(self.path(stage) / "samples.jsonl"))
+    def groups(self, stage: int, name: str = "samples") -> list[Group]:
+        """Groups of a whole file of a stage, in the order they were written.
+
+        Raises:
+            UserError: the file is missing.
+        """
+        path = self.path(stage) / f"{name}.jsonl"
+        if not path.exists():
+            raise UserError(
+                f"the samples of stage {stage} are missing.",
+                remedy="Keep the run's stages folder until the run is over.",
+                file=str(path),
+            )
+        return list(_read_groups(path))
+
+    def write_groups(self, stage: int, name: str, groups: Iterable[Group], text: Callable[[tuple[int, ...]], str]):
+        """Add a file to a stage, at once; ``groups`` reads it."""
+        _write_groups(self.path(stage) / f"{name}.jsonl", groups, text)
 
     def write(
         self,
@@ -144,11 +160,10 @@ class StageStore:
         manifest = {"stage": stage, "policy": policy, "settings": self.settings}
         kept = list(kept)
         whole.unlink(missing_ok=True)
-        write_json(folder / "manifest.json", {**manifest, "complete": False})
         groups: dict[int, Group] = {}
-        with part.with_suffix(".rewrite").open("w", encoding="utf-8") as file:
-            _append(file, kept, text)
-        os.replace(part.with_suffix(".rewrite"), part)
+        _write_groups(part, kept, text)
+        # After the file: a kill in between must not give this policy's name to what another one had sampled.
+        write_json(folder / "manifest.json", {**manifest, "complete": False})
         with part.open("a", encoding="utf-8") as file:
             for batch in batches:
                 _append(file, batch, text)
@@ -159,16 +174,16 @@ class StageStore:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name for the state of the trainable weights: equal states have equal names.
+    """A short name for the state of the weights: equal states have equal names.
 
-    Reads at most 64 numbers of each tensor, so that it is cheap at any size; a training step moves nearly all of them.
+    Frozen weights count too, since fresh adapters of different models can be equal. Reads at most 64 numbers of each
+    tensor, so that it is cheap at any size; a training step moves nearly all of them.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            flat = parameter.detach().flatten()
-            probe = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
-            digest.update(name.encode() + probe.numpy().tobytes())
+        flat = parameter.detach().flatten()
+        probe = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+        digest.update(name.encode() + probe.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -181,6 +196,13 @@ def write_json(path: Path, content: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write_groups(path: Path, groups: Iterable[Group], text: Callable[[tuple[int, ...]], str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        _append(file, groups, text)
+    os.replace(temporary, path)
 
 
 def _append(file: IO[str], groups: Iterable[Group], text: Callable[[tuple[int, ...]], str]) -> None:
@@ -201,9 +223,9 @@ def _append(file: IO[str], groups: Iterable[Group], text: Callable[[tuple[int, .
 
 
 def _read_groups(path: Path) -> Iterator[Group]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # as bytes: a torn line may end inside a character
         for line in file:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return  # torn by a kill in the middle of the line
             record = json.loads(line)
             kinds = [Kind.DEMONSTRATION] + [Kind.SAMPLE] * len(record["samples"])

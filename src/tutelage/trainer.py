@@ -9,16 +9,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from tutelage.data.tokenization import Tokenization, group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
@@ -27,6 +35,7 @@ from tutelage.groups import Group
 from tutelage.logprobs import Layout, completion_logps, probe_layout
 from tutelage.models import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.progress import Progress, Silent
+from tutelage.results import model_card, training_record
 
 __all__ = ["DemonstrationConfig", "DemonstrationTrainer"]
 
@@ -105,6 +114,8 @@ class DemonstrationConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bfloat16 without an accelerator unless the CPU is asked for
         super().__post_init__()
+        # A batch of groups holds no tensors, so accelerate cannot hand a streamed one out from its first process.
+        self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         if self.max_prompt_length < 1 or self.max_completion_length < 1:
             raise UserError("must be at least 1 token.", field="max_prompt_length / max_completion_length")
 
@@ -157,13 +168,19 @@ class DemonstrationTrainer(Trainer):
         policy = load_model(model) if isinstance(model, str) else model
         tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
         check_vocabulary(policy, tokenizer)
+        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+            raise UserError(
+                "streamed data have no length, so the run needs one.", remedy="Add --max_steps.", field="max_steps"
+            )
         self.tokenization = args.tokenization(tokenizer)
         self.progress: Progress = progress or Silent()
+        self.source = source
         self.model_name = model if isinstance(model, str) else base_causal_lm(policy).name_or_path
         if train_dataset is not None:
             with self.progress.phase("reading demonstrations"):
                 train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns, source=source)  # type: ignore[arg-type]
         if peft_config is not None:
+            set_seed(args.seed)  # an adapter's weights are drawn here, before transformers seeds anything
             policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
         if args.learning_rate is None:
             args.learning_rate = (
@@ -179,6 +196,7 @@ class DemonstrationTrainer(Trainer):
             args=args,
             data_collator=collate_rows,  # type: ignore[arg-type]
             train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -192,7 +210,6 @@ class DemonstrationTrainer(Trainer):
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._choose_layout(cast(Layout, args.layout))
-        self.eval_dataset = eval_dataset  # type: ignore[assignment]
         self.evaluation_set = (
             EvaluationSet.of(
                 eval_dataset, self.tokenization, verifier=args.verifier, limit=args.eval_rows, source=eval_source
@@ -201,6 +218,7 @@ class DemonstrationTrainer(Trainer):
             else None
         )
         self.add_callback(_Guard(self))
+        self.add_callback(_Costs(self))
         logger.info(
             "%s: learning rate %g, %s, layout %s",
             self.algorithm,
@@ -267,12 +285,9 @@ class DemonstrationTrainer(Trainer):
             NonFiniteLossError: it is NaN or infinite; raised before any weight moves.
         """
         counts = self.counts(inputs) if num_items_in_batch is None else num_items_in_batch
-        if inputs:
-            logps_C = completion_logps(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
-            loss = self.loss(inputs, logps_C, counts)
-            self.trained_tokens += sum(len(c.token_ids) for group in inputs for c in group.completions)
-        else:  # every pair of the micro-batch was dropped
-            loss = cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
+        logps_C = completion_logps(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
+        loss = self.loss(inputs, logps_C, counts)
+        self.trained_tokens += sum(len(c.token_ids) for group in inputs for c in group.completions)
         if not torch.isfinite(loss):
             raise self.non_finite("loss", loss.item())
         return (loss, None) if return_outputs else loss
@@ -280,7 +295,12 @@ class DemonstrationTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As transformers', on the clock."""
         start = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if inputs:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:  # every pair of the micro-batch was dropped, and transformers takes no empty batch
+            zero = cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
+            self.accelerator.backward(zero)
+            loss = zero.detach()
         self.seconds["training"] += time.perf_counter() - start
         return loss
 
@@ -295,7 +315,8 @@ class DemonstrationTrainer(Trainer):
     def non_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that stops training before a weight is spoilt."""
         return NonFiniteLossError(
-            f"the {what} is {value} at step {self.state.global_step + 1}{self._place()}; no weight was changed by it.",
+            f"the {what} is {value} at step {self.state.global_step + 1}{self._place()}; training stopped before that step "
+            "changed a weight.",
             remedy=f"The last good checkpoint in {self.args.output_dir} is kept. Lower --learning_rate or --max_grad_norm.",
         )
 
@@ -363,6 +384,19 @@ class DemonstrationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_model_card(self, *args, record: Mapping[str, Any] | None = None, **kwargs) -> None:
+        """Write the run's own README.md; ``push_to_hub`` calls it and hands its keyword arguments on.
+
+        Args:
+            record: what results.json holds; by default what is known without an evaluation.
+            args, kwargs: of transformers' card; only ``model_name`` is read.
+        """
+        folder = Path(cast(str, self.args.output_dir))
+        if record is None:
+            name = kwargs.get("model_name") or folder.name
+            record = training_record(self, name=name, dataset=self.source, start=None)
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+
 
 class _Guard(TrainerCallback):
     """Stops before an optimiser step whose gradient is not finite, and says how far the run is."""
@@ -381,6 +415,26 @@ class _Guard(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.progress.steps(state.global_step, state.max_steps)
+
+
+class _Costs(TrainerCallback):
+    """Writes what the run has cost so far into its checkpoints: a resumed run counts what went before."""
+
+    key = "tutelage_costs"
+
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        costs = state.stateful_callbacks.get(self.key)
+        if costs:
+            self.trainer.seconds.update(costs["seconds"])
+            self.trainer.trained_tokens, self.trainer.sampled_tokens = costs["tokens"]
+            self.trainer._since_last_log()  # what went before belongs to no line that is still to come
+
+    def on_step_end(self, args, state, control, **kwargs):
+        tokens = [self.trainer.trained_tokens, self.trainer.sampled_tokens]
+        state.stateful_callbacks[self.key] = {"seconds": dict(self.trainer.seconds), "tokens": tokens}
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:

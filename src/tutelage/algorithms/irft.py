@@ -107,6 +107,8 @@ class IRFTTrainer(StageTrainer):
         self.watch("logps/samples", policy_samples_P)
         self.watch("rewards/demonstrations", rewards_P)
         self.watch("rewards/samples", sample_rewards_P)
-        self.watch("rewards/margin", rewards_P - sample_rewards_P)
-        self.watch("rewards/accuracy", (rewards_P > sample_rewards_P).float())
+        margins_P = rewards_P - sample_rewards_P
+        self.watch("rewards/margin", margins_P)
+        # A tie counts half: at a stage's first step every margin is zero.
+        self.watch("rewards/accuracy", (margins_P.sign() + 1) / 2)
         return loss

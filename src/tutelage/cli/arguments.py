@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
 from peft import PeftConfig
-from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from tutelage.cli.help import help_text
 from tutelage.errors import UserError
 from tutelage.models import load_model
+from tutelage.trainer import DemonstrationConfig
 
-__all__ = ["DataArguments", "ModelArguments", "parse"]
-
-# Inherited fields that nearly everyone sets; --help lists them, --help_all every other one too.
-_COMMON = {
-    "output_dir",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "seed",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-    "push_to_hub",
-    "gradient_checkpointing",
-}
+__all__ = ["CommandParser", "DataArguments", "ModelArguments", "parse"]
 
 
 @dataclass
@@ -119,58 +99,113 @@ class ModelArguments(ModelConfig):
         return get_peft_config(self)
 
 
-def parse(command: str, config: type[TrainingArguments], args: Sequence[str]) -> tuple[Any, ...]:
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are a ``UserError`` and whose help shows defaults where there are some."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if options.get("default") not in (None, argparse.SUPPRESS):
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise _usage_error(self.prog, message)
+
+
+class _TrainParser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        raise _usage_error(self.prog, message)
+
+
+def _usage_error(prog: str, message: str) -> UserError:
+    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # transformers gives each argument a second spelling
+    return UserError(f"{message}.", remedy=f"{prog} --help explains the arguments.")
+
+
+def parse(command: str, config: type[DemonstrationConfig], args: Sequence[str]) -> tuple[Any, ...]:
     """Parse a command line and its ``--config`` file into data, model and training arguments.
 
     Raises:
-        UserError: a config file that cannot be read or has unknown keys, a missing output folder, or a bad value.
-        SystemExit: unknown arguments on the command line (code 2), or after printing the help (code 0).
+        UserError: a config file that cannot be read, an unknown argument, a bad value, or no output folder.
+        SystemExit: after printing the help (code 0).
     """
-    parser = TrlParser((DataArguments, ModelArguments, config), prog=f"tutelage {command}", allow_abbrev=False)  # type: ignore[arg-type]
-    parser.add_argument("--config", help="A YAML file with any of these fields; the command line overrides it.")
-    parser.add_argument("--help_all", action="store_true", help="This help with every field of transformers.")
-    if "--help_all" in args:
-        parser.print_help()
+    kinds = (DataArguments, ModelArguments, config)
+    if not {"-h", "--help", "--help_all"}.isdisjoint(args):
+        print(help_text(command, *kinds, everything="--help_all" in args))
         sys.exit(0)
-    if "--help" in args or "-h" in args:
-        _hide_inherited(parser, config)
-        parser.print_help()
-        sys.exit(0)
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    # TrlParser takes the first --config away; the argument above only documents it.
-    parser._remove_action(parser._option_string_actions.pop("--config"))
-    parser._remove_action(parser._option_string_actions.pop("--help_all"))
-    _check_config_file(args)
+    parser = _TrainParser(kinds, prog=f"tutelage {command}", allow_abbrev=False)  # type: ignore[arg-type]
+    path, args = _take_config(args)
+    if path is not None:
+        from_file, others = _config_arguments(path, kinds)
+        parser.set_defaults_with_config(**others)
+        args = [*from_file, *args]
     try:
-        parsed = parser.parse_args_and_config(args=list(args))
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            args, return_remaining_strings=True, look_for_args_file=False
+        )
     except UserError:
         raise
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
-    if parsed[2].output_dir in (None, "trainer_output") and not any(a.startswith("--output_dir") for a in args):
+        raise UserError(" ".join(str(error).split())) from error
+    if unknown:
+        name = unknown[0].split("=")[0]
+        remedy = _closest(name.lstrip("-").replace("-", "_"), kinds, "--") or f"tutelage {command} --help lists them."
+        raise UserError(f"unknown argument '{name}'.", remedy=remedy)
+    if not any(arg.startswith(("--output_dir", "--output-dir")) for arg in args):
         raise UserError("no output folder is given.", remedy="Add --output_dir OUT.", field="output_dir")
-    return parsed
+    return tuple(parsed)
 
 
-def _check_config_file(args: Sequence[str]) -> None:
+def _take_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The file after --config, and the other arguments."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in args:
-        return
-    place = list(args).index("--config") + 1
-    if place >= len(args):
+        return None, args
+    place = args.index("--config")
+    if place + 1 >= len(args):
         raise UserError("--config needs a file.", remedy="Write --config recipe.yaml.", field="config")
-    path = args[place]
-    if not os.path.isfile(path):
-        raise UserError("no such file.", file=path, remedy="Check the path after --config.", field="config")
+    return args[place + 1], args[:place] + args[place + 2 :]
+
+
+def _config_arguments(path: str, kinds: Iterable[type]) -> tuple[list[str], dict[str, Any]]:
+    """A config file as command-line arguments, so that its values meet the same checks, and what cannot be written so.
+
+    Raises:
+        UserError: the file cannot be read, is no mapping, or has an unknown key.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            yaml.safe_load(file)
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}.", file=path, remedy="Check the path after --config.", field="config"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not YAML: {error}", file=path, field="config") from error
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(
+            f"not YAML: {getattr(error, 'problem', None) or error}.",
+            file=path,
+            row=mark and mark.line + 1,
+            remedy="Write lines of 'name: value'.",
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError("holds no fields.", file=path, remedy="Write lines of 'name: value'.")
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    args, others = [], {}
+    for name, value in content.items():
+        if name not in _names(kinds):
+            raise UserError("unknown field.", file=path, field=str(name), remedy=_closest(str(name), kinds))
+        if isinstance(value, list) and str not in get_args(hints[name]):
+            args += [f"--{name}", *map(str, value)]
+        elif isinstance(value, (dict, list)):
+            others[name] = value
+        elif value is not None:
+            args.append(f"--{name}={value}")
+    return args, others
 
 
-def _hide_inherited(parser: TrlParser, config: type[TrainingArguments]) -> None:
-    own = {name for cls in config.__mro__ if cls.__module__.startswith("tutelage.") for name in cls.__annotations__}
-    inherited = set(TrainingArguments.__dataclass_fields__) - own - _COMMON
-    for action in parser._actions:
-        if action.dest in inherited or action.dest == "ignore_bias_buffers":
-            action.help = argparse.SUPPRESS
+def _names(kinds: Iterable[type]) -> list[str]:
+    return [entry.name for kind in kinds for entry in fields(kind) if entry.init]
+
+
+def _closest(name: str, kinds: Iterable[type], dashes: str = "") -> str | None:
+    close = get_close_matches(name, _names(kinds), n=1)
+    return f"Did you mean {dashes}{close[0]}?" if close else None

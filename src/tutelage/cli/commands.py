@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tutelage.cli.arguments import CommandParser
 from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, inspect_dataset, is_conversational, load_dataset, print_inspection
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
@@ -69,6 +70,7 @@ def sample(args: Sequence[str], console: Console) -> None:
             rows=[group.row for group in groups],
             on_finished=count,
         )
+    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for group, samples in zip(groups, drawn, strict=True):
@@ -106,8 +108,8 @@ def evaluate(args: Sequence[str], console: Console) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="Rows a forward pass.")
     options = parser.parse_args(args)
     out = Path(options.output_dir)
-    if out.exists() and any(out.iterdir()):
-        raise UserError("the output folder is not empty.", file=str(out), remedy="Name another.", field="output_dir")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise UserError("the output folder is in use.", file=str(out), remedy="Name another.", field="output_dir")
     names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
     labels = _labels(names)
     dataset = _load_data(options)
@@ -148,7 +150,15 @@ def report(args: Sequence[str], console: Console) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
     parser.add_argument("--output", default="report.html", help="The page to write.")
     options = parser.parse_args(args)
-    _show([load_run(run) for run in options.runs], Path(options.output), console)
+    records = [load_run(run) for run in options.runs]
+    names = [record["name"] for record in records]
+    for record, label in zip(records, _labels(options.runs), strict=True):
+        if names.count(record["name"]) > 1:  # two runs of one algorithm: their folders tell them apart
+            record["name"] = label
+    folders = {Path(run).resolve(): record["name"] for run, record in zip(options.runs, records, strict=True)}
+    for record in records:
+        record["start"] = record["start"] or folders.get(Path(record["model"]).resolve())
+    _show(records, Path(options.output), console)
 
 
 def data(args: Sequence[str], console: Console) -> None:
@@ -200,12 +210,7 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 
 def _parser(command: str, description: str | None, *groups: Any) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"tutelage {command}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = CommandParser(prog=f"tutelage {command}", description=description, allow_abbrev=False)
     for group in groups:
         group(parser)
     return parser
@@ -222,7 +227,12 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="Split of the data set.")
     parser.add_argument("--on_long_prompt", default="error", choices=["error", "drop"], help="Stop, or drop the row.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
-    parser.add_argument("--dtype", default="bfloat16", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="Precision of the weights; auto takes the stored one.",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     _length_arguments(parser)
 

@@ -20,7 +20,7 @@ _SHOWN = {
     "rewards/margin": "margin",
     "rewards/accuracy": "accuracy",
     "pairs/dropped": "dropped",
-    "samples/cut_fraction": "cut",
+    "samples/cut_fraction": "cut share",
     "length/samples": "sample length",
     "eval_demonstration_logp": "held-out log π(demo)",
     "eval_accuracy_sampled": "held-out accuracy",

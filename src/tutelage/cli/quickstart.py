@@ -113,7 +113,9 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[dict[
     ):
         with plan.part(name, f"{name} from {start}, {epochs} pass(es) over the demonstrations"):
             config, _ = ALGORITHMS[algorithm]
-            args = config(output_dir=str(out / name), num_train_epochs=epochs, **training)
+            # Going on at the rate that SFT began with undoes some of it; half of it is the stronger control.
+            rate = {"learning_rate": config.adapter_learning_rate / 2} if name == "continued-sft" else {}
+            args = config(output_dir=str(out / name), num_train_epochs=epochs, **training, **rate)
             named = replace(data, run_name_in_tables=name)
             model = base if start == "base" else after_sft
             records.append(train(algorithm, named, model, args, console, start=start))

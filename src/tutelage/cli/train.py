@@ -85,17 +85,24 @@ def train(
             policy = model.load()
         # An adapter's folder brings its adapter along, and training continues it.
         peft_config = model.peft_config() if not hasattr(policy, "peft_config") else None
-        trainer = trainer_class(
-            policy,
-            training,
-            train_dataset=dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            progress=progress,
-            source=str(data.dataset_name),
-            eval_source=eval_source,
-        )
+        try:
+            trainer = trainer_class(
+                policy,
+                training,
+                train_dataset=dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                peft_config=peft_config,
+                progress=progress,
+                source=str(data.dataset_name),
+                eval_source=eval_source,
+            )
+        except UserError:
+            raise
+        except (ValueError, ImportError, RuntimeError) as error:
+            # transformers and its integrations refuse settings that do not go together, or that need what is missing.
+            reason = " ".join(str(error).split())
+            raise UserError(f"training cannot begin: {reason}", remedy="--debug shows where.") from error
         trainer.model_name = model.require_name()
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -106,6 +113,10 @@ def train(
             highlight=False,
         )
         checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None
+        if data.resume and checkpoint is None:
+            console.print(
+                f"  no checkpoint in {training.output_dir}: beginning at step 0", highlight=False, markup=False
+            )
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(training.output_dir)
         record = training_record(trainer, name=name, dataset=str(data.dataset_name), start=start)

@@ -1,0 +1,214 @@
+"""A run that was killed and resumed ends with the same weights, bit for bit, as one that was not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from conftest import Training
+from tutelage.errors import UserError
+from tutelage.sampling import TransformersSampler
+
+# Two epochs of 6 steps, in two stages each: stage boundaries at 3, 6, 9 and 12. Learning rate, shuffling and dropout
+# differ from step to step, so that a state which is not restored shows.
+SETTINGS = {
+    "num_train_epochs": 2,
+    "stages_per_epoch": 2,
+    "lr_scheduler_type": "linear",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 3,
+    "sampling_batch_size": 1,  # a record grows by four rows, or by two where each has two samples
+}
+POLICIES = {
+    "full with replay": {"replay_stages": 2},
+    "adapter": {"adapter": True},
+    "adapter with initial reference": {"adapter": True, "replay_stages": 1, "reference": "initial", "num_samples": 2},
+}
+
+
+class Killed(BaseException):
+    """What no one catches."""
+
+
+class KillAt(TrainerCallback):
+    """Kills the run at an event of a step (the number of steps done by then)."""
+
+    def __init__(self, event, step):
+        self.step = step
+        setattr(self, event, self.strike)
+
+    def strike(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+class CountingSampler:
+    """The usual sampler; counts the prompts of each stage, and ends the run when it has had enough of one."""
+
+    def __init__(self, trainer, die_in=None, after=0, die=None):
+        self.inner = TransformersSampler(trainer.policy, batch_size=16, pad_token_id=trainer.tokenization.pad_id)
+        self.die_in, self.after, self.die, self.rows = die_in, after, die or self.kill, {}
+
+    @staticmethod
+    def kill():
+        raise Killed
+
+    def sample(self, prompts, params, *, rows=None, stage=0, **options):
+        seen = self.rows.setdefault(stage, [])
+        if stage == self.die_in and len(seen) >= self.after:
+            self.die()
+        seen += rows
+        return self.inner.sample(prompts, params, rows=rows, stage=stage, **options)
+
+
+def make(training, name, *, adapter=False, callbacks=(), data=None, **settings):
+    model = training.model(attention_dropout=0.1)
+    options = {"callbacks": list(callbacks), "peft_config": training.lora(lora_dropout=0.1) if adapter else None}
+    data = data if data is not None else training.rows(24)
+    trainer = training.trainer("irft", model=model, name=name, data=data, options=options, **{**SETTINGS, **settings})
+    trainer.sampler = CountingSampler(trainer)
+    return trainer
+
+
+def weights(trainer):
+    return {name: parameter.detach() for name, parameter in trainer.policy.named_parameters()}
+
+
+def assert_same(resumed, whole):
+    assert resumed.state.global_step == whole.state.global_step == 12
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+    assert (resumed.trained_tokens, resumed.sampled_tokens) == (whole.trained_tokens, whole.sampled_tokens)
+    for stage in range(4):
+        assert resumed.store.groups(stage) == whole.store.groups(stage)
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def whole(request, tmp_path_factory):
+    """The run that nobody killed, and its settings."""
+    training = Training(tmp_path_factory.mktemp("whole"))
+    trainer = make(training, "whole", **POLICIES[request.param])
+    trainer.train()
+    start = make(training, "start", **POLICIES[request.param])
+    assert any(not torch.equal(value, weights(start)[name]) for name, value in weights(trainer).items())
+    return trainer, POLICIES[request.param]
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "checkpoint"),
+    [
+        pytest.param("on_save", 3, 3, id="between stages"),
+        pytest.param("on_save", 6, 6, id="between epochs"),
+        pytest.param("on_step_begin", 6, 6, id="after sampling, before a step"),
+        pytest.param("on_step_begin", 5, 4, id="inside a stage"),
+        pytest.param("on_pre_optimizer_step", 11, 10, id="inside the last stage"),
+    ],
+)
+def test_killed_at_a_step(training, whole, event, step, checkpoint):
+    expected, settings = whole
+    with pytest.raises(Killed):
+        make(training, "run", callbacks=[KillAt(event, step)], **settings).train()
+    resumed = make(training, "run", **settings)
+    last = get_last_checkpoint(resumed.args.output_dir)
+    assert last is not None
+    assert last.endswith(f"checkpoint-{checkpoint}")
+    resumed.train(resume_from_checkpoint=last)
+    assert_same(resumed, expected)
+    stages_sampled = {3: 3, 6: 2, 5: 2, 11: 0}[step] - (event == "on_step_begin" and step == 6)
+    assert len(resumed.sampler.rows) == stages_sampled, "what was sampled is not sampled again"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_killed_while_sampling(training, whole, stage):
+    expected, settings = whole
+    killed = make(training, "run", **settings)
+    killed.sampler = CountingSampler(killed, die_in=stage, after=6)
+    with pytest.raises(Killed):
+        killed.train()
+    recorded = killed.sampler.rows[stage]
+    part = killed.store.path(stage) / "samples.jsonl.part"
+    assert [json.loads(line)["row"] for line in part.read_text(encoding="utf-8").splitlines()] == recorded
+    assert 6 <= len(recorded) < 12
+
+    resumed = make(training, "run", **settings)
+    resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
+    assert_same(resumed, expected)
+    assert sorted(recorded + resumed.sampler.rows[stage]) == sorted(g.row for g in expected.store.groups(stage))
+    assert len(resumed.sampler.rows[stage]) == 12 - len(recorded)
+    assert not part.exists()
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_resume import POLICIES, CountingSampler, Training, make
+trainer = make(Training(Path(sys.argv[2])), "run", **POLICIES["adapter"])
+trainer.sampler = CountingSampler(trainer, die_in=2, after=6, die=lambda: os._exit(9))
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("whole", ["adapter"], indirect=True)
+def test_a_process_that_dies_while_sampling(training, whole):
+    expected, settings = whole
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(training.folder)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 9
+    resumed = make(training, "run", **settings)
+    part = resumed.store.path(2) / "samples.jsonl.part"
+    recorded = part.read_bytes().count(b"\n")
+    with part.open("ab") as file:
+        file.write(b'{"row": 3, "prompt": "torn')
+    resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
+    assert_same(resumed, expected)
+    assert len(resumed.sampler.rows[2]) == 12 - recorded
+
+
+def stop_in_stage_zero(training, name, **settings):
+    """A run that recorded part of its first stage."""
+    trainer = make(training, name, **settings)
+    trainer.sampler = CountingSampler(trainer, die_in=0, after=6)
+    with pytest.raises(Killed):
+        trainer.train()
+    return trainer.sampler.rows[0]
+
+
+@pytest.mark.parametrize("change", ["policy", "base", "temperature", "data"])
+def test_a_record_of_something_else_is_thrown_away(training, change):
+    settings = {"adapter": change == "base"}
+    recorded = stop_in_stage_zero(training, "run", **settings)
+    if change == "temperature":
+        settings["temperature"] = 0.5
+    if change == "data":
+        reworded = training.rows(24).map(lambda row: {"prompt": row["prompt"].replace("What", "Which")})
+        settings["data"] = reworded
+    resumed = make(training, "run", **settings)
+    if change in ("policy", "base"):
+        resumed.policy.get_input_embeddings().weight.data += 0.01
+    resumed.train()
+    assert set(recorded) <= set(resumed.sampler.rows[0])
+    assert len(resumed.sampler.rows[0]) == 12
+    if change == "data":
+        assert "Which" in (resumed.store.path(0) / "samples.jsonl").read_text(encoding="utf-8")
+
+
+def test_inside_a_stage_its_samples_must_be_there(training):
+    with pytest.raises(Killed):
+        make(training, "run", callbacks=[KillAt("on_step_begin", 5)]).train()
+    resumed = make(training, "run")
+    last = get_last_checkpoint(resumed.args.output_dir)
+    other_data = make(training, "run", data=training.rows(24).select(range(23, -1, -1)))
+    with pytest.raises(UserError, match="the data differ"):
+        other_data.train(resume_from_checkpoint=last)
+    (resumed.store.path(1) / "samples.jsonl").unlink()
+    with pytest.raises(UserError, match=r"samples of stage 1 are missing.*from a checkpoint at the stage's start"):
+        resumed.train(resume_from_checkpoint=last)
+    again = make(training, "run")
+    again.train(resume_from_checkpoint=f"{again.args.output_dir}/checkpoint-3")
+    assert again.state.global_step == 12
