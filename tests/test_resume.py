@@ -85,6 +85,8 @@ def assert_same(resumed, whole):
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
     assert (resumed.trained_tokens, resumed.sampled_tokens) == (whole.trained_tokens, whole.sampled_tokens)
+    logged = sum(line.get("time/training", 0.0) for line in resumed.state.log_history)
+    assert resumed.seconds["training"] == pytest.approx(logged), "what the killed run spent counts too"
     for stage in range(4):
         assert resumed.store.groups(stage) == whole.store.groups(stage)
 

@@ -568,6 +568,16 @@ def test_a_clipped_infinite_gradient_is_found_too(training):
         trainer.train()
 
 
+def test_an_overflow_that_loss_scaling_meets_on_its_way_is_no_error(training):
+    """With fp16 the first gradients overflow until the scale has come down; the scaler leaves those steps out."""
+    trainer = training.trainer("sft", num_train_epochs=10)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer.train()
+    assert trainer.state.global_step == 40
+    assert trainer.accelerator.scaler.get_scale() < 2.0**127
+    assert distance(trainer.model, training.model()) > 1e-3
+
+
 def test_adapters_that_cannot_be(training):
     tied = training.model("gemma3", num_hidden_layers=3)
     with pytest.raises(UserError, match="lm_head shares its weights"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,7 @@ def load_model(
     Raises:
         UserError: no model is there, or it cannot be read.
     """
+    _require_exists(name_or_path)
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -70,6 +72,7 @@ def load_tokenizer(
     Raises:
         UserError: there is none.
     """
+    _require_exists(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -205,6 +208,14 @@ class LMHead:
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V] float32."""
         return self.transform(self.raw_logits(hidden_NH))
+
+
+def _require_exists(name_or_path: str) -> None:
+    """A path into a folder that is there, to something that is not, is a mistyped path and no name on the hub."""
+    path = Path(name_or_path)
+    is_path = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+    if is_path and not path.exists():
+        raise UserError("no such folder.", remedy="Check the path.", file=name_or_path, field="model_name_or_path")
 
 
 def _first_line(error: Exception) -> str:

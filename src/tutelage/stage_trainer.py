@@ -73,8 +73,6 @@ class StageConfig(DemonstrationConfig):
         for name, least in (("stages_per_epoch", 1), ("num_samples", 1), ("replay_stages", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"must be at least {least}, not {getattr(self, name)}.", field=name)
-        if self.reference not in ("stage", "initial"):
-            raise UserError(f"must be 'stage' or 'initial', not '{self.reference}'.", field="reference")
         if self.temperature <= 0:
             raise UserError("must be above 0: greedy completions are no samples of the policy.", field="temperature")
 
@@ -97,7 +95,9 @@ class StageTrainer(DemonstrationTrainer):
     def __init__(
         self, model, args: StageConfig, train_dataset=None, *further, sampler: Sampler | None = None, **options
     ):
-        conversational = train_dataset is not None and is_conversational(train_dataset)
+        conversational = train_dataset is not None and is_conversational(
+            train_dataset, source=options.get("source", "training data")
+        )
         super().__init__(model, args, train_dataset, *further, **options)
         self.sampling_params = SamplingParams(
             max_completion_length=args.max_completion_length,

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from tutelage.data.tokenization import Tokenization, group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
@@ -40,6 +41,15 @@ from tutelage.results import model_card, training_record
 __all__ = ["DemonstrationConfig", "DemonstrationTrainer"]
 
 logger = logging.getLogger(__name__)
+
+
+_AT_LEAST_ONE = (
+    "max_prompt_length",
+    "max_completion_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 
 
 @dataclass
@@ -116,8 +126,21 @@ class DemonstrationConfig(TrainingArguments):
         super().__post_init__()
         # A batch of groups holds no tensors, so accelerate cannot hand a streamed one out from its first process.
         self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-        if self.max_prompt_length < 1 or self.max_completion_length < 1:
-            raise UserError("must be at least 1 token.", field="max_prompt_length / max_completion_length")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
+        own = {
+            name
+            for cls in type(self).__mro__
+            if cls.__module__.startswith("tutelage.")
+            for name in cls.__annotations__
+        }
+        for entry in fields(self):
+            choices = entry.metadata.get("choices") if entry.name in own else None
+            if choices and getattr(self, entry.name) not in choices:
+                raise UserError(
+                    f"must be one of {', '.join(choices)}, not {getattr(self, entry.name)!r}.", field=entry.name
+                )
 
     def tokenization(self, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
         """The templating path that these settings describe."""
@@ -314,10 +337,12 @@ class DemonstrationTrainer(Trainer):
 
     def non_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that stops training before a weight is spoilt."""
+        checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
         return NonFiniteLossError(
             f"the {what} is {value} at step {self.state.global_step + 1}{self._place()}; training stopped before that step "
             "changed a weight.",
-            remedy=f"The last good checkpoint in {self.args.output_dir} is kept. Lower --learning_rate or --max_grad_norm.",
+            remedy=f"{kept} Lower --learning_rate or --max_grad_norm.",
         )
 
     def _place(self) -> str:
@@ -408,6 +433,8 @@ class _Guard(TrainerCallback):
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.scaler is not None:
+            return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
         gradients = [p.grad for p in self.trainer.policy.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
@@ -426,15 +453,15 @@ class _Costs(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        costs = state.stateful_callbacks.get(self.key)
-        if costs:
+        if costs := cast(dict[str, Any], state.stateful_callbacks).get(self.key):
             self.trainer.seconds.update(costs["seconds"])
             self.trainer.trained_tokens, self.trainer.sampled_tokens = costs["tokens"]
             self.trainer._since_last_log()  # what went before belongs to no line that is still to come
 
     def on_step_end(self, args, state, control, **kwargs):
         tokens = [self.trainer.trained_tokens, self.trainer.sampled_tokens]
-        state.stateful_callbacks[self.key] = {"seconds": dict(self.trainer.seconds), "tokens": tokens}
+        costs = {"seconds": dict(self.trainer.seconds), "tokens": tokens}
+        cast(dict[str, Any], state.stateful_callbacks)[self.key] = costs
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from tutelage.cli.arguments import DataArguments, ModelArguments
+from tutelage.cli.arguments import CommandParser, DataArguments, ModelArguments
 from tutelage.cli.progress import TerminalProgress, duration
 from tutelage.cli.train import ALGORITHMS, OutputFolder, train
 from tutelage.errors import UserError
@@ -39,7 +39,8 @@ def main(args: Sequence[str], console: Console) -> None:
     """Train SFT, then from its checkpoint continued SFT, SPIN and IRFT; evaluate all; write the report."""
     options = _parse(args)
     out = Path(options.output_dir)
-    with OutputFolder(str(out), resume=False, overwrite=options.overwrite_output_dir):
+    with OutputFolder(str(out), resume=False, overwrite=options.overwrite_output_dir) as folder:
+        folder.clear()
         records = _run(options, out, console)
     write_report(records, out / "report.html")
     console.print(summary_table(records))
@@ -49,12 +50,7 @@ def main(args: Sequence[str], console: Console) -> None:
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tutelage quickstart",
-        description=main.__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = CommandParser(prog="tutelage quickstart", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--model_name_or_path", help="Any model; by default Gemma 3 270M from the package index.")
     parser.add_argument("--task", default="chain_sum", help="A reasoning-gym task with written solutions.")
     parser.add_argument("--rows", type=int, default=256, help="Demonstrations to train on.")
@@ -114,7 +110,9 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[dict[
         with plan.part(name, f"{name} from {start}, {epochs} pass(es) over the demonstrations"):
             config, _ = ALGORITHMS[algorithm]
             # Going on at the rate that SFT began with undoes some of it; half of it is the stronger control.
-            rate = {"learning_rate": config.adapter_learning_rate / 2} if name == "continued-sft" else {}
+            rate: dict[str, Any] = (
+                {"learning_rate": config.adapter_learning_rate / 2} if name == "continued-sft" else {}
+            )
             args = config(output_dir=str(out / name), num_train_epochs=epochs, **training, **rate)
             named = replace(data, run_name_in_tables=name)
             model = base if start == "base" else after_sft

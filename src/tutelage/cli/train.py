@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -41,8 +40,8 @@ def main(algorithm: str, args: Sequence[str], console: Console) -> None:
     if not data.dataset_name:
         raise UserError("no data are given.", remedy="Add --dataset_name DATA.", field="dataset_name")
     model.require_name()
-    with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir):
-        record = train(algorithm, data, model, training, console)
+    with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
+        record = train(algorithm, data, model, training, console, before_training=output.clear)
     folder = Path(training.output_dir)
     report = folder / "report.html"
     write_report([record], report)
@@ -60,31 +59,39 @@ def train(
     console: Console,
     *,
     start: str | None = None,
-    dataset: Dataset | None = None,
-    eval_dataset: Dataset | None = None,
+    before_training: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train, save, evaluate; returns what results.json holds.
 
     Args:
         start: name of the run this one starts from, for comparisons.
-        dataset, eval_dataset: rows already loaded; by default loaded as ``data`` says.
+        before_training: called when data, model and settings have been found good.
     """
     _, trainer_class = ALGORITHMS[algorithm]
     name = data.run_name_in_tables or algorithm
     reset_peak_memory()
     training.disable_tqdm = True
-    dataset = dataset or _load(data, str(data.dataset_name), streaming=data.dataset_streaming)
-    eval_source = str(data.eval_dataset_name or data.dataset_name)
-    if eval_dataset is None and (data.eval_dataset_name or training.eval_strategy != "no"):
-        eval_dataset = _load(data, eval_source, split=data.dataset_test_split if not data.eval_dataset_name else None)
+    dataset = _load(data, str(data.dataset_name), data.dataset_train_split, streaming=data.dataset_streaming)
+    eval_dataset, eval_source = None, str(data.eval_dataset_name or data.dataset_name)
+    if data.eval_dataset_name or training.eval_strategy != "no":
+        # A file given for the purpose is read whole; it has no splits of its own.
+        whole = data.eval_dataset_name and Path(eval_source).is_file()
+        eval_dataset = _load(data, eval_source, "train" if whole else data.dataset_test_split)
     with TerminalProgress(console, name) as progress:
         with progress.phase("loading the model"):
             tokenizer = load_tokenizer(
                 model.require_name(), revision=model.model_revision, trust_remote_code=model.trust_remote_code
             )
             policy = model.load()
-        # An adapter's folder brings its adapter along, and training continues it.
-        peft_config = model.peft_config() if not hasattr(policy, "peft_config") else None
+        continued = getattr(policy, "peft_config", None)
+        peft_config = None if continued else model.peft_config()
+        if continued:
+            rank = getattr(next(iter(continued.values())), "r", "?")
+            console.print(
+                f"  training continues the adapter of {model.model_name_or_path} (r {rank}); --lora_* have no effect",
+                highlight=False,
+                markup=False,
+            )
         try:
             trainer = trainer_class(
                 policy,
@@ -117,6 +124,7 @@ def train(
             console.print(
                 f"  no checkpoint in {training.output_dir}: beginning at step 0", highlight=False, markup=False
             )
+        before_training()
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(training.output_dir)
         record = training_record(trainer, name=name, dataset=str(data.dataset_name), start=start)
@@ -150,6 +158,7 @@ class OutputFolder:
     def __init__(self, folder: str, *, resume: bool, overwrite: bool):
         self.folder = Path(folder)
         self.existed = self.folder.exists()
+        self._replaced: list[Path] = []
         if self.existed and not self.folder.is_dir():
             raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")
         if self.existed and any(self.folder.iterdir()) and not resume:
@@ -160,9 +169,12 @@ class OutputFolder:
                     file=str(folder),
                     field="output_dir",
                 )
-            for pattern in _OUTPUTS:
-                for path in self.folder.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._replaced = [path for pattern in _OUTPUTS for path in self.folder.glob(pattern)]
+
+    def clear(self) -> None:
+        """Take away what an earlier run left, if it is to be replaced."""
+        for path in self._replaced:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -173,7 +185,5 @@ class OutputFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _load(data: DataArguments, name: str, *, split: str | None = None, streaming: bool = False) -> Any:
-    return load_dataset(
-        name, config_name=data.dataset_config, split=split or data.dataset_train_split, streaming=streaming
-    )
+def _load(data: DataArguments, name: str, split: str, *, streaming: bool = False) -> Any:
+    return load_dataset(name, config_name=data.dataset_config, split=split, streaming=streaming)

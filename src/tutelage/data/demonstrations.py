@@ -134,7 +134,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
             with _open(path) as file:
                 dataset = Dataset(InMemoryTable(pyarrow.parquet.read_table(file)))
         else:
-            dataset = _in_columns(_read_file(path))
+            dataset = _in_columns(_read_file(path), str(path))
     except UserError:
         raise
     except (pa.ArrowException, OSError, EOFError, zlib.error, TypeError, ValueError, OverflowError) as error:
@@ -142,10 +142,25 @@ def _load_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
     return _take_split(dataset, split, str(path))
 
 
-def _in_columns(rows: Iterable[Mapping[str, Any]]) -> Dataset:
+def _in_columns(rows: Iterable[Mapping[str, Any]], source: str) -> Dataset:
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        _require_one_type(name, [row.get(name) for row in rows], source)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
+
+
+def _require_one_type(name: str, values: list[Any], source: str) -> None:
+    """Text and numbers in one column would be turned into one another by the table that holds them."""
+    numbers = [place for place, value in enumerate(values, start=1) if isinstance(value, (bool, int, float))]
+    if numbers and any(isinstance(value, str) for value in values):
+        raise UserError(
+            f"must be text as in other rows, not {type(values[numbers[0] - 1]).__name__}.",
+            remedy="Write it in quotes.",
+            file=source,
+            row=numbers[0],
+            field=name,
+        )
 
 
 def _take_split(dataset: Dataset, split: str, source: str) -> Dataset:

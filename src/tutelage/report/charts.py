@@ -35,7 +35,7 @@ class Metric:
 
 GROUPS = {
     "Likelihood": (
-        Metric("eval_logps/demonstrations", "Held-out demonstrations, log-prob", "nats a sequence"),
+        Metric("eval_demonstration_logp", "Held-out demonstrations, log-prob", "nats a sequence"),
         Metric("logps/demonstrations", "Training demonstrations, log-prob", "nats a sequence"),
         Metric("logps/samples", "Samples, log-prob", "nats a sequence"),
         Metric("loss", "Training loss", "not comparable between algorithms"),
@@ -47,8 +47,8 @@ GROUPS = {
     "Samples": (
         Metric("length/samples", "Length of samples", "tokens"),
         Metric("length/demonstrations", "Length of demonstrations", "tokens"),
-        Metric("samples/distinct_1", "Distinct words, distinct-1", "share of all"),
-        Metric("samples/distinct_2", "Distinct word pairs, distinct-2", "share of all"),
+        Metric("samples/distinct_1", "Distinct tokens, distinct-1", "share of all"),
+        Metric("samples/distinct_2", "Distinct token pairs, distinct-2", "share of all"),
         Metric("samples/cut_fraction", "Cut at the length limit", "share of samples"),
         Metric("pairs/dropped", "Dropped pairs", "sample equal to its demonstration"),
     ),
