@@ -242,13 +242,18 @@ def test_conversations_survive_files(tmp_path, extension, streaming):
     assert prompts == [[SYSTEM, USER], [USER]]
 
 
-def test_json_lines_may_differ_in_columns_and_types(tmp_path):
+def test_json_lines_may_differ_in_columns_but_not_in_types(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(
-        '{"prompt": "a", "completion": "b", "level": 1}\n{"prompt": "a", "completion": "c", "level": "x"}\n'
-        '{"prompt": "a", "completion": "d", "more": true}\n'
+        '{"prompt": "a", "completion": "b", "level": 1}\n{"prompt": "a", "completion": "d", "more": true}\n'
     )
-    assert [row["level"] for row in load_dataset(path)] == [1, "x", None]
+    assert [row["level"] for row in load_dataset(path)] == [1, None]
+    # A table would read the text " 0" beside a number as the number 0, silently.
+    path.write_text(
+        '{"prompt": "a", "completion": "b", "level": " 0"}\n{"prompt": "a", "completion": "c", "level": 3}\n'
+    )
+    with pytest.raises(UserError, match=r"row 2, field 'level': must be text as in other rows, not int"):
+        load_dataset(path)
 
 
 def test_csv_keeps_numbers_and_na_as_text(tmp_path):

@@ -570,7 +570,7 @@ def test_a_clipped_infinite_gradient_is_found_too(training):
 
 def test_an_overflow_that_loss_scaling_meets_on_its_way_is_no_error(training):
     """With fp16 the first gradients overflow until the scale has come down; the scaler leaves those steps out."""
-    trainer = training.trainer("sft", num_train_epochs=10)
+    trainer = training.trainer("sft", num_train_epochs=10, max_grad_norm=0.0)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer.train()
     assert trainer.state.global_step == 40
@@ -602,9 +602,9 @@ def test_a_tokenizer_larger_than_the_model(training):
         ({"beta": [0.1, 0.2]}, "2 values for 4 stages"),
         ({"beta": [0.0]}, "above 0"),
         ({"temperature": 0.0}, "greedy"),
-        ({"reference": "final"}, "'stage' or 'initial'"),
+        ({"reference": "final"}, "reference.*stage.*initial"),
         ({"num_samples": 0}, "at least 1"),
-        ({"max_completion_length": 0}, "at least 1 token"),
+        ({"max_completion_length": 0}, "max_completion_length.*at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(training, settings, problem):
