@@ -27,7 +27,7 @@ from tutelage.data import load_dataset
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.models import load_model, load_tokenizer
-from tutelage.results import training_record, write_results
+from tutelage.results import write_results
 
 METHODS = {
     "sft": (SFTConfig, SFTTrainer, {}),
@@ -92,7 +92,7 @@ def main() -> None:
             trainer.train()
         trainer.save_model(str(out / name))
         logps[name], demonstrations[name] = pair_logps(trainer.model, rows)
-        write_results(out / name, training_record(trainer, name=name, dataset=options.data, start=None))
+        write_results(out / name, trainer.record(name=name))
         show(logps, demonstrations, out / "figure_1.json", console)
 
 

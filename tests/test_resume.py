@@ -181,23 +181,26 @@ def stop_in_stage_zero(training, name, **settings):
     return trainer.sampler.rows[0]
 
 
-@pytest.mark.parametrize("change", ["policy", "base", "temperature", "data"])
+@pytest.mark.parametrize("change", ["policy", "base", "temperature", "prompts", "demonstrations"])
 def test_a_record_of_something_else_is_thrown_away(training, change):
     settings = {"adapter": change == "base"}
     recorded = stop_in_stage_zero(training, "run", **settings)
     if change == "temperature":
         settings["temperature"] = 0.5
-    if change == "data":
-        reworded = training.rows(24).map(lambda row: {"prompt": row["prompt"].replace("What", "Which")})
-        settings["data"] = reworded
+    if change == "prompts":
+        settings["data"] = training.rows(24).map(lambda row: {"prompt": "Now: " + row["prompt"]})
+    if change == "demonstrations":
+        settings["data"] = training.rows(24).map(lambda row: {"completion": row["completion"] + "!"})
     resumed = make(training, "run", **settings)
     if change in ("policy", "base"):
         resumed.policy.get_input_embeddings().weight.data += 0.01
     resumed.train()
     assert set(recorded) <= set(resumed.sampler.rows[0])
     assert len(resumed.sampler.rows[0]) == 12
-    if change == "data":
-        assert "Which" in (resumed.store.path(0) / "samples.jsonl").read_text(encoding="utf-8")
+    groups = resumed.store.groups(0)
+    demonstrations = {row["row"]: tuple(row["demonstration_ids"]) for row in resumed.train_dataset}
+    assert len(groups) == 12
+    assert all(group.completions[0].token_ids == demonstrations[group.row] for group in groups)
 
 
 def test_inside_a_stage_its_samples_must_be_there(training):

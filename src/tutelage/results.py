@@ -7,64 +7,54 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import TrainingArguments
 
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.stages import write_json
-
-if TYPE_CHECKING:
-    from tutelage.trainer import DemonstrationTrainer
 
 __all__ = [
     "evaluation_record",
     "model_card",
     "peak_memory_bytes",
     "reset_peak_memory",
-    "training_record",
-    "untrained_record",
+    "run_record",
+    "run_settings",
     "write_results",
 ]
 
 SCHEMA = 1
 _SHOWN_SAMPLES = 12
+_TRAINING_FIELDS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+)
 
 
-def training_record(trainer: DemonstrationTrainer, *, name: str, dataset: str, start: str | None) -> dict[str, Any]:
-    """A training run for results.json, without its evaluation.
+def run_record(*, name: str, algorithm: str, model: str, dataset: str, seed: int, **found: Any) -> dict[str, Any]:
+    """What results.json holds of a run; of a model that no run of ours made, the fields of training are empty.
 
     Args:
         name: what tables call the run.
+        algorithm: ``base`` for a model as it was found.
+        model: the model the run started from.
         dataset: what it was trained on, for people.
-        start: name of the run it started from, if that is one of a comparison.
+        found: further fields, in place of the empty ones.
     """
-    return {
+    record = {
         "schema": SCHEMA,
         "name": name,
-        "algorithm": trainer.algorithm,
-        "model": trainer.model_name,
-        "dataset": dataset,
-        "seed": trainer.args.seed,
-        "start": start,
-        "settings": _settings(trainer),
-        "demonstration_passes": round(trainer.state.epoch or 0.0, 4),
-        "trained_tokens": trainer.trained_tokens,
-        "sampled_tokens": trainer.sampled_tokens,
-        "time_s": {**trainer.seconds, "total": sum(trainer.seconds.values())},
-        "peak_memory_bytes": peak_memory_bytes(),
-        "history": trainer.state.log_history,
-        "evaluation": None,
-        "samples": [],
-    }
-
-
-def untrained_record(model: str, *, label: str, dataset: str, seed: int) -> dict[str, Any]:
-    """A model that no run of ours made, for results.json, without its evaluation."""
-    return {
-        "schema": SCHEMA,
-        "name": label,
-        "algorithm": "base",
+        "algorithm": algorithm,
         "model": model,
         "dataset": dataset,
         "seed": seed,
@@ -76,7 +66,11 @@ def untrained_record(model: str, *, label: str, dataset: str, seed: int) -> dict
         "time_s": {},
         "peak_memory_bytes": peak_memory_bytes(),
         "history": [],
+        "evaluation": None,
+        "samples": [],
     }
+    assert found.keys() <= record.keys()
+    return record | found
 
 
 def evaluation_record(evaluation: Evaluation, rows: EvaluationSet) -> dict[str, Any]:
@@ -166,21 +160,12 @@ def reset_peak_memory() -> None:
             file.write("5")
 
 
-def _settings(trainer: DemonstrationTrainer) -> dict[str, Any]:
+def run_settings(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
     """What a reader needs to run it again: the algorithm's own fields, the optimiser's and the adapter's."""
-    args = trainer.args
-    names = [
-        name for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for name in cls.__annotations__
-    ]
-    names += ["num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim"]
-    names += ["lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"]
-    settings = {
-        name: _plain(getattr(args, name)) for name in dict.fromkeys(names) if name in args.__dataclass_fields__
-    }
-    settings["layout"] = trainer.layout
-    config = getattr(trainer.model, "peft_config", None)
-    if config:
-        adapter = next(iter(config.values()))
+    own = [n for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for n in cls.__annotations__]
+    names = [name for name in dict.fromkeys([*own, *_TRAINING_FIELDS]) if name in args.__dataclass_fields__]
+    settings = {name: _plain(getattr(args, name)) for name in names}
+    for adapter in getattr(model, "peft_config", {}).values():
         settings |= {"adapter": str(adapter.peft_type.value), "lora_r": getattr(adapter, "r", None)}
         settings["lora_alpha"] = getattr(adapter, "lora_alpha", None)
     return settings

@@ -36,7 +36,7 @@ from tutelage.groups import Group
 from tutelage.logprobs import Layout, completion_logps, probe_layout
 from tutelage.models import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.progress import Progress, Silent
-from tutelage.results import model_card, training_record
+from tutelage.results import model_card, run_record, run_settings
 
 __all__ = ["DemonstrationConfig", "DemonstrationTrainer"]
 
@@ -409,6 +409,23 @@ class DemonstrationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def record(self, *, name: str, start: str | None = None) -> dict[str, Any]:
+        """What results.json holds of this run, without its evaluation; see ``tutelage.results.run_record``."""
+        return run_record(
+            name=name,
+            algorithm=self.algorithm,
+            model=self.model_name,
+            dataset=self.source,
+            seed=self.args.seed,
+            start=start,
+            settings=run_settings(self.args, self.policy) | {"layout": self.layout},
+            demonstration_passes=round(self.state.epoch or 0.0, 4),
+            trained_tokens=self.trained_tokens,
+            sampled_tokens=self.sampled_tokens,
+            time_s={**self.seconds, "total": sum(self.seconds.values())},
+            history=self.state.log_history,
+        )
+
     def create_model_card(self, *args, record: Mapping[str, Any] | None = None, **kwargs) -> None:
         """Write the run's own README.md; ``push_to_hub`` calls it and hands its keyword arguments on.
 
@@ -418,8 +435,7 @@ class DemonstrationTrainer(Trainer):
         """
         folder = Path(cast(str, self.args.output_dir))
         if record is None:
-            name = kwargs.get("model_name") or folder.name
-            record = training_record(self, name=name, dataset=self.source, start=None)
+            record = self.record(name=kwargs.get("model_name") or folder.name)
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.models import check_vocabulary, load_model, load_tokenizer
 from tutelage.report import load_run, summary_table, verdicts, write_report
-from tutelage.results import evaluation_record, reset_peak_memory, untrained_record, write_results
+from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
 from tutelage.sampling import SamplingParams, TransformersSampler
 
 __all__ = ["data", "evaluate", "report", "sample"]
@@ -134,7 +134,7 @@ def evaluate(args: Sequence[str], console: Console) -> None:
                 greedy=True,
                 on_progress=advance,
             )
-        record = untrained_record(name, label=label, dataset=options.dataset_name, seed=options.seed)
+        record = run_record(name=label, algorithm="base", model=name, dataset=options.dataset_name, seed=options.seed)
         record |= _of_run(name) | evaluation_record(found, rows)
         record |= {"name": label, "start": labels[0] if options.reference and label != labels[0] else None}
         records.append(record)

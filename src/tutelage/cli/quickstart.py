@@ -23,7 +23,7 @@ from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.verifiers import reasoning_gym_rows
 from tutelage.models import load_model, load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
-from tutelage.results import evaluation_record, reset_peak_memory, untrained_record, write_results
+from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
 from tutelage.testing.gemma import GEMMA_LICENCE, gemma_3_270m
 
 __all__ = ["main"]
@@ -154,7 +154,9 @@ def _evaluate_base(
     )
     with TerminalProgress(console, "base") as progress, progress.phase("answering", len(rows.groups)) as advance:
         found = rows.evaluate(policy, seed=config.seed, sample=True, greedy=True, on_progress=advance)
-    record = untrained_record(name, label="base", dataset=str(data.eval_dataset_name), seed=config.seed)
+    record = run_record(
+        name="base", algorithm="base", model=name, dataset=str(data.eval_dataset_name), seed=config.seed
+    )
     return record | evaluation_record(found, rows)
 
 

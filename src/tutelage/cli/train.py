@@ -18,7 +18,7 @@ from tutelage.data import load_dataset
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.models import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
-from tutelage.results import evaluation_record, model_card, reset_peak_memory, training_record, write_results
+from tutelage.results import evaluation_record, model_card, reset_peak_memory, write_results
 from tutelage.trainer import DemonstrationConfig, DemonstrationTrainer
 
 __all__ = ["ALGORITHMS", "main", "train"]
@@ -127,7 +127,7 @@ def train(
         before_training()
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(training.output_dir)
-        record = training_record(trainer, name=name, dataset=str(data.dataset_name), start=start)
+        record = trainer.record(name=name, start=start)
         if trainer.evaluation_set is not None:
             with progress.phase("evaluating"), trainer.compute_loss_context_manager():
                 evaluation = trainer.evaluation_set.evaluate(
