@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.errors import UserError
+from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.groups import Group
 from tutelage.logprobs import completion_logps
 from tutelage.sampling import SamplingParams, TransformersSampler
@@ -145,6 +145,14 @@ def test_a_token_of_probability_zero_is_never_drawn():
     numbers = np.array([0.0, 0.5, np.nextafter(1, 0)])
     tokens, _ = draw_tokens(logits, numbers, params=SamplingParams())
     assert tokens.tolist() == [5, 700, 1300]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(temperature):
+    logits = torch.zeros(3, 1000)
+    logits[1, 7] = torch.nan
+    with pytest.raises(NonFiniteLossError, match="not finite"):
+        draw_tokens(logits, np.full(3, 0.5), params=SamplingParams(temperature=temperature))
 
 
 @pytest.mark.parametrize(("params", "allowed"), [({"top_k": 2}, {0, 1}), ({"top_p": 0.6}, {0, 1}), ({}, {0, 1, 2, 3})])

@@ -136,6 +136,11 @@ class StageTrainer(DemonstrationTrainer):
             self._begin_stage(epoch_iterator)
         return self._step_of(self._steps.popleft() if self._steps else [])
 
+    @property
+    def needs_samples(self) -> bool:
+        """Whether a demonstration teaches nothing without a sample beside it."""
+        return True
+
     # --- a stage ----------------------------------------------------------------------------------------------------
 
     def _begin_stage(self, epoch_iterator: Iterator) -> None:
@@ -159,8 +164,16 @@ class StageTrainer(DemonstrationTrainer):
         recorded = self._record_stage(list(demonstrations.values()), at_start=at_start)
         replayed = self._replayed(recorded, at_start=at_start)
         for batches in steps:
-            self._steps.append([_trained_on(batch, recorded, replayed) for batch in batches])
+            self._steps.append([self._trained_on(batch, recorded, replayed) for batch in batches])
         self._watch_stage([recorded[row] for row in demonstrations])
+
+    def _trained_on(
+        self, batch: list[Group], recorded: dict[int, Group], replayed: dict[int, tuple[Group, ...]]
+    ) -> list[Group]:
+        """The batch with its samples, each group followed by those replayed with it; copies of demonstrations dropped."""
+        rows = (group.row for group in batch)
+        groups = [drop_copies(group) for row in rows for group in (recorded[row], *replayed.get(row, ()))]
+        return [group for group in groups if len(group.completions) > 1 or not self.needs_samples]
 
     def _check_weights(self) -> None:
         norm = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
@@ -197,7 +210,7 @@ class StageTrainer(DemonstrationTrainer):
     def _sampled(self, demonstrations: list[Group], *, done: int) -> Iterator[list[Group]]:
         """Samples and scores a few batches' worth of prompts at a time; each piece is on disk before the next begins."""
         piece = max(1, 4 * self.args.sampling_batch_size // self.args.num_samples)
-        name = f"stage {self.stage + 1}"
+        name = f"stage {self.stage}"
         with self.progress.phase(f"{name}: sampling", done + len(demonstrations)) as advance:
             for start in range(0, len(demonstrations), piece):
                 groups = demonstrations[start : start + piece]
@@ -275,7 +288,7 @@ class StageTrainer(DemonstrationTrainer):
         super().log({"stage": self.stage, **logs} if self.stage >= 0 else logs, start_time)
 
     def _place(self) -> str:
-        return f" (stage {self.stage + 1})"
+        return f" of stage {self.stage}"
 
 
 class _StageEnd(TrainerCallback):
@@ -292,12 +305,6 @@ class _StageEnd(TrainerCallback):
             control.should_save = True
 
 
-def _trained_on(batch: list[Group], recorded: dict[int, Group], replayed: dict[int, tuple[Group, ...]]) -> list[Group]:
-    """The batch with its samples, each group followed by those replayed with it; copies of demonstrations dropped."""
-    groups = [group for row in (g.row for g in batch) for group in (recorded[row], *replayed.get(row, ()))]
-    return [kept for group in groups if (kept := drop_copies(group)) is not None]
-
-
 def _is_record(recorded: Group | None, group: Group) -> bool:
     """Whether a recorded group is of this prompt and demonstration."""
     return (
@@ -307,15 +314,13 @@ def _is_record(recorded: Group | None, group: Group) -> bool:
     )
 
 
-def drop_copies(group: Group) -> Group | None:
-    """The group without the samples that equal its demonstration; None if no sample is left.
+def drop_copies(group: Group) -> Group:
+    """The group without the samples that equal its demonstration.
 
     Such a pair has a constant loss and no gradient, whatever the policy.
     """
     demonstration = group.completions[0]
     keep = [0] + [i for i, c in enumerate(group.completions) if i > 0 and c.token_ids != demonstration.token_ids]
-    if len(keep) == 1:
-        return None
     reference = group.reference_logps
     return replace(
         group,

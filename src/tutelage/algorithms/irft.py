@@ -71,6 +71,11 @@ class IRFTTrainer(StageTrainer):
         """The temperature of the current stage."""
         return self.args.beta[max(0, self.stage) % len(self.args.beta)]
 
+    @property
+    def needs_samples(self) -> bool:
+        """The SFT term learns from a demonstration alone."""
+        return not self.args.sft_weight
+
     def counts(self, groups: Sequence[Group]) -> dict[str, int]:
         """Pairs of a demonstration and a sample; demonstration tokens."""
         return {
@@ -82,8 +87,9 @@ class IRFTTrainer(StageTrainer):
         """The contrast, averaged over pairs, and the SFT term, averaged over demonstration tokens."""
         reference_C = torch.tensor([logp for group in groups for logp in group.reference_logps or ()]).to(logps_C)
         # Every sample forms a pair with the demonstration that leads its group.
-        demonstrations, samples, first = [], [], 0
+        leading, demonstrations, samples, first = [], [], [], 0
         for group in groups:
+            leading.append(first)
             demonstrations += [first] * (len(group.completions) - 1)
             samples += range(first + 1, first + len(group.completions))
             first += len(group.completions)
@@ -97,9 +103,8 @@ class IRFTTrainer(StageTrainer):
             beta=self.beta,
             kind=cast(LossKind, self.args.loss_kind),
         )
-        loss = losses_P.sum() / counts["pairs"]
+        loss = losses_P.sum() / max(1, counts["pairs"])
         if self.args.sft_weight:
-            leading = sorted(set(demonstrations))
             loss = loss + self.args.sft_weight * sft_loss(logps_C[leading]).sum() / counts["demonstration_tokens"]
         rewards_P = implicit_reward(policy_P, reference_P, beta=self.beta)
         sample_rewards_P = implicit_reward(policy_samples_P, reference_samples_P, beta=self.beta)

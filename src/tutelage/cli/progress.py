@@ -97,7 +97,7 @@ class LogLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = [f"{label} {_number(logs[name])}" for name, label in _SHOWN.items() if logs and name in logs]
         if shown:
-            stage = f" stage {logs['stage'] + 1:g}" if logs and "stage" in logs else ""
+            stage = f" stage {logs['stage']}" if logs and "stage" in logs else ""
             self.console.print(f"  [dim]step {state.global_step}{stage}[/dim]  " + "  ".join(shown), highlight=False)
 
 

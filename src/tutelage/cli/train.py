@@ -144,7 +144,7 @@ def train(
     write_results(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if training.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(record=record)
     return record
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tutelage.errors import UserError
+from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.models import LMHead, base_causal_lm, evaluation_mode
 from tutelage.sampling.base import Sample, SamplingParams, uniforms
 
@@ -186,6 +186,9 @@ def draw_tokens(
 
     Returns:
         [B] tokens and [B] float32 log-probs (nats) under the distribution they were drawn from.
+
+    Raises:
+        NonFiniteLossError: a row's largest logit is NaN or infinite.
     """
     rows = max(1, _DRAW_ELEMENTS // logits_BV.shape[1])
     drawn = [
@@ -199,17 +202,22 @@ def draw_tokens(
 
 
 def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    highest = logits.amax(1, keepdim=True)
+    if not torch.isfinite(highest).all():
+        raise NonFiniteLossError(
+            "the policy's logits are not finite, so nothing can be sampled from it.",
+            remedy="Lower --learning_rate, or look for NaN in the weights.",
+        )
     if params.temperature == 0:
         tokens = logits.argmax(1)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
     if params.temperature != 1:
-        logits = logits / params.temperature
-    no_ids = torch.empty(0)  # these warpers read the scores alone
+        logits, highest = logits / params.temperature, highest / params.temperature
+    no_ids = torch.empty(0)  # these warpers read the scores alone, and keep the highest
     if params.top_k:
         logits = TopKLogitsWarper(params.top_k)(no_ids, logits)  # type: ignore[arg-type]
     if params.top_p < 1:
         logits = TopPLogitsWarper(params.top_p)(no_ids, logits)  # type: ignore[arg-type]
-    highest = logits.amax(1, keepdim=True)
     weights = (logits - highest).exp_()
     blocks = nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(weights), -1, _BLOCK)
     block_sums = blocks.sum(2, dtype=torch.float32).double()
@@ -220,7 +228,7 @@ def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tens
     # Rounding must not lead into a block, or to a token, of probability zero: the last possible one takes the rest.
     block = torch.minimum(block, _last_positive(block_sums))
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double()
-    remainder = threshold - (cumulative.gather(1, block) - block_sums.gather(1, block))
+    remainder = (threshold - (cumulative.gather(1, block) - block_sums.gather(1, block))).clamp_(min=0)
     offset = torch.searchsorted(inside.cumsum(1), remainder, right=True).clamp_(max=_BLOCK - 1)
     offset = torch.minimum(offset, _last_positive(inside))
     tokens = block * _BLOCK + offset
