@@ -450,6 +450,16 @@ def test_sample(tutelage, refusal, model, sums, tmp_path):
     assert output.read_bytes() == before
 
 
+def test_sample_takes_prompts_alone(tutelage, refusal, model, tmp_path):
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in SUMS])
+    command = ["sample", "--model_name_or_path", model, "--dataset_name", data, "--max_completion_length", 6]
+    assert tutelage(*command, "--output", tmp_path / "samples.jsonl")[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [(line["prompt"], line["demonstration"]) for line in lines] == [(row["prompt"], None) for row in SUMS]
+    error = refusal(*command, "--output", tmp_path / "more.jsonl", "--max_prompt_length", 2)
+    assert "row 1, field 'prompt'" in error
+
+
 def test_evaluate_and_report(tutelage, refusal, model, sums, tmp_path):
     other = save_model(tmp_path / "other", architecture="qwen3")
     out = tmp_path / "evaluation"
@@ -484,6 +494,11 @@ def test_report_of_a_chain(tutelage, model, sums, tmp_path):
     record = json.loads((first / "results.json").read_text(encoding="utf-8"))
     assert (record["model"], record["algorithm"]) == (str(sft), "irft")
     assert len(list((first / "stages").glob("stage-*/samples.jsonl"))) == 2
+    out = tmp_path / "evaluation"
+    command = ["evaluate", "--model_name_or_path", first, sft, "--reference", model, "--dataset_name", sums]
+    assert tutelage(*command, "--output_dir", out, "--max_completion_length", 6)[0] == 0
+    found = [json.loads((out / name / "results.json").read_text("utf-8")) for name in ("first", "sft")]
+    assert [record["start"] for record in found] == ["sft", "tiny"], "what a run started from is its control"
     page = tmp_path / "report.html"
     code, shown, _ = tutelage("report", sft, first, second, "--output", page)
     assert code == 0

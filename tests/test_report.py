@@ -196,7 +196,7 @@ def five_runs():
             row |= {"logps/demonstrations": -12 + step / 10, "time/training": 2.0, "grad_norm": float(rng.random())}
             if method:
                 row |= {"logps/samples": -11.0, "rewards/margin": float(rng.normal()), "time/sampling": 1.0}
-            rows += [row, {"step": step, "eval_logps/demonstrations": -13 + step / 10}]
+            rows += [row, {"step": step, "eval_demonstration_logp": -13 + step / 10}]
         rows[6]["loss"] = math.nan
         return rows
 

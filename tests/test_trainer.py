@@ -3,12 +3,14 @@
 import copy
 import math
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from peft import get_peft_model
 from transformers import TrainerCallback
 
@@ -292,13 +294,19 @@ def test_copies_of_the_demonstration_are_dropped_and_counted(training):
 
 
 def test_when_every_pair_is_dropped_training_goes_on_and_changes_nothing(training):
-    trainer = scripted(training, "irft", lambda row, ids: ids, gradient_accumulation_steps=2, sft_weight=1.0)
-    trainer.args.stages_per_epoch = 2
+    trainer = scripted(training, "irft", lambda row, ids: ids, gradient_accumulation_steps=2, stages_per_epoch=2)
     trainer.train()
     assert trainer.state.global_step == 2
     assert history(trainer, "loss") == [0, 0]
     assert sum(history(trainer, "pairs/dropped")) == 16
     assert_same_weights(trainer.model, training.model())
+
+
+def test_the_sft_term_learns_from_a_demonstration_whose_sample_was_dropped(training):
+    trainer = scripted(training, "irft", lambda row, ids: ids, sft_weight=1.0)
+    trainer.train()
+    assert sum(history(trainer, "pairs/dropped")) == 16
+    assert_same_weights(trainer.model, training.run("sft", name="sft", learning_rate=trainer.args.learning_rate).model)
 
 
 def test_three_samples_make_three_pairs(training):
@@ -439,8 +447,25 @@ def test_evaluation_during_training(training, monkeypatch):
     assert "eval_preference_logp_accuracy" in lines[1]
     import tutelage_test_marks
 
-    assert len(tutelage_test_marks.seen) == 8
+    assert len(tutelage_test_marks.seen) == 1 + 8  # once on a demonstration, to fail before training if it fails
     assert history(trainer, "time/evaluation")
+
+
+@pytest.mark.parametrize("reference", ["stage", "initial"])
+def test_mixed_precision_reaches_training_sampling_and_reference(training, reference):
+    trainer = training.trainer("irft", bf16=True, stages_per_epoch=2, reference=reference, learning_rate=1e-2)
+    start = copy.deepcopy(trainer.model)
+    precisions = set()
+    trainer.model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, args, output: precisions.add((module.training, output.dtype))
+    )
+    trainer.train()
+    assert precisions == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    if reference == "initial":  # autocast keeps casts of weights, and those of the policy are not those of π_0
+        with torch.autocast("cpu", torch.bfloat16):
+            truth = torch.tensor(cached_logps(start, trainer.store.groups(1)))
+        torch.testing.assert_close(recorded_logps(trainer, 1), truth, atol=0.05, rtol=0.01)
 
 
 def test_evaluating_changes_no_training(training):
@@ -483,18 +508,24 @@ class FakeHub:
     def create_repo(self, name, **kwargs):
         return type("Repo", (), {"repo_id": f"someone/{name}"})
 
-    def upload_folder(self, *, repo_id, folder_path, **kwargs):
-        self.uploaded[repo_id] = ModelCard.load(f"{folder_path}/README.md")
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        left = list(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+        self.uploaded[repo_id] = ModelCard.load(f"{folder_path}/README.md"), left
 
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_pushing_uploads_the_runs_own_card(training, monkeypatch, adapter):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    monkeypatch.setattr("tutelage.trainer.upload_folder", hub.upload_folder)
     options = {"peft_config": training.lora() if adapter else None, "source": "sums"}
     trainer = training.run("irft", name="my-policy", options=options)
+    trainer.save_model()
     trainer.push_to_hub()
-    (card,) = hub.uploaded.values()
+    ((card, files),) = hub.uploaded.values()
+    assert ("adapter_model.safetensors" if adapter else "model.safetensors") in files
+    assert not [file for file in files if "stages" in file or "checkpoint" in file], "the user's data stay here"
     assert card.data.library_name == ("peft" if adapter else "transformers")
     assert card.data.tags == ["tutelage", "irft"]
     assert "# my-policy" in card.text
@@ -516,11 +547,8 @@ def test_a_card_can_show_an_evaluation(training):
 
 
 def test_more_stages_than_steps_is_an_error_before_any_work(training):
-    trainer = training.trainer("irft", stages_per_epoch=5)
     with pytest.raises(UserError, match="5 stages do not fit into an epoch of 4 optimiser steps"):
-        trainer.train()
-    assert trainer.sampled_tokens == 0
-    assert_same_weights(trainer.model, training.model())
+        training.trainer("irft", stages_per_epoch=5)
 
 
 class At(TrainerCallback):
@@ -545,10 +573,10 @@ def spoil_gradient(model):
 @pytest.mark.parametrize(
     ("algorithm", "action", "what"),
     [
-        ("sft", poison, r"the loss is nan at step 3;"),
-        ("irft", poison, r"the norm of the weights is nan at step 3 \(stage 2\)"),
-        ("spin", poison, r"the loss is nan at step 3 \(stage 1\)"),
-        ("irft", spoil_gradient, r"the gradient is (nan|inf) at step 3 \(stage 2\)"),
+        ("sft", poison, r"the norm of the weights is nan at step 3;"),
+        ("irft", poison, r"the norm of the weights is nan at step 3 of stage 0"),
+        ("spin", poison, r"the norm of the weights is nan at step 3 of stage 0"),
+        ("irft", spoil_gradient, r"the gradient is (nan|inf) at step 3 of stage 1"),
     ],
 )
 def test_nan_and_infinity_stop_training_and_the_last_checkpoint_stays(training, algorithm, action, what):
@@ -556,12 +584,12 @@ def test_nan_and_infinity_stop_training_and_the_last_checkpoint_stays(training, 
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_grad_norm": 0.0, **stages}
     callbacks = [At(2, action)]
     trainer = training.trainer(algorithm, options={"callbacks": callbacks}, **settings)
-    # The callback runs before the checkpoint of its step is written, so that of step 1 is the last good one for poison.
+    # The callback runs before the checkpoint of its step is written, which poisoned weights are refused.
     with pytest.raises(NonFiniteLossError, match=what) as error:
         trainer.train()
-    assert trainer.args.output_dir in str(error.value)
     assert trainer.state.global_step == 2
     good = 1 if action is poison else 2
+    assert f"The last good checkpoint is {trainer.args.output_dir}/checkpoint-{good}." in str(error.value)
     saved = load_model(f"{trainer.args.output_dir}/checkpoint-{good}")
     assert all(parameter.isfinite().all() for parameter in saved.parameters())
     if action is spoil_gradient:
@@ -589,7 +617,7 @@ def test_an_overflow_that_loss_scaling_meets_on_its_way_is_no_error(training):
 
 def test_adapters_that_cannot_be(training):
     tied = training.model("gemma3", num_hidden_layers=3)
-    with pytest.raises(UserError, match="lm_head shares its weights"):
+    with pytest.raises(UserError, match="shares the weights of embedding and head"):
         training.trainer(
             "sft", model=tied, options={"peft_config": training.lora(target_modules=["q_proj", "lm_head"])}
         )

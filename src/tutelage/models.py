@@ -10,6 +10,9 @@ from typing import Any, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
@@ -31,7 +34,8 @@ __all__ = [
 def load_model(
     name_or_path: str,
     *,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str | None = "auto",
+    whole: bool = False,
     revision: str = "main",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -42,13 +46,18 @@ def load_model(
     Args:
         name_or_path: hub name or folder. An adapter's folder (the output of an adapter run) loads base and adapter,
             the adapter trainable.
-        dtype: of the base's weights; adapters are kept in float32, where small steps are not rounded away.
+        dtype: of the base's weights; adapters are kept in float32, where small steps are not rounded away. None
+            takes float32 for weights that are trained and the stored precision for those that stay frozen.
+        whole: whether all weights of a full model will be trained; read where ``dtype`` is None.
         options: handed to ``from_pretrained``.
 
     Raises:
         UserError: no model is there, or it cannot be read.
     """
     _require_exists(name_or_path)
+    if dtype is None:
+        trained_whole = whole and not (Path(name_or_path) / "adapter_config.json").exists()
+        dtype = torch.float32 if trained_whole else "auto"
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -56,7 +65,7 @@ def load_model(
         if find_adapter_config_file(name_or_path, revision=revision):
             return AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=True, **options)
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(
             f"the model '{name_or_path}' cannot be loaded: {_first_line(error)}",
             remedy="Give a hub name or a folder with config.json or adapter_config.json and safetensors weights.",
@@ -112,18 +121,18 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
             field="use_peft",
         )
     base = cast(PreTrainedModel, model)
-    targets = getattr(config, "target_modules", None) or ()
-    wanted = {targets} if isinstance(targets, str) else set(targets)
-    wanted |= set(getattr(config, "modules_to_save", None) or ())
-    tied = {"lm_head", "embed_tokens", "embed_out", "wte"} & {name.rsplit(".", 1)[-1] for name in wanted}
-    if tied and getattr(base.config.get_text_config(), "tie_word_embeddings", False):
+    adapted = cast(PeftModel, get_peft_model(base, config))
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if getattr(base.config.get_text_config(), "tie_word_embeddings", False) and any(
+        isinstance(end, (BaseTunerLayer, ModulesToSaveWrapper)) for end in ends
+    ):
         raise UserError(
-            f"{', '.join(sorted(tied))} shares its weights between embedding and head in {type(base).__name__}: "
-            "an adapter on one of them breaks the tie when it is merged or saved.",
+            f"{type(base).__name__} shares the weights of embedding and head (lm_head): an adapter on one of them breaks "
+            "the tie when it is merged or saved.",
             remedy="Leave it out, for example with --lora_target_modules all-linear (which spares the head).",
             field="lora_target_modules",
         )
-    return cast(PeftModel, get_peft_model(base, config))
+    return adapted
 
 
 class InitialPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -88,7 +89,7 @@ def evaluation_record(evaluation: Evaluation, rows: EvaluationSet) -> dict[str, 
                 record[kind] = answers.texts[index]
                 record[f"{kind}_score"] = answers.scores[index] if answers.scores is not None else None
         shown.append(record)
-    return {"evaluation": evaluation.to_dict(), "samples": shown}
+    return {"evaluation": {"dataset": rows.source, **evaluation.to_dict()}, "samples": shown}
 
 
 def write_results(folder: str | Path, record: Mapping[str, Any]) -> Path:
@@ -153,6 +154,7 @@ def peak_memory_bytes() -> int | None:
 
 def reset_peak_memory() -> None:
     """Start measuring anew, where the system can: on an accelerator and on Linux."""
+    gc.collect()  # an earlier trainer and its model hold each other
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):

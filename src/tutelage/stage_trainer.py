@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -90,7 +90,6 @@ class StageTrainer(DemonstrationTrainer):
     """
 
     args: StageConfig
-    paper: ClassVar[str] = ""
 
     def __init__(
         self, model, args: StageConfig, train_dataset=None, *further, sampler: Sampler | None = None, **options
@@ -117,6 +116,8 @@ class StageTrainer(DemonstrationTrainer):
         self._steps: deque[list[list[Group]]] = deque()
         self._facts: dict[str, Any] = {}
         self.add_callback(_StageEnd(self))
+        if train_dataset is not None:  # too many stages should be found before anything begins
+            self.set_initial_training_values(args, self.get_train_dataloader())
 
     def _sample_settings(self) -> dict[str, Any]:
         """What the samples and their reference log-probs depend on besides the policy."""
@@ -160,12 +161,13 @@ class StageTrainer(DemonstrationTrainer):
         demonstrations = {group.row: group for batches in steps for batch in batches for group in batch}
         at_start = step == first
         if at_start:
-            self._check_weights()  # nothing can be sampled from weights that are not finite
+            self.check_weights()  # nothing can be sampled from weights that are not finite
         recorded = self._record_stage(list(demonstrations.values()), at_start=at_start)
         replayed = self._replayed(recorded, at_start=at_start)
         for batches in steps:
             self._steps.append([self._trained_on(batch, recorded, replayed) for batch in batches])
-        self._watch_stage([recorded[row] for row in demonstrations])
+        if at_start:
+            self._watch_stage([recorded[row] for row in demonstrations])
 
     def _trained_on(
         self, batch: list[Group], recorded: dict[int, Group], replayed: dict[int, tuple[Group, ...]]
@@ -174,11 +176,6 @@ class StageTrainer(DemonstrationTrainer):
         rows = (group.row for group in batch)
         groups = [drop_copies(group) for row in rows for group in (recorded[row], *replayed.get(row, ()))]
         return [group for group in groups if len(group.completions) > 1 or not self.needs_samples]
-
-    def _check_weights(self) -> None:
-        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
-        if not torch.isfinite(norm):
-            raise self.non_finite("norm of the weights", norm.item())
 
     def _record_stage(self, demonstrations: list[Group], *, at_start: bool) -> dict[int, Group]:
         """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
@@ -215,29 +212,31 @@ class StageTrainer(DemonstrationTrainer):
             for start in range(0, len(demonstrations), piece):
                 groups = demonstrations[start : start + piece]
                 begin = time.perf_counter()
-                with self.compute_loss_context_manager():
-                    sampled = self._with_samples(groups)
-                    middle = time.perf_counter()
-                    yield self._with_reference(sampled)
+                sampled = self._with_samples(groups)
+                middle = time.perf_counter()
+                scored = self._with_reference(sampled)
                 self._took("sampling", middle - begin)
                 self._took("reference", time.perf_counter() - middle)
+                yield scored
                 advance(done + start + len(groups))
 
     def _with_samples(self, groups: list[Group]) -> list[Group]:
-        drawn = self.sampler.sample(
-            [group.prompt_ids for group in groups],
-            self.sampling_params,
-            num_samples=self.args.num_samples,
-            rows=[group.row for group in groups],
-            stage=self.stage,
-        )
+        with self.compute_loss_context_manager():
+            drawn = self.sampler.sample(
+                [group.prompt_ids for group in groups],
+                self.sampling_params,
+                num_samples=self.args.num_samples,
+                rows=[group.row for group in groups],
+                stage=self.stage,
+            )
         return [
             replace(group, completions=(*group.completions, *(sample.completion for sample in samples)))
             for group, samples in zip(groups, drawn, strict=True)
         ]
 
     def _with_reference(self, groups: list[Group]) -> list[Group]:
-        with self.initial.active() if self.initial else nullcontext():
+        # Weights change hands outside the autocast context, which keeps the casts of those it has seen.
+        with self.initial.active() if self.initial else nullcontext(), self.compute_loss_context_manager():
             logps = cached_logps(
                 self.policy,
                 groups,
@@ -258,8 +257,7 @@ class StageTrainer(DemonstrationTrainer):
             if at_start:
                 groups = self.store.groups(earlier)[: len(recorded)]
                 if self.args.reference == "stage":
-                    with self.compute_loss_context_manager():
-                        groups = self._with_reference(groups)
+                    groups = self._with_reference(groups)
                 self.store.write_groups(self.stage, name, groups, self.tokenization.text)
             stages.append(self.store.groups(self.stage, name))
         return dict(zip(recorded, zip(*stages, strict=False), strict=False))

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import upload_folder
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -29,9 +31,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import Tokenization, group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.evaluation.policy import EvaluationSet
+from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
 from tutelage.logprobs import Layout, completion_logps, probe_layout
 from tutelage.models import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
@@ -70,6 +73,13 @@ class DemonstrationConfig(TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Compute in bfloat16 (mixed precision). On unless fp16 is."},
+    )
+    hub_strategy: str = field(  # type: ignore[assignment]
+        default="end",
+        metadata={
+            "help": "When to push with --push_to_hub: at the end. The samples on disk are never pushed.",
+            "choices": ["end"],
+        },
     )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Keep the last so many checkpoints; older ones are removed."}
@@ -188,12 +198,16 @@ class DemonstrationTrainer(Trainer):
         source: str = "training data",
         eval_source: str = "held-out data",
     ):
-        policy = load_model(model) if isinstance(model, str) else model
+        policy = load_model(model, dtype=None, whole=peft_config is None) if isinstance(model, str) else model
         tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
         check_vocabulary(policy, tokenizer)
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise UserError(
                 "streamed data have no length, so the run needs one.", remedy="Add --max_steps.", field="max_steps"
+            )
+        if args.label_smoothing_factor:
+            raise UserError(
+                "label smoothing is not supported.", remedy="Leave it at 0.", field="label_smoothing_factor"
             )
         self.tokenization = args.tokenization(tokenizer)
         self.progress: Progress = progress or Silent()
@@ -235,7 +249,12 @@ class DemonstrationTrainer(Trainer):
         self.layout = self._choose_layout(cast(Layout, args.layout))
         self.evaluation_set = (
             EvaluationSet.of(
-                eval_dataset, self.tokenization, verifier=args.verifier, limit=args.eval_rows, source=eval_source
+                eval_dataset,
+                self.tokenization,
+                turns=cast(Turns, args.turns),
+                verifier=args.verifier,
+                limit=args.eval_rows,
+                source=eval_source,
             )
             if eval_dataset is not None
             else None
@@ -315,16 +334,18 @@ class DemonstrationTrainer(Trainer):
             raise self.non_finite("loss", loss.item())
         return (loss, None) if return_outputs else loss
 
+    def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
+        """Mixed precision for every pass. transformers leaves it to the wrapped ``forward``, past which we call the body."""
+        return self.accelerator.autocast()
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As transformers', on the clock."""
-        start = time.perf_counter()
+        """As transformers', and a micro-batch may be empty."""
         if inputs:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:  # every pair of the micro-batch was dropped, and transformers takes no empty batch
             zero = cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
             self.accelerator.backward(zero)
             loss = zero.detach()
-        self.seconds["training"] += time.perf_counter() - start
         return loss
 
     def floating_point_ops(self, inputs: list[Group]) -> int:  # type: ignore[override]
@@ -344,6 +365,17 @@ class DemonstrationTrainer(Trainer):
             "changed a weight.",
             remedy=f"{kept} Lower --learning_rate or --max_grad_norm.",
         )
+
+    def check_weights(self) -> None:
+        """Raise ``NonFiniteLossError`` if a trained weight is NaN or infinite."""
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
+        if not torch.isfinite(norm):
+            raise self.non_finite("norm of the weights", norm.item())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'; weights that are not finite are not saved, so that the last checkpoint is a good one."""
+        self.check_weights()
+        super().save_model(output_dir, _internal_call)
 
     def _place(self) -> str:
         return ""
@@ -379,7 +411,9 @@ class DemonstrationTrainer(Trainer):
         """As transformers'. Held-out log-probs of the policy as it starts are kept: the zero of the implicit reward."""
         if self.evaluation_set is not None:
             with self.progress.phase("held-out log-probs of the start"), self.compute_loss_context_manager():
-                self.evaluation_set.remember_reference(self.policy, layout=self.layout)
+                self.evaluation_set.remember_reference(
+                    self.policy, layout=self.layout, batch_size=self.args.per_device_eval_batch_size
+                )
         return super().train(*args, **kwargs)
 
     def evaluate(  # type: ignore[override]
@@ -400,21 +434,30 @@ class DemonstrationTrainer(Trainer):
             raise UserError("there is no held-out data to evaluate on.", remedy="Give an eval_dataset.")
         start = time.perf_counter()
         with self.progress.phase("evaluating"), self.compute_loss_context_manager():
-            found = evaluation_set.evaluate(
-                self.policy, beta=getattr(self, "beta", 1.0), layout=self.layout, seed=self.args.seed
-            )
+            found = self.evaluation(evaluation_set)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
         self.seconds["evaluation"] += time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def evaluation(self, rows: EvaluationSet, **options: Any) -> Evaluation:
+        """What ``rows.evaluate`` finds of the policy as it stands, at this run's settings."""
+        return rows.evaluate(
+            self.policy,
+            beta=getattr(self, "beta", 1.0),
+            layout=self.layout,
+            seed=self.args.seed,
+            batch_size=self.args.per_device_eval_batch_size,
+            **options,
+        )
+
     def record(self, *, name: str, start: str | None = None) -> dict[str, Any]:
         """What results.json holds of this run, without its evaluation; see ``tutelage.results.run_record``."""
         return run_record(
             name=name,
             algorithm=self.algorithm,
-            model=self.model_name,
+            model=str(self.model_name),
             dataset=self.source,
             seed=self.args.seed,
             start=start,
@@ -424,6 +467,29 @@ class DemonstrationTrainer(Trainer):
             sampled_tokens=self.sampled_tokens,
             time_s={**self.seconds, "total": sum(self.seconds.values())},
             history=self.state.log_history,
+        )
+
+    def push_to_hub(  # type: ignore[override]
+        self, commit_message: str = "End of training", *, record: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Upload model, tokenizer and card.
+
+        The samples of the stages and the rows in results.json and report.html stay here: they are the user's data.
+
+        Args:
+            record: what results.json holds, for the card.
+            kwargs: ``token`` and ``revision`` go to the hub, ``model_name`` to the card.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"))
+        self.create_model_card(record=record, model_name=kwargs.get("model_name"))
+        return upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=str(self.args.output_dir),
+            commit_message=commit_message,
+            token=kwargs.get("token") or self.args.hub_token,
+            revision=kwargs.get("revision") or self.args.hub_revision,
+            ignore_patterns=["_*", "checkpoint-*", "stages/*", "results.json", "report.html"],
         )
 
     def create_model_card(self, *args, record: Mapping[str, Any] | None = None, **kwargs) -> None:
@@ -440,10 +506,14 @@ class DemonstrationTrainer(Trainer):
 
 
 class _Guard(TrainerCallback):
-    """Stops before an optimiser step whose gradient is not finite, and says how far the run is."""
+    """Stops before an optimiser step whose gradient is not finite, takes the time, says how far the run is."""
 
     def __init__(self, trainer: DemonstrationTrainer):
         self.trainer = trainer
+        self.begun = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.progress.steps(state.global_step, state.max_steps)
@@ -457,6 +527,7 @@ class _Guard(TrainerCallback):
             raise self.trainer.non_finite("gradient", norm.item())
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.seconds["training"] += time.perf_counter() - self.begun
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
 

@@ -37,9 +37,6 @@ class DataArguments(ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out rows, likewise. By default none are looked at."}
     )
-    run_name_in_tables: str | None = field(
-        default=None, metadata={"help": "What tables and reports call this run; by default the algorithm."}
-    )
     resume: bool = field(
         default=False, metadata={"help": "Go on with the run in --output_dir from its last checkpoint and samples."}
     )
@@ -53,8 +50,8 @@ class ModelArguments(ModelConfig):
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the weights that are loaded. By default bfloat16 where they stay frozen under an "
-            "adapter and float32 where they are trained: small steps vanish in bfloat16.",
+            "help": "Precision of the weights that are loaded. By default float32 where they are trained, because small "
+            "steps vanish in bfloat16, and the stored precision where they stay frozen under an adapter.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -73,15 +70,16 @@ class ModelArguments(ModelConfig):
             UserError: none is named, or it cannot be loaded.
         """
         name = self.require_name()
-        trained_whole = not self.use_peft and not (Path(name) / "adapter_config.json").exists()
-        dtype = self.dtype or ("float32" if trained_whole else "bfloat16")
         options = {}
+        if self.load_in_4bit or self.load_in_8bit:
+            self.dtype = self.dtype or "bfloat16"  # what the quantized products are computed in
         quantization = get_quantization_config(self)
         if quantization is not None:
             options["quantization_config"] = quantization
         return load_model(
             name,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=self.dtype if self.dtype in (None, "auto") else getattr(torch, self.dtype),
+            whole=not self.use_peft,
             revision=self.model_revision,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,

@@ -41,12 +41,11 @@ def sample(args: Sequence[str], console: Console) -> None:
         raise UserError("the file exists.", file=str(output), remedy="Remove it or name another.", field="output")
     model, tokenization = _load_model(options, options.model_name_or_path)
     dataset = _load_data(options)
-    rows = tokenize_dataset(dataset, tokenization, source=options.dataset_name)
-    groups = [group_from_row(row) for row in rows]  # type: ignore[arg-type]
+    places, prompts, demonstrations = _prompts(dataset, tokenization, options.dataset_name)
     try:
         params = SamplingParams(
             max_completion_length=options.max_completion_length,
-            stop_ids=tokenization.stop_ids(is_conversational(dataset)),
+            stop_ids=tokenization.stop_ids(_holds_messages(dataset, options.dataset_name)),
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -55,7 +54,7 @@ def sample(args: Sequence[str], console: Console) -> None:
     except ValueError as error:
         raise UserError(f"{error}.") from error
     sampler = TransformersSampler(model, batch_size=options.batch_size, pad_token_id=tokenization.pad_id)
-    with TerminalProgress(console, "sample") as progress, progress.phase("sampling", len(groups)) as advance:
+    with TerminalProgress(console, "sample") as progress, progress.phase("sampling", len(prompts)) as advance:
         done = 0
 
         def count(place: int, drawn: Any) -> None:
@@ -64,20 +63,20 @@ def sample(args: Sequence[str], console: Console) -> None:
             advance(done)
 
         drawn = sampler.sample(
-            [group.prompt_ids for group in groups],
+            prompts,
             params,
             num_samples=options.num_samples,
-            rows=[group.row for group in groups],
+            rows=places,
             on_finished=count,
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        for group, samples in zip(groups, drawn, strict=True):
+        for place, prompt, demonstration, samples in zip(places, prompts, demonstrations, drawn, strict=True):
             line = {
-                "row": group.row,
-                "prompt": tokenization.text(group.prompt_ids),
-                "demonstration": tokenization.text(group.completions[0].token_ids),
+                "row": place,
+                "prompt": tokenization.text(prompt),
+                "demonstration": demonstration,
                 "samples": [tokenization.text(s.token_ids) for s in samples],
                 "ended": [s.ended for s in samples],
                 "logps": [sum(s.token_logps) for s in samples],
@@ -85,7 +84,48 @@ def sample(args: Sequence[str], console: Console) -> None:
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.replace(temporary, output)
-    console.print(f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
+    console.print(f"{len(prompts)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
+
+
+def _holds_prompts_alone(dataset: Any) -> bool:
+    return "prompt" in dataset.column_names and not {"completion", "chosen"} & set(dataset.column_names)
+
+
+def _holds_messages(dataset: Any, source: str) -> bool:
+    if _holds_prompts_alone(dataset):
+        return not isinstance(dataset[0]["prompt"], str)
+    return is_conversational(dataset, source=source)
+
+
+def _prompts(
+    dataset: Any, tokenization: Tokenization, source: str
+) -> tuple[list[int], list[tuple[int, ...]], list[str | None]]:
+    """Number, tokens and demonstration of each prompt; data to sample from may hold prompts alone."""
+    if not _holds_prompts_alone(dataset):
+        groups = [group_from_row(row) for row in tokenize_dataset(dataset, tokenization, source=source)]  # type: ignore[arg-type]
+        demonstrations: list[str | None] = [tokenization.text(group.completions[0].token_ids) for group in groups]
+        return [group.row for group in groups], [group.prompt_ids for group in groups], demonstrations
+    places, prompts = [], []
+    for place, row in enumerate(dataset):
+        if not row["prompt"]:
+            raise UserError(
+                "is empty.", remedy="Write a prompt or remove the row.", file=source, row=place + 1, field="prompt"
+            )
+        prompt = tokenization.prompt_ids(row["prompt"])
+        if len(prompt) <= tokenization.max_prompt_length:
+            places.append(place)
+            prompts.append(prompt)
+        elif tokenization.on_long_prompt == "error":
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, more than {tokenization.max_prompt_length}.",
+                remedy="Raise --max_prompt_length or use --on_long_prompt drop.",
+                file=source,
+                row=place + 1,
+                field="prompt",
+            )
+    if not prompts:
+        raise UserError("no prompt is left.", remedy="Give at least one.", file=source)
+    return places, prompts, [None] * len(prompts)
 
 
 def evaluate(args: Sequence[str], console: Console) -> None:
@@ -136,10 +176,13 @@ def evaluate(args: Sequence[str], console: Console) -> None:
             )
         record = run_record(name=label, algorithm="base", model=name, dataset=options.dataset_name, seed=options.seed)
         record |= _of_run(name) | evaluation_record(found, rows)
-        record |= {"name": label, "start": labels[0] if options.reference and label != labels[0] else None}
+        record["name"] = label
         records.append(record)
         del model
+    _find_starts(records, names)
     for record in records:
+        if options.reference and record["name"] != labels[0]:
+            record["start"] = record["start"] or labels[0]
         write_results(out / record["name"], record)
     _show(records, out / "report.html", console)
 
@@ -155,9 +198,7 @@ def report(args: Sequence[str], console: Console) -> None:
     for record, label in zip(records, _labels(options.runs), strict=True):
         if names.count(record["name"]) > 1:  # two runs of one algorithm: their folders tell them apart
             record["name"] = label
-    folders = {Path(run).resolve(): record["name"] for run, record in zip(options.runs, records, strict=True)}
-    for record in records:
-        record["start"] = record["start"] or folders.get(Path(record["model"]).resolve())
+    _find_starts(records, options.runs)
     _show(records, Path(options.output), console)
 
 
@@ -168,7 +209,12 @@ def data(args: Sequence[str], console: Console) -> None:
     parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
     parser.add_argument("--split", default="train", help="Split of the data set.")
     parser.add_argument("--turns", default="last", choices=["last", "all"], help="Which assistant turns are taken.")
-    parser.add_argument("--on_long_prompt", default="drop", choices=["error", "drop"], help="Stop, or count.")
+    parser.add_argument(
+        "--on_long_prompt",
+        default="error",
+        choices=["error", "drop"],
+        help="What training would do: stop, or drop the row.",
+    )
     parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer to use.")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     options = parser.parse_args(args)
@@ -178,6 +224,14 @@ def data(args: Sequence[str], console: Console) -> None:
     )
     found = inspect_dataset(_load_data(options), tokenization, turns=options.turns, source=options.dataset_name)
     print_inspection(found, console)
+
+
+def _find_starts(records: list[dict[str, Any]], folders: Sequence[str]) -> None:
+    """A run whose model is another one's folder started from that one."""
+    names = {Path(folder).resolve(): record["name"] for folder, record in zip(folders, records, strict=True)}
+    for record in records:
+        start = names.get(Path(record["model"]).resolve())
+        record["start"] = record["start"] or (start if start != record["name"] else None)
 
 
 def _show(records: list[dict[str, Any]], path: Path, console: Console) -> None:
@@ -229,7 +283,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
+        default="auto",
         choices=["auto", "bfloat16", "float16", "float32"],
         help="Precision of the weights; auto takes the stored one.",
     )

@@ -69,7 +69,14 @@ class TerminalProgress:
             self.console.print(f"{self.name}: {name}" + (f" ({total} prompts)" if total else ""), highlight=False)
         task = self._bars.add_task(f"  {name}", total=total, left="")
         try:
-            yield lambda done: self._bars.update(task, completed=done)
+            begun = time.monotonic()
+
+            def advance(done: int) -> None:
+                pace = (time.monotonic() - begun) / max(1, done)
+                left = f"about {duration(pace * (total - done))} left" if total and done < total else ""
+                self._bars.update(task, completed=done, left=left)
+
+            yield advance
         finally:
             self._bars.remove_task(task)
 

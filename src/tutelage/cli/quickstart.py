@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -18,6 +18,7 @@ from rich.console import Console
 from tutelage.cli.arguments import CommandParser, DataArguments, ModelArguments
 from tutelage.cli.progress import TerminalProgress, duration
 from tutelage.cli.train import ALGORITHMS, OutputFolder, train
+from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.verifiers import reasoning_gym_rows
@@ -39,7 +40,12 @@ def main(args: Sequence[str], console: Console) -> None:
     """Train SFT, then from its checkpoint continued SFT, SPIN and IRFT; evaluate all; write the report."""
     options = _parse(args)
     out = Path(options.output_dir)
-    with OutputFolder(str(out), resume=False, overwrite=options.overwrite_output_dir) as folder:
+    with OutputFolder(
+        str(out),
+        overwrite=options.overwrite_output_dir,
+        outputs=("*.jsonl", "report.html", *_PARTS),
+        remedy="Use --overwrite_output_dir to replace it (make quickstart ARGS=--overwrite_output_dir), or another folder.",
+    ) as folder:
         folder.clear()
         records = _run(options, out, console)
     write_report(records, out / "report.html")
@@ -113,10 +119,9 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[dict[
             rate: dict[str, Any] = (
                 {"learning_rate": config.adapter_learning_rate / 2} if name == "continued-sft" else {}
             )
-            args = config(output_dir=str(out / name), num_train_epochs=epochs, **training, **rate)
-            named = replace(data, run_name_in_tables=name)
+            args = config(output_dir=str(out / name), run_name=name, num_train_epochs=epochs, **training, **rate)
             model = base if start == "base" else after_sft
-            records.append(train(algorithm, named, model, args, console, start=start))
+            records.append(train(algorithm, data, model, args, console, start=start))
     return records
 
 
@@ -147,12 +152,12 @@ def _evaluate_base(
     config = ALGORITHMS["sft"][0](output_dir="", **training)
     policy = load_model(name, dtype=torch.bfloat16).to(config.device)  # type: ignore[arg-type]
     rows = EvaluationSet.of(
-        Dataset.from_json(str(data.eval_dataset_name)),  # type: ignore[arg-type]
+        cast(Dataset, load_dataset(str(data.eval_dataset_name))),
         config.tokenization(load_tokenizer(name)),
         verifier=config.verifier,
         source=str(data.eval_dataset_name),
     )
-    with TerminalProgress(console, "base") as progress, progress.phase("answering", len(rows.groups)) as advance:
+    with TerminalProgress(console, "base") as progress, progress.phase("answering", 2 * len(rows.groups)) as advance:
         found = rows.evaluate(policy, seed=config.seed, sample=True, greedy=True, on_progress=advance)
     record = run_record(
         name="base", algorithm="base", model=name, dataset=str(data.eval_dataset_name), seed=config.seed
@@ -164,19 +169,21 @@ class _Plan:
     """Says which part runs, how many there are and how long they will still take."""
 
     def __init__(self, console: Console, rows: int):
-        self.console, self.begun = console, time.monotonic()
-        self.done: list[str] = []
+        self.console = console
+        self.done: dict[str, float] = {}
         self.scale = max(1.0, rows / 256)
 
     @contextmanager
     def part(self, name: str, description: str) -> Iterator[None]:
-        done = sum(_PARTS[part] for part in self.done)
-        left = sum(_PARTS.values()) - done
-        pace = (time.monotonic() - self.begun) / done if done else self.scale
+        left = sum(seconds for part, seconds in _PARTS.items() if part not in self.done)
+        # How long parts took against what was expected; the model may lie ready and tells nothing.
+        measured = {part: seconds for part, seconds in self.done.items() if part != "model"}
+        pace = sum(measured.values()) / sum(_PARTS[part] for part in measured) if measured else self.scale
+        begun = time.monotonic()
         self.console.print(
             f"\n[bold]{len(self.done) + 1}/{len(_PARTS)}[/bold] {description}   "
             f"[dim]about {duration(pace * left)} left[/dim]",
             highlight=False,
         )
         yield
-        self.done.append(name)
+        self.done[name] = time.monotonic() - begun

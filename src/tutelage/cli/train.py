@@ -15,7 +15,8 @@ from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer, 
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.progress import LogLines, TerminalProgress, duration
 from tutelage.data import load_dataset
-from tutelage.errors import NonFiniteLossError, UserError
+from tutelage.errors import UserError
+from tutelage.logprobs import probe_layout
 from tutelage.models import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.results import evaluation_record, model_card, reset_peak_memory, write_results
@@ -68,7 +69,7 @@ def train(
         before_training: called when data, model and settings have been found good.
     """
     _, trainer_class = ALGORITHMS[algorithm]
-    name = data.run_name_in_tables or algorithm
+    name = training.run_name or algorithm
     reset_peak_memory()
     training.disable_tqdm = True
     dataset = _load(data, str(data.dataset_name), data.dataset_train_split, streaming=data.dataset_streaming)
@@ -116,7 +117,7 @@ def train(
         trainer.add_callback(LogLines(console))
         console.print(
             f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {training.learning_rate:g}, "
-            f"layout {trainer.layout}",
+            f"layout {trainer.layout} ({probe_layout(trainer.policy).reason})",
             highlight=False,
         )
         checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None
@@ -126,19 +127,14 @@ def train(
             )
         before_training()
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(training.output_dir)
+        trainer.save_model(training.output_dir, _internal_call=True)  # a public call would push before the evaluation
         record = trainer.record(name=name, start=start)
         if trainer.evaluation_set is not None:
-            with progress.phase("evaluating"), trainer.compute_loss_context_manager():
-                evaluation = trainer.evaluation_set.evaluate(
-                    trainer.policy,
-                    beta=getattr(trainer, "beta", 1.0),
-                    layout=trainer.layout,
-                    seed=training.seed,
-                    sample=True,
-                    greedy=True,
-                )
-            record |= evaluation_record(evaluation, trainer.evaluation_set)
+            rows = trainer.evaluation_set
+            answers = 2 * len(rows.groups)  # one sampled and one greedy for each row
+            with progress.phase("evaluating", answers) as advance, trainer.compute_loss_context_manager():
+                evaluation = trainer.evaluation(rows, sample=True, greedy=True, on_progress=advance)
+            record |= evaluation_record(evaluation, rows)
     console.print(f"  {name} took {duration(record['time_s']['total'])}", highlight=False)
     folder = Path(str(training.output_dir))
     write_results(folder, record)
@@ -151,28 +147,41 @@ def train(
 class OutputFolder:
     """Refuses a folder in use, and leaves no empty shell of a run that never began.
 
+    Args:
+        outputs: patterns of what a run writes into the folder, and hence of what ``overwrite`` may take away.
+        remedy: what to tell a user whose folder is in use.
+
     Raises:
         UserError: the folder holds something and neither resume nor overwrite was asked for.
     """
 
-    def __init__(self, folder: str, *, resume: bool, overwrite: bool):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        overwrite: bool,
+        resume: bool = False,
+        outputs: Sequence[str] = _OUTPUTS,
+        remedy: str = "Use --resume to go on with its run, --overwrite_output_dir to replace it, or another folder.",
+    ):
         self.folder = Path(folder)
-        self.existed = self.folder.exists()
+        self._keep = self.folder.exists()
         self._replaced: list[Path] = []
-        if self.existed and not self.folder.is_dir():
+        if self._keep and not self.folder.is_dir():
             raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")
-        if self.existed and any(self.folder.iterdir()) and not resume:
+        if self._keep and any(self.folder.iterdir()) and not resume:
             if not overwrite:
                 raise UserError(
                     "the output folder is not empty.",
-                    remedy="Use --resume to go on with its run, --overwrite_output_dir to replace it, or another folder.",
+                    remedy=remedy,
                     file=str(folder),
                     field="output_dir",
                 )
-            self._replaced = [path for pattern in _OUTPUTS for path in self.folder.glob(pattern)]
+            self._replaced = [path for pattern in outputs for path in self.folder.glob(pattern)]
 
     def clear(self) -> None:
-        """Take away what an earlier run left, if it is to be replaced."""
+        """The run begins: take away what an earlier one left, if it is to be replaced, and keep what comes from now on."""
+        self._keep = True
         for path in self._replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -180,8 +189,8 @@ class OutputFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        # A run stopped by its loss leaves its checkpoints and samples to look at; bad input leaves nothing.
-        if isinstance(error, UserError) and not isinstance(error, NonFiniteLossError) and not self.existed:
+        # Bad input leaves nothing; a run that began and was stopped leaves its checkpoints and samples.
+        if isinstance(error, UserError) and not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

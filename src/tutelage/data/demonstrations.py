@@ -424,7 +424,7 @@ def read_row(
 
     >>> row = {"prompt": "2 + 2 =", "completion": " 4", "level": 1}
     >>> read_row(row, number=1)
-    [Demonstration(prompt='2 + 2 =', completion=' 4', rejected=None, row=0, number=1, fields={'level': 1})]
+    [Demonstration(prompt='2 + 2 =', completion=' 4', rejected=None, row=0, number=1, fields={'prompt': '2 + 2 =', 'completion': ' 4', 'level': 1})]
     """
     format = format or detect_format(row, source=source)
     place = _Place(source, number)
@@ -436,8 +436,7 @@ def read_row(
         ids = range((number - 1) * TURNS_PER_ROW, number * TURNS_PER_ROW)
         if len(found) > TURNS_PER_ROW:
             raise place.error(f"the conversation has more than {TURNS_PER_ROW} assistant turns.")
-    used = (*format.columns, *format.optional)
-    fields = {name: value for name, value in row.items() if name not in used}
+    fields = dict(row)
     return [
         Demonstration(turn.prompt, turn.completion, turn.rejected, row=id, number=number, fields=fields)
         for id, turn in zip(ids, found, strict=False)

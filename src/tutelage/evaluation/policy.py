@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from tutelage.data.demonstrations import Demonstration, read_rows
+from tutelage.data.demonstrations import Demonstration, Turns, read_rows
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import mean_interval
@@ -111,6 +111,7 @@ class EvaluationSet:
         pairs: preferred and rejected answer of the rows that have both.
         verifier: scores answers, if there is one.
         task: its name.
+        source: where the rows come from.
         reference: log-probs of ``groups`` and ``pairs`` under π_0, once remembered.
     """
 
@@ -120,6 +121,7 @@ class EvaluationSet:
     tokenization: Tokenization
     verifier: Verifier | None = None
     task: str | None = None
+    source: str = "held-out data"
     reference: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] | None = field(default=None, repr=False)
 
     @staticmethod
@@ -129,6 +131,7 @@ class EvaluationSet:
         *,
         verifier: str | None = None,
         limit: int | None = None,
+        turns: Turns = "last",
         source: str = "held-out data",
     ) -> EvaluationSet:
         """Read held-out rows.
@@ -136,6 +139,7 @@ class EvaluationSet:
         Args:
             verifier: see ``load_verifier``.
             limit: take the first so many rows.
+            turns: as for training.
 
         Raises:
             UserError: bad data; or no row remains.
@@ -143,18 +147,20 @@ class EvaluationSet:
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
         demonstrations, groups, pairs = [], [], []
-        for row in read_rows(dataset, source=source):
+        for row in read_rows(dataset, turns=turns, source=source):
             for demonstration in row:
                 group = tokenization.group(demonstration, source=source)
                 if group is not None:
                     demonstrations.append(demonstration)
                     groups.append(group)
-                    pair = tokenization.preference_group(demonstration, source=source)
+                    pair = tokenization.pair(group, demonstration, source=source)
                     pairs += [pair] if pair is not None else []
         if not groups:
             raise UserError("no row is left to evaluate on.", remedy="Give at least one.", file=source)
         check = load_verifier(verifier) if verifier else None
-        return EvaluationSet(demonstrations, groups, pairs, tokenization, check, verifier)
+        if check is not None:  # before any training, not after it
+            _score(check, demonstrations[0].completion, demonstrations[0], source)
+        return EvaluationSet(demonstrations, groups, pairs, tokenization, check, verifier, source)
 
     def remember_reference(self, model: nn.Module, *, layout: Layout = "auto", batch_size: int = 16) -> None:
         """Keep the log-probs under the model as it is now as those of π_0, the zero of the implicit reward."""
@@ -180,7 +186,7 @@ class EvaluationSet:
             seed: of the answers.
             sample: draw one answer a row at temperature 1; by default if there is a verifier to score it.
             greedy: also decode one greedily.
-            on_progress: called with the number of rows answered.
+            on_progress: called with the number of answers drawn so far, sampled and greedy together.
         """
         logps, pair_logps = self._logps(model, layout, batch_size)
         demonstration_logps = [values[0] for values in logps]
@@ -191,6 +197,14 @@ class EvaluationSet:
             if self.pairs:
                 preference_rewards = np.array(pair_logps) - np.array(initial_pairs)
         sample = self.verifier is not None if sample is None else sample
+        answered = 0
+
+        def count(place: int, drawn: Sequence[Sample]) -> None:
+            nonlocal answered
+            answered += 1
+            if on_progress:
+                on_progress(answered)
+
         sampler = TransformersSampler(model, batch_size=sampling_batch_size, pad_token_id=self.tokenization.pad_id)
         return Evaluation(
             rows=[group.row for group in self.groups],
@@ -199,8 +213,8 @@ class EvaluationSet:
             demonstration_rewards=rewards,
             preference_rewards=preference_rewards,
             preference_logps=np.array(pair_logps) if self.pairs else None,
-            sampled=self._answers(sampler, 1.0, seed, on_progress) if sample else None,
-            greedy=self._answers(sampler, 0.0, seed, on_progress) if greedy else None,
+            sampled=self._answers(sampler, 1.0, seed, count) if sample else None,
+            greedy=self._answers(sampler, 0.0, seed, count) if greedy else None,
             task=self.task,
         )
 
@@ -215,7 +229,11 @@ class EvaluationSet:
         return logps(self.groups), logps(self.pairs)
 
     def _answers(
-        self, sampler: TransformersSampler, temperature: float, seed: int, on_progress: Callable[[int], None] | None
+        self,
+        sampler: TransformersSampler,
+        temperature: float,
+        seed: int,
+        on_finished: Callable[[int, list[Sample]], None],
     ) -> Answers:
         params = SamplingParams(
             max_completion_length=self.tokenization.max_completion_length,
@@ -223,28 +241,34 @@ class EvaluationSet:
             temperature=temperature,
             seed=seed,
         )
-        done = 0
-
-        def count(place: int, drawn: Sequence[Sample]) -> None:
-            nonlocal done
-            done += 1
-            if on_progress:
-                on_progress(done)
-
         samples = [
             drawn[0]
             for drawn in sampler.sample(
                 [group.prompt_ids for group in self.groups],
                 params,
                 rows=[group.row for group in self.groups],
-                on_finished=count,
+                on_finished=on_finished,
             )
         ]
         texts = [self.tokenization.text(sample.token_ids) for sample in samples]
         scores = None
         if self.verifier is not None:
             scores = [
-                float(self.verifier(text, demonstration.fields))
+                _score(self.verifier, text, demonstration, self.source)
                 for text, demonstration in zip(texts, self.demonstrations, strict=True)
             ]
         return Answers(samples, texts, scores)
+
+
+def _score(verifier: Verifier, text: str, demonstration: Demonstration, source: str) -> float:
+    try:
+        return float(verifier(text, demonstration.fields))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's function may raise, the row should be named
+        raise UserError(
+            f"the verifier failed: {type(error).__name__}: {error}.",
+            remedy="Mend the verifier or the row; it is called with the answer's text and the row.",
+            file=source,
+            row=demonstration.number,
+        ) from error

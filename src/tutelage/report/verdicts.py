@@ -90,7 +90,10 @@ def _obstacle(method: Run, control: Run) -> str | None:
     for run in (method, control):
         if not run["evaluation"]:
             return f"{run['name']} was not evaluated"
-    ours, theirs = ((run["dataset"], run["evaluation"].get("task")) for run in (method, control))
+    # The held-out data where a run names them; what was trained on may differ.
+    ours, theirs = (
+        (run["evaluation"].get("dataset", run["dataset"]), run["evaluation"].get("task")) for run in (method, control)
+    )
     return None if ours == theirs else f"{control['name']} was evaluated on other data or on another task"
 
 
