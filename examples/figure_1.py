@@ -31,8 +31,8 @@ from tutelage.results import write_results
 
 METHODS = {
     "sft": (SFTConfig, SFTTrainer, {}),
-    "irft": (IRFTConfig, IRFTTrainer, {"stages_per_epoch": 5}),
-    "spin": (SPINConfig, SPINTrainer, {}),
+    "irft": (IRFTConfig, IRFTTrainer, {"learning_rate": 5e-5, "stages_per_epoch": 5}),
+    "spin": (SPINConfig, SPINTrainer, {"learning_rate": 5e-5}),
     "continued-sft": (SFTConfig, SFTTrainer, {"learning_rate": 1e-4}),
 }
 

@@ -24,7 +24,7 @@ __all__ = ["IRFTConfig", "IRFTTrainer"]
 class IRFTConfig(StageConfig):
     """Settings of IRFT."""
 
-    adapter_learning_rate: ClassVar[float] = 5e-5
+    adapter_learning_rate: ClassVar[float] = 2e-5
     full_learning_rate: ClassVar[float] = 5e-7
 
     beta: list[float] = field(

@@ -59,8 +59,10 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _header(runs: Sequence[Run], title: str) -> str:
+    home = str(Path.home())  # whose it is does not belong on a page that is shown to others
     meta = [
-        f"{field} {', '.join(_distinct(str(run[field]) for run in runs))}" for field in ("model", "dataset", "seed")
+        f"{field} {', '.join(_distinct(str(run[field]).replace(home, '~', 1) for run in runs))}"
+        for field in ("model", "dataset", "seed")
     ]
     tasks = _distinct(task for run in runs if (task := (run["evaluation"] or {}).get("task")))
     if tasks:
