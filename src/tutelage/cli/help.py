@@ -44,6 +44,7 @@ _COMMON: dict[str, str | None] = {
     "eval_steps": "Optimiser steps between evaluations with --eval_strategy steps; by default --logging_steps.",
     "save_strategy": "When to write checkpoints: no, steps, epoch or best.",
     "save_steps": "Optimiser steps between checkpoints.",
+    "run_name": "What tables and reports call this run; by default the algorithm.",
     "report_to": "Where to send metrics besides the screen: trackio, wandb, tensorboard, … (install it first).",
     "push_to_hub": "Push the trained model to the hub.",
     "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
