@@ -46,6 +46,9 @@ class Completion:
             raise ValueError("a completion needs at least one token")
 
 
+_PER_COMPLETION = ("reference_logps", "old_logps", "rewards")
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """A prompt with its completions, the unit of every algorithm.
@@ -55,22 +58,35 @@ class Group:
         completions: at least one.
         row: number of the row in the data set, from 0; it names the group in logs and on disk.
         reference_logps: log-prob of each completion under the reference (nats a sequence), once it is known.
+        old_logps: log-prob of each completion under the policy that drew the samples (nats a sequence), once known.
+        rewards: reward of each completion, once scored.
     """
 
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     row: int = -1
     reference_logps: tuple[float, ...] | None = None
+    old_logps: tuple[float, ...] | None = None
+    rewards: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if not self.prompt_ids:
             raise ValueError("a group needs a prompt of at least one token")
         if not self.completions:
             raise ValueError("a group needs at least one completion")
-        if self.reference_logps is not None and len(self.reference_logps) != len(self.completions):
-            raise ValueError(
-                f"{len(self.reference_logps)} reference log-probs for {len(self.completions)} completions"
-            )
+        for name in _PER_COMPLETION:
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.completions):
+                raise ValueError(f"{len(values)} {name} for {len(self.completions)} completions")
+
+    def select(self, indices: Sequence[int]) -> Group:
+        """The group with the completions at ``indices`` and what is known about them."""
+        known = {name: values for name in _PER_COMPLETION if (values := getattr(self, name)) is not None}
+        return replace(
+            self,
+            completions=tuple(self.completions[i] for i in indices),
+            **{name: tuple(values[i] for i in indices) for name, values in known.items()},
+        )
 
     def __len__(self) -> int:
         """Tokens: the prompt once and every completion."""
@@ -89,6 +105,7 @@ class Batch:
         predictor_rows, predictor_columns: [N] where the hidden state stands that predicts each completion token.
         targets: [N] the completion tokens.
         completion_ids: [N] which completion of the batch, counted in order, each token belongs to.
+        end_rows, end_columns: [C] where the last token of each completion stands.
         num_completions: C.
     """
 
@@ -100,6 +117,8 @@ class Batch:
     predictor_columns: torch.Tensor
     targets: torch.Tensor
     completion_ids: torch.Tensor
+    end_rows: torch.Tensor
+    end_columns: torch.Tensor
     num_completions: int
 
     def to(self, device: torch.device | str) -> Batch:
@@ -154,6 +173,8 @@ def collate_tree(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
     tensor([7, 8, 2, 9, 2, 7, 8, 2])
     >>> batch.completion_ids
     tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    >>> batch.end_rows, batch.end_columns
+    (tensor([0, 0, 1]), tensor([4, 6, 3]))
     >>> batch.tree_mask()[0, 0].int()
     tensor([[1, 0, 0, 0, 0, 0, 0],
             [1, 1, 0, 0, 0, 0, 0],
@@ -189,7 +210,7 @@ def _collate(rows: Sequence[Group], pad_token_id: int, *, tree: bool) -> Batch:
     width = max(len(row) for row in rows)
     input_ids, position_ids, branch_ids = [], [], []
     predictor_rows, predictor_columns, targets, completion_ids = [], [], [], []
-    num_completions = 0
+    end_rows, end_columns = [], []
     for row_index, row in enumerate(rows):
         start = len(row.prompt_ids)
         tokens, positions, branches = list(row.prompt_ids), list(range(start)), [0] * start
@@ -198,9 +219,10 @@ def _collate(rows: Sequence[Group], pad_token_id: int, *, tree: bool) -> Batch:
             predictor_rows += [row_index] * length
             predictor_columns += [start - 1, *range(len(tokens), len(tokens) + length - 1)]
             targets += completion.token_ids
-            completion_ids += [num_completions] * length
-            num_completions += 1
+            completion_ids += [len(end_rows)] * length
             tokens += completion.token_ids
+            end_rows.append(row_index)
+            end_columns.append(len(tokens) - 1)
             positions += range(start, start + length)
             branches += [branch] * length
         padding = width - len(tokens)
@@ -217,5 +239,7 @@ def _collate(rows: Sequence[Group], pad_token_id: int, *, tree: bool) -> Batch:
         predictor_columns=torch.tensor(predictor_columns),
         targets=torch.tensor(targets),
         completion_ids=torch.tensor(completion_ids),
-        num_completions=num_completions,
+        end_rows=torch.tensor(end_rows),
+        end_columns=torch.tensor(end_columns),
+        num_completions=len(end_rows),
     )

@@ -18,7 +18,16 @@ from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Kind, collate_padded, collate_tree
 from tutelage.models import LMHead, base_causal_lm, evaluation_mode
 
-__all__ = ["Layout", "LayoutProbe", "cached_logps", "completion_logps", "probe_layout", "token_logps"]
+__all__ = [
+    "Layout",
+    "LayoutProbe",
+    "cached_logps",
+    "completion_logps",
+    "end_hidden_states",
+    "in_batches",
+    "probe_layout",
+    "token_logps",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +69,6 @@ def completion_logps(
     return sums_C.index_add(0, batch.completion_ids.to(logps_N.device), logps_N)
 
 
-@torch.no_grad()
 def cached_logps(
     model: nn.Module,
     groups: Sequence[Group],
@@ -72,8 +80,6 @@ def cached_logps(
 ) -> list[tuple[float, ...]]:
     """Log-probs of many groups without gradient and without dropout, to keep.
 
-    Groups of like length share a batch, so little is spent on padding.
-
     Args:
         batch_size: groups a forward pass.
         on_batch: called with the number of groups done after each batch, for progress.
@@ -81,21 +87,66 @@ def cached_logps(
     Returns:
         one tuple a group, in the order given: the log-prob of each completion (nats a sequence).
     """
+    return in_batches(
+        lambda batch: completion_logps(model, batch, layout=layout, pad_token_id=pad_token_id),
+        model,
+        groups,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+
+
+@torch.no_grad()
+def in_batches(
+    values_of: Callable[[Sequence[Group]], Tensor],
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[tuple[float, ...]]:
+    """One number a completion for many groups, without gradient and without the dropout of ``model``.
+
+    Groups of like length share a batch, so little is spent on padding.
+
+    Args:
+        values_of: [C] for the completions of a batch of groups.
+        batch_size, on_batch: as for ``cached_logps``.
+
+    Returns:
+        one tuple a group, in the order given.
+    """
     order = sorted(range(len(groups)), key=lambda index: len(groups[index]), reverse=True)
-    logps: list[tuple[float, ...]] = [()] * len(groups)
+    found: list[tuple[float, ...]] = [()] * len(groups)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            values = iter(
-                completion_logps(
-                    model, [groups[index] for index in indices], layout=layout, pad_token_id=pad_token_id
-                ).tolist()
-            )
+            values = iter(values_of([groups[index] for index in indices]).tolist())
             for index in indices:
-                logps[index] = tuple(next(values) for _ in groups[index].completions)
+                found[index] = tuple(next(values) for _ in groups[index].completions)
             if on_batch:
                 on_batch(start + len(indices))
-    return logps
+    return found
+
+
+def end_hidden_states(
+    model: nn.Module, groups: Sequence[Group], *, layout: Layout = "auto", pad_token_id: int = 0
+) -> Tensor:
+    """Last hidden state at the last token of every completion: what a scalar reward head reads.
+
+    For a completion that ended, that is the end-of-turn token; for one that was cut, the token it was cut at.
+
+    Args:
+        model: of transformers, with or without a head of any kind; its body alone runs.
+        groups, layout, pad_token_id: as for ``completion_logps``.
+
+    Returns:
+        [C, H] in the model's precision, groups in order and completions in order within each; differentiable.
+    """
+    base = base_causal_lm(model)
+    batch = _collate(model, groups, layout, pad_token_id).to(base.device)
+    hidden_BLH = _hidden_states(base, batch)
+    return hidden_BLH[batch.end_rows.to(hidden_BLH.device), batch.end_columns.to(hidden_BLH.device)]
 
 
 def token_logps(model: nn.Module, batch: Batch, *, chunk_size: int | None = None) -> Tensor:

@@ -12,9 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LossKind", "implicit_reward", "irft_loss", "sft_loss"]
+__all__ = [
+    "LossKind",
+    "RewardLossKind",
+    "group_normalised_advantages",
+    "implicit_reward",
+    "irft_loss",
+    "kl_loss",
+    "leave_one_out_advantages",
+    "policy_gradient_loss",
+    "reward_loss",
+    "sft_loss",
+]
 
 LossKind = Literal["logistic", "hinge", "linear"]
+RewardLossKind = Literal["logistic", "linear"]
 
 
 def sft_loss(demonstration_logps: Tensor) -> Tensor:
@@ -94,6 +106,130 @@ def irft_loss(
     if kind == "linear":
         return -margin
     raise ValueError(f"unknown loss kind {kind!r}: one of 'logistic', 'hinge', 'linear'")
+
+
+def reward_loss(
+    preferred_rewards: Tensor,
+    other_rewards: Tensor,
+    *,
+    kind: RewardLossKind = "logistic",
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+    regularisation: float = 1.0,
+) -> Tensor:
+    """Contrast the rewards of demonstrations with those of the policy's samples (or preferred with rejected answers).
+
+    With z = r(x, y) − r(x, ỹ) − margin::
+
+        logistic   −(1 − ε) log σ(z) − ε log σ(−z) + c (r(y) + r(ỹ))²
+        linear     −z + ρ/2 (r(y)² + r(ỹ)²) + c (r(y) + r(ỹ))²
+
+    ``linear`` is the gradient of maximum-likelihood inverse reinforcement learning (Li et al. 2024, arXiv 2405.17888,
+    Algorithm 1), which alone grows without bound. With the squares, the best reward of an answer is
+    (p(y) − p(ỹ)) / (ρ (p(y) + p(ỹ))), where p are the answer's probabilities as demonstration and as sample: between
+    −1/ρ and 1/ρ. ``logistic`` is the Bradley-Terry likelihood; without margin, smoothing and centring it is TRL's
+    ``RewardTrainer``'s, and ``centring`` is its ``center_rewards_coefficient`` (Eisenstein et al. 2023, arXiv 2312.09244).
+
+    Args:
+        preferred_rewards: [P] reward of the demonstration, or of the preferred answer, of each pair.
+        other_rewards: [P] reward of the sample, or of the rejected answer.
+        kind: which loss.
+        margin: reward by which the first should lead.
+        label_smoothing: ε in [0, 0.5): how often the pair may be the wrong way round. ``logistic`` only.
+        centring: c ≥ 0, keeps rewards around zero.
+        regularisation: ρ > 0. ``linear`` only.
+
+    Returns:
+        [P] loss of each pair; falls as the first gains on the second.
+
+    Raises:
+        ValueError: shapes that differ, or an unknown ``kind``.
+    """
+    _require_same_shape(preferred_rewards=preferred_rewards, other_rewards=other_rewards)
+    gap = preferred_rewards - other_rewards - margin
+    if kind == "logistic":
+        loss = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
+    elif kind == "linear":
+        loss = -gap + regularisation / 2 * (preferred_rewards**2 + other_rewards**2)
+    else:
+        raise ValueError(f"unknown loss kind {kind!r}: one of 'logistic', 'linear'")
+    return loss + centring * (preferred_rewards + other_rewards) ** 2
+
+
+def leave_one_out_advantages(rewards: Tensor) -> Tensor:
+    """What each sample earned beyond the mean of the other samples of its prompt, A_i = r_i − Σ_{j≠i} r_j / (n − 1).
+
+    The baseline does not depend on the sample, so the policy gradient stays unbiased (Kool et al. 2019; Ahmadian et
+    al. 2024, arXiv 2402.14740, "RLOO"). Nothing is divided by a spread: where rewards hardly differ, advantages are small.
+
+    Args:
+        rewards: [n] of the samples of one prompt, n ≥ 2, in units of reward.
+
+    Returns:
+        [n] advantages, in units of reward; they add up to zero.
+
+    >>> leave_one_out_advantages(torch.tensor([1.0, 0.0, 0.5]))
+    tensor([ 0.7500, -0.7500,  0.0000])
+    """
+    n = rewards.shape[0]
+    if n < 2:
+        raise ValueError("leaving one out takes at least two samples")
+    return (rewards - rewards.mean()) * n / (n - 1)
+
+
+def group_normalised_advantages(rewards: Tensor, *, epsilon: float = 1e-4) -> Tensor:
+    """Rewards of the samples of one prompt, centred and divided by their spread (Shao et al. 2024, arXiv 2402.03300, GRPO).
+
+    Makes a difference of 0.01 between samples as loud as one of 10: noise of a fresh reward is amplified.
+
+    Args:
+        rewards: [n] of the samples of one prompt, n ≥ 2.
+        epsilon: added to the standard deviation.
+
+    Returns:
+        [n] advantages, without unit.
+    """
+    if rewards.shape[0] < 2:
+        raise ValueError("a spread takes at least two samples")
+    return (rewards - rewards.mean()) / (rewards.std() + epsilon)
+
+
+def policy_gradient_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_range: float = 0.2) -> Tensor:
+    """REINFORCE with clipped importance ratios, −min(ρA, clip(ρ, 1 − ε, 1 + ε) A), ρ = π(ỹ|x) / π_t(ỹ|x).
+
+    The ratio is that of the whole completion, as in RLOO (Ahmadian et al. 2024, arXiv 2402.14740); the clipping is PPO's
+    (Schulman et al. 2017, arXiv 1707.06347). At ρ = 1 its gradient is REINFORCE's, −A ∇log π.
+
+    Args:
+        logps: [S] log π of each sample (nats a sequence), with gradient.
+        old_logps: [S] log π_t, under the policy that drew them.
+        advantages: [S] in units of reward; no gradient is expected through them.
+        clip_range: ε > 0.
+
+    Returns:
+        [S] loss of each sample; falls as good samples gain probability and bad ones lose it.
+    """
+    _require_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
+    ratio = (logps - old_logps).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def kl_loss(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """A loss on samples of π whose expected gradient is that of KL(π‖π_0): ½ (log π − log π_0)².
+
+    Schulman's "k2" (2020, "Approximating KL divergence"). Its own value is no estimate of the KL; the mean of
+    log π − log π_0 over samples of π is.
+
+    Args:
+        logps: [S] log π of each sample (nats a sequence), with gradient.
+        reference_logps: [S] log π_0.
+
+    Returns:
+        [S] loss of each sample.
+    """
+    _require_same_shape(logps=logps, reference_logps=reference_logps)
+    return (logps - reference_logps) ** 2 / 2
 
 
 def _require_same_shape(**tensors: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""Models: load with their tokenizer, add adapters, keep the initial policy, find the head."""
+"""Models: load with their tokenizer, add adapters, hold other sets of weights for them, find the head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,17 @@ from transformers.utils import find_adapter_config_file
 from tutelage.errors import UserError
 
 __all__ = [
-    "InitialPolicy",
     "LMHead",
+    "WeightSet",
     "add_adapter",
     "base_causal_lm",
     "check_vocabulary",
     "evaluation_mode",
+    "fingerprint",
+    "first_line",
     "load_model",
     "load_tokenizer",
+    "require_exists",
 ]
 
 
@@ -54,7 +58,7 @@ def load_model(
     Raises:
         UserError: no model is there, or it cannot be read.
     """
-    _require_exists(name_or_path)
+    require_exists(name_or_path)
     if dtype is None:
         trained_whole = whole and not (Path(name_or_path) / "adapter_config.json").exists()
         dtype = torch.float32 if trained_whole else "auto"
@@ -67,7 +71,7 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"the model '{name_or_path}' cannot be loaded: {_first_line(error)}",
+            f"the model '{name_or_path}' cannot be loaded: {first_line(error)}",
             remedy="Give a hub name or a folder with config.json or adapter_config.json and safetensors weights.",
             field="model_name_or_path",
         ) from error
@@ -81,12 +85,12 @@ def load_tokenizer(
     Raises:
         UserError: there is none.
     """
-    _require_exists(name_or_path)
+    require_exists(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"no tokenizer can be loaded from '{name_or_path}': {_first_line(error)}",
+            f"no tokenizer can be loaded from '{name_or_path}': {first_line(error)}",
             remedy="Save the tokenizer next to the model (tokenizer.save_pretrained).",
             field="model_name_or_path",
         ) from error
@@ -135,34 +139,66 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
     return adapted
 
 
-class InitialPolicy:
-    """π_0, the policy as training found it.
+class WeightSet:
+    """Another set of values for a model's trainable weights: π_0's, or those of a reward on the same frozen base.
 
-    Keeps a copy of the trainable weights alone: a few megabytes with adapters, which share the frozen base; as much as
-    the model itself when all parameters are trained.
+    Holds the trainable weights alone: a few megabytes with adapters, which share the frozen base; as much as the model
+    itself when all parameters are trained.
+
+    Attributes:
+        parameters: the set's own parameters, for an optimiser; gradients of a backward pass within ``active`` land here.
     """
 
     def __init__(self, model: nn.Module):
-        self._pairs = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+        self._slots = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [nn.Parameter(p.detach().clone()) for p in self._slots]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within, the model is π_0; weights change hands and nothing is copied."""
+        """Within, the model has this set's weights; tensors change hands and nothing is copied.
+
+        A backward pass belongs inside too: autograd reads a weight when it needs it.
+        """
         self._exchange()
         try:
             yield
         finally:
             self._exchange()
 
+    @torch.no_grad()
+    def copy_from_model(self) -> None:
+        """Take over the values that the model has now."""
+        for slot, parameter in zip(self._slots, self.parameters, strict=True):
+            parameter.copy_(slot)
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Give the model this set's values."""
+        for slot, parameter in zip(self._slots, self.parameters, strict=True):
+            slot.copy_(parameter)
+
     def _exchange(self) -> None:
-        for index, (parameter, other) in enumerate(self._pairs):
-            self._pairs[index] = (parameter, parameter.data)
-            parameter.data = other
+        for slot, parameter in zip(self._slots, self.parameters, strict=True):
+            slot.data, parameter.data = parameter.data, slot.data
+            slot.grad, parameter.grad = parameter.grad, slot.grad
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside adapters."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """A short name for the state of weights: equal states have equal names.
+
+    Reads at most 64 numbers of each tensor, so that it is cheap at any size; a training step moves nearly all of them.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        flat = parameter.detach().flatten()
+        probe = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+        digest.update(name.encode() + probe.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -219,13 +255,14 @@ class LMHead:
         return self.transform(self.raw_logits(hidden_NH))
 
 
-def _require_exists(name_or_path: str) -> None:
+def require_exists(name_or_path: str, field: str = "model_name_or_path") -> None:
     """A path into a folder that is there, to something that is not, is a mistyped path and no name on the hub."""
     path = Path(name_or_path)
     is_path = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
     if is_path and not path.exists():
-        raise UserError("no such folder.", remedy="Check the path.", file=name_or_path, field="model_name_or_path")
+        raise UserError("no such folder.", remedy="Check the path.", file=name_or_path, field=field)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for one line."""
     return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

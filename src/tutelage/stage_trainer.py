@@ -19,9 +19,9 @@ from tutelage.data.demonstrations import is_conversational
 from tutelage.errors import UserError
 from tutelage.groups import Group
 from tutelage.logprobs import cached_logps
-from tutelage.models import InitialPolicy
+from tutelage.models import WeightSet, fingerprint
 from tutelage.sampling import Sampler, SamplingParams, TransformersSampler
-from tutelage.stages import StageSchedule, StageStore, fingerprint
+from tutelage.stages import StageSchedule, StageStore
 from tutelage.trainer import DemonstrationConfig, DemonstrationTrainer
 
 __all__ = ["StageConfig", "StageTrainer"]
@@ -109,7 +109,7 @@ class StageTrainer(DemonstrationTrainer):
         self.sampler = sampler or TransformersSampler(
             self.policy, batch_size=args.sampling_batch_size, pad_token_id=self.tokenization.pad_id
         )
-        self.initial = InitialPolicy(self.policy) if args.reference == "initial" else None
+        self.initial = WeightSet(self.policy) if args.reference == "initial" else None
         self.store = StageStore(Path(str(args.output_dir)) / "stages", self._sample_settings())
         self.schedule: StageSchedule | None = None
         self.stage = -1
@@ -179,7 +179,7 @@ class StageTrainer(DemonstrationTrainer):
 
     def _record_stage(self, demonstrations: list[Group], *, at_start: bool) -> dict[int, Group]:
         """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
-        policy = fingerprint(self.policy) if at_start else None
+        policy = fingerprint(self.policy.named_parameters()) if at_start else None
         recorded = self.store.read(self.stage, policy)
         # A record of other data, or of the same data in another template, is none.
         missing = [group for group in demonstrations if not _is_record(recorded.get(group.row), group)]
@@ -318,12 +318,8 @@ def drop_copies(group: Group) -> Group:
     Such a pair has a constant loss and no gradient, whatever the policy.
     """
     demonstration = group.completions[0]
-    keep = [0] + [i for i, c in enumerate(group.completions) if i > 0 and c.token_ids != demonstration.token_ids]
-    reference = group.reference_logps
-    return replace(
-        group,
-        completions=tuple(group.completions[i] for i in keep),
-        reference_logps=None if reference is None else tuple(reference[i] for i in keep),
+    return group.select(
+        [0] + [i for i, c in enumerate(group.completions) if i > 0 and c.token_ids != demonstration.token_ids]
     )
 
 

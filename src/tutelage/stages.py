@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -10,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from torch import nn
-
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Kind
 
-__all__ = ["StageSchedule", "StageStore", "fingerprint", "write_json"]
+__all__ = ["StageSchedule", "StageStore", "write_json"]
+
+# What is known of each completion of a group; see ``Group``.
+_NUMBERS = ("reference_logps", "old_logps", "rewards")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,20 +172,6 @@ class StageStore:
         return {group.row: group for group in kept} | groups
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short name for the state of the weights: equal states have equal names.
-
-    Frozen weights count too, since fresh adapters of different models can be equal. Reads at most 64 numbers of each
-    tensor, so that it is cheap at any size; a training step moves nearly all of them.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        probe = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
-        digest.update(name.encode() + probe.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write to a temporary name and rename: a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
@@ -214,7 +199,7 @@ def _append(file: IO[str], groups: Iterable[Group], text: Callable[[tuple[int, .
             "demonstration": text(demonstration.token_ids),
             "samples": [text(sample.token_ids) for sample in samples],
             "ended": [completion.ended for completion in group.completions],
-            "reference_logps": group.reference_logps,
+            **{name: getattr(group, name) for name in _NUMBERS if getattr(group, name) is not None},
             "prompt_ids": group.prompt_ids,
             "completion_ids": [completion.token_ids for completion in group.completions],
         }
@@ -234,5 +219,5 @@ def _read_groups(path: Path) -> Iterator[Group]:
                 prompt_ids=tuple(record["prompt_ids"]),
                 completions=tuple(Completion(tuple(ids), kind, ended) for ids, kind, ended in completions),
                 row=record["row"],
-                reference_logps=tuple(record["reference_logps"]),
+                **{name: tuple(record[name]) for name in _NUMBERS if name in record},
             )

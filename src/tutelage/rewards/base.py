@@ -1,0 +1,27 @@
+"""What a reward is: one number for a completion, given its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from tutelage.groups import Group
+
+__all__ = ["Reward"]
+
+
+class Reward(Protocol):
+    """Scores the completions of groups; higher is better, and only differences within a prompt mean anything."""
+
+    def score(self, groups: Sequence[Group]) -> Tensor:
+        """Reward of every completion, without gradient.
+
+        Args:
+            groups: prompts with their completions.
+
+        Returns:
+            [C] float32 on the CPU, groups in order and completions in order within each.
+        """
+        ...

@@ -1,0 +1,251 @@
+"""A learned reward: a body with a scalar head, which may share its frozen base with the policy."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from tutelage.errors import UserError
+from tutelage.groups import Group
+from tutelage.logprobs import Layout, end_hidden_states, in_batches
+from tutelage.models import WeightSet, base_causal_lm, fingerprint, first_line, require_exists
+from tutelage.stages import write_json
+
+__all__ = ["ExplicitReward"]
+
+_ADAPTER = "adapter_model.safetensors"
+_HEAD = "base_model.model.score.weight"
+_FACTS = "reward.json"
+
+
+class ExplicitReward:
+    """r(x, y) = w · h, the head's weights times the body's last hidden state at the completion's last token.
+
+    That token is the end-of-turn token of a completion that ended, and the token it was cut at of one that was not.
+
+    Args:
+        model: the body, a transformers model with or without adapters and with any head, which is not used.
+        head: linear, from the hidden size to one number.
+        weights: where the body is a policy's, the reward's own values of its trainable weights; None where the body is
+            the reward's own.
+        layout, batch_size, pad_token_id: as for ``cached_logps``.
+        autocast: makes a context for mixed precision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        *,
+        weights: WeightSet | None = None,
+        layout: Layout = "auto",
+        batch_size: int = 16,
+        pad_token_id: int = 0,
+        autocast: Any = nullcontext,
+    ):
+        self.model, self.head, self.weights = model, head, weights
+        self.layout: Layout = layout
+        self.batch_size, self.pad_token_id = batch_size, pad_token_id
+        self.autocast = autocast
+
+    @staticmethod
+    def fresh(model: nn.Module, *, shared: bool, seed: int = 0, **options: Any) -> ExplicitReward:
+        """A reward that has learned nothing yet.
+
+        Args:
+            model: its body. ``shared``: it is a policy's, and the reward gets its own set of the trainable weights, which
+                start from the policy's.
+            seed: of the head, drawn from N(0, 1/(H + 1)) (Stiennon et al. 2020, arXiv 2009.01325).
+            options: further arguments of the constructor.
+        """
+        size = base_causal_lm(model).config.get_text_config().hidden_size
+        head = nn.Linear(size, 1, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(1, size, generator=generator) / (size + 1) ** 0.5)
+        head.to(base_causal_lm(model).device)
+        return ExplicitReward(model, head, weights=WeightSet(model) if shared else None, **options)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained: the body's trainable weights and the head."""
+        body = (
+            self.weights.parameters
+            if self.weights
+            else [p for n, p in self.model.named_parameters() if p.requires_grad and p is not self.head.weight]
+        )
+        return [*body, *self.head.parameters()]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within, the body has the reward's weights; forward and backward passes of training belong inside."""
+        with self.weights.active() if self.weights else nullcontext():
+            yield
+
+    def rewards(self, groups: Sequence[Group]) -> Tensor:
+        """[C] float32 rewards with gradient, groups and completions in order; call it within ``active``."""
+        hidden_CH = end_hidden_states(self.model, groups, layout=self.layout, pad_token_id=self.pad_token_id)
+        # The head is tiny and its output is compared: not in bfloat16, unless it was loaded so.
+        with torch.autocast(hidden_CH.device.type, enabled=False):
+            return self.head(hidden_CH.to(cast(Tensor, self.head.weight).dtype)).squeeze(-1).float()
+
+    def score(self, groups: Sequence[Group]) -> Tensor:
+        """[C] rewards without gradient and without dropout; see ``Reward``."""
+        return torch.tensor([value for values in self.scores(groups) for value in values])
+
+    def scores(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """As ``score``, one tuple a group."""
+        with self.active(), self.autocast():  # weights change hands outside autocast, which keeps casts of them
+            return in_batches(self.rewards, self.model, groups, batch_size=self.batch_size)
+
+    # --- on disk ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trained weights, numbered, for ``load_state_dict``."""
+        return {str(index): parameter.detach() for index, parameter in enumerate(self.parameters)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over trained weights; their number and shapes must agree."""
+        for index, parameter in enumerate(self.parameters):
+            parameter.copy_(state[str(index)])
+
+    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
+        """Write what ``AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)`` loads.
+
+        With an adapter: the adapter, with the head in it, and the name of its base. Else a full model.
+
+        Args:
+            facts: further entries of ``reward.json``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.active():
+            if isinstance(self.model, PeftModel):
+                self._save_adapter(folder)
+                facts["base_fingerprint"] = fingerprint(frozen_parameters(self.model))
+            else:
+                self._save_whole(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / _FACTS, {"pad_token_id": self.pad_token_id, **facts})
+
+    def _save_adapter(self, folder: Path) -> None:
+        model = cast(PeftModel, self.model)
+        name = str(model.active_adapter)
+        config = copy.deepcopy(model.peft_config[name])
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True  # type: ignore[attr-defined]
+        config.save_pretrained(str(folder))
+        state = get_peft_model_state_dict(model, adapter_name=name)
+        state[_HEAD] = cast(Tensor, self.head.weight)
+        state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(state, folder / _ADAPTER, metadata={"format": "pt"})
+
+    def _save_whole(self, folder: Path) -> None:
+        body = base_causal_lm(self.model)
+        config = copy.deepcopy(body.config)
+        config.num_labels = 1
+        config.pad_token_id = self.pad_token_id
+        with torch.device("meta"):
+            whole = AutoModelForSequenceClassification.from_config(config)
+        whole.base_model.load_state_dict(body.base_model.state_dict(), assign=True)
+        scalar_head(whole).weight = nn.Parameter(cast(Tensor, self.head.weight).detach().to(body.dtype))
+        whole.save_pretrained(folder)
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Start from a reward that an earlier run left.
+
+        Raises:
+            UserError: there is none, its base is another one, or its adapter has another shape.
+        """
+        folder = Path(folder)
+        where = {"file": str(folder), "field": "init_reward_from"}
+        if not (folder / _ADAPTER).exists() or not (folder / _FACTS).exists():
+            raise UserError("no reward adapter is there.", remedy="Give the reward folder of a run.", **where)  # type: ignore[arg-type]
+        if not isinstance(self.model, PeftModel):
+            raise UserError(
+                "a reward adapter needs a model with an adapter.",
+                remedy="Add --use_peft.",
+                **where,  # type: ignore[arg-type]
+            )
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        if facts.get("base_fingerprint") != fingerprint(frozen_parameters(self.model)):
+            raise UserError(
+                f"the reward's base differs from {base_causal_lm(self.model).name_or_path}.",
+                remedy="Start from a reward that was learned on the same base.",
+                **where,  # type: ignore[arg-type]
+            )
+        state = load_file(folder / _ADAPTER)
+        head = state.pop(_HEAD)
+        with self.active():
+            expected = get_peft_model_state_dict(self.model)
+            if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in state.items()}:
+                raise UserError(
+                    "the reward's adapter has another shape than the policy's.",
+                    remedy="Use the same --lora_r and --lora_target_modules.",
+                    **where,  # type: ignore[arg-type]
+                )
+            set_peft_model_state_dict(self.model, state, adapter_name=str(self.model.active_adapter))
+        with torch.no_grad():
+            cast(Tensor, self.head.weight).copy_(head)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> ExplicitReward:
+        """Load a reward model: a run's ``reward`` folder, or any causal model for sequence classification with one label.
+
+        Args:
+            options: ``layout``, ``batch_size``, ``pad_token_id``, ``autocast`` of the constructor.
+
+        Raises:
+            UserError: there is none, or it has no single scalar head.
+        """
+        name = str(folder)
+        require_exists(name, field="reward")
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"the reward model cannot be loaded: {first_line(error)}",
+                remedy="Give the reward folder of a run, or a model for sequence classification with one label.",
+                file=name,
+                field="reward",
+            ) from error
+        return ExplicitReward(model.eval(), scalar_head(model), **options)
+
+
+def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The base's weights under an adapter."""
+    return [(name, p) for name, p in base_causal_lm(model).named_parameters() if not p.requires_grad]
+
+
+def scalar_head(model: PreTrainedModel) -> nn.Module:
+    """The linear layer that makes a reward of a hidden state.
+
+    Raises:
+        UserError: the model has none, or several things stand between its body and its reward.
+    """
+    heads = [child for name, child in model.named_children() if name != model.base_model_prefix]
+    if len(heads) != 1 or getattr(getattr(heads[0], "weight", None), "shape", (0,))[0] != 1:
+        raise UserError(
+            f"{type(model).__name__} is not a body with one linear layer to one number.",
+            remedy="Use a causal model for sequence classification with num_labels 1.",
+            field="reward",
+        )
+    return heads[0]

@@ -1,0 +1,250 @@
+"""The reward phase: a reward learns to put demonstrations over samples (and preferred answers over rejected ones)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tutelage.errors import NonFiniteLossError
+from tutelage.groups import Group
+from tutelage.losses import RewardLossKind, reward_loss
+from tutelage.rewards.explicit import ExplicitReward
+
+__all__ = ["CutSamples", "RewardFitter", "RewardObjective", "contrast", "pair_indices", "with_cut_floor"]
+
+CutSamples = Literal["floor", "score", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardObjective:
+    """What a reward phase minimises: w_d · loss of demonstrations over samples + w_p · loss of preference pairs.
+
+    The weighted sum is that of Li et al. 2024, "Joint Demonstration and Preference Learning" (AIHF, arXiv 2406.06874).
+
+    Attributes:
+        kind, margin, label_smoothing, centring, regularisation: of ``reward_loss``.
+        demonstration_weight, preference_weight: w_d and w_p.
+    """
+
+    kind: RewardLossKind = "logistic"
+    margin: float = 0.0
+    label_smoothing: float = 0.0
+    centring: float = 0.0
+    regularisation: float = 1.0
+    demonstration_weight: float = 1.0
+    preference_weight: float = 1.0
+
+    def of_pairs(self, first_P: Tensor, others_P: Tensor) -> Tensor:
+        """[P] loss of each pair."""
+        return reward_loss(
+            first_P,
+            others_P,
+            kind=self.kind,
+            margin=self.margin,
+            label_smoothing=self.label_smoothing,
+            centring=self.centring,
+            regularisation=self.regularisation,
+        )
+
+
+class RewardFitter:
+    """Carries a reward's optimiser from one reward phase to the next.
+
+    Args:
+        reward: what learns.
+        objective: what it minimises.
+        optimizer: over ``reward.parameters``.
+        batch_size: groups an optimiser step.
+        micro_batch_size: groups a forward pass.
+        preferences: preference pairs as groups; every step takes as many of them as of other groups.
+        max_grad_norm: longer gradients are shortened to it; 0 leaves them.
+        saturation: a phase stops when the accuracy over its last steps (at least ``batch_size`` · 4 pairs) reaches this;
+            None never stops.
+        seed: of the order of the groups.
+    """
+
+    def __init__(
+        self,
+        reward: ExplicitReward,
+        objective: RewardObjective,
+        optimizer: torch.optim.Optimizer,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        preferences: Sequence[Group] = (),
+        max_grad_norm: float = 1.0,
+        saturation: float | None = 0.97,
+        seed: int = 0,
+    ):
+        self.reward, self.objective, self.optimizer = reward, objective, optimizer
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.preferences = list(preferences)
+        self.max_grad_norm, self.saturation, self.seed = max_grad_norm, saturation, seed
+        self.steps_done = 0
+
+    def fit(
+        self,
+        groups: Sequence[Group],
+        *,
+        phase: int,
+        passes: int = 1,
+        steps: int | None = None,
+        on_step: Callable[[int, dict[str, float]], None] = lambda done, facts: None,
+    ) -> dict[str, float]:
+        """One reward phase.
+
+        Args:
+            groups: contrasts, the first completion of each over the others (see ``contrast``).
+            phase: its number, which decides the order of the groups.
+            passes: over the groups. ``steps`` in optimiser steps goes before it.
+            on_step: called after each step with the number of steps done and what the step saw.
+
+        Returns:
+            means over the phase, each batch seen before its step: ``loss``, ``accuracy`` (a tie counts half),
+            ``demonstrations`` and ``samples`` (rewards), ``steps``, and ``saturated``, 1 if it stopped early.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient is NaN or infinite; raised before that step moves a weight.
+        """
+        wanted = self.planned_steps(len(groups), passes, steps)
+        seen: list[dict[str, float]] = []
+        saturated = False
+        batches = self._batches(groups, phase)
+        self.reward.model.train()
+        for _ in range(wanted):
+            seen.append(self._step(next(batches), phase))
+            self.steps_done += 1
+            on_step(len(seen), seen[-1])
+            window, pairs = [], 0.0
+            while len(window) < len(seen) and pairs < 4 * self.batch_size:
+                window.append(seen[-1 - len(window)])
+                pairs += window[-1]["pairs"]
+            if self.saturation is not None and pairs >= 4 * self.batch_size:
+                accuracy = sum(facts["accuracy"] * facts["pairs"] for facts in window) / pairs
+                if accuracy >= self.saturation and len(seen) < wanted:
+                    saturated = True
+                    break
+        total = sum(facts["pairs"] for facts in seen)
+        means = {
+            name: sum(facts[name] * facts["pairs"] for facts in seen) / max(1.0, total)
+            for name in ("loss", "accuracy", "demonstrations", "samples")
+        }
+        return {**means, "steps": float(len(seen)), "saturated": float(saturated)}
+
+    def planned_steps(self, groups: int, passes: int = 1, steps: int | None = None) -> int:
+        """Optimiser steps that a phase over so many groups takes if it does not stop early."""
+        return steps if steps is not None else passes * math.ceil(groups / self.batch_size)
+
+    def _batches(self, groups: Sequence[Group], phase: int) -> Iterator[list[Group]]:
+        """Pass after pass, each in an order of its own that depends on seed, phase and pass alone."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + phase)
+        while True:
+            order = torch.randperm(len(groups), generator=generator).tolist()
+            for start in range(0, len(order), self.batch_size):
+                yield [groups[index] for index in order[start : start + self.batch_size]]
+
+    def _preference_batch(self, size: int) -> list[Group]:
+        first = self.steps_done * size
+        return [self.preferences[index % len(self.preferences)] for index in range(first, first + size)]
+
+    def _step(self, batch: list[Group], phase: int) -> dict[str, float]:
+        """One optimiser step; what it saw is of demonstrations and samples alone."""
+        sums = dict.fromkeys(("loss", "accuracy", "demonstrations", "samples"), 0.0)
+        pairs = sum(len(group.completions) - 1 for group in batch)
+        preferences = self._preference_batch(len(batch)) if self.preferences else []
+        self.optimizer.zero_grad()
+        with self.reward.active():
+            for first_P, others_P, weights_P in self._rewards(batch):
+                losses_P = self.objective.of_pairs(first_P, others_P)
+                loss = (losses_P * weights_P).sum() / len(batch)
+                self._backward(self.objective.demonstration_weight * loss, phase)
+                sums["loss"] += losses_P.detach().sum().item()
+                sums["accuracy"] += ((first_P - others_P).detach().sign() + 1).sum().item() / 2
+                sums["demonstrations"] += first_P.detach().sum().item()
+                sums["samples"] += others_P.detach().sum().item()
+            for first_P, others_P, weights_P in self._rewards(preferences):
+                losses_P = self.objective.of_pairs(first_P, others_P)
+                loss = (losses_P * weights_P).sum() / len(preferences)
+                self._backward(self.objective.preference_weight * loss, phase)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.reward.parameters if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise _non_finite("gradient", norm.item(), phase)
+        if self.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.reward.parameters, self.max_grad_norm, norm)
+        self.optimizer.step()
+        return {name: value / pairs for name, value in sums.items()} | {"pairs": float(pairs)}
+
+    def _rewards(self, groups: Sequence[Group]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rewards of both sides of all pairs, micro-batch by micro-batch, and weights that make groups count alike."""
+        ordered = sorted(groups, key=len)
+        for start in range(0, len(ordered), self.micro_batch_size):
+            batch = ordered[start : start + self.micro_batch_size]
+            with self.reward.autocast():
+                rewards_C = self.reward.rewards(batch)
+            first, others = pair_indices(batch)
+            weights = [1 / (len(group.completions) - 1) for group in batch for _ in group.completions[1:]]
+            yield rewards_C[first], rewards_C[others], torch.tensor(weights).to(rewards_C)
+
+    def _backward(self, loss: Tensor, phase: int) -> None:
+        if not torch.isfinite(loss):
+            raise _non_finite("loss", loss.item(), phase)
+        loss.backward()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state and how many steps it made."""
+        return {"optimizer": self.optimizer.state_dict(), "steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = state["steps_done"]
+
+
+def pair_indices(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
+    """Where the two sides of every pair stand among the completions of a batch: each group's first, and each other."""
+    first, others, start = [], [], 0
+    for group in groups:
+        first += [start] * (len(group.completions) - 1)
+        others += range(start + 1, start + len(group.completions))
+        start += len(group.completions)
+    return first, others
+
+
+def contrast(group: Group, cut_samples: CutSamples) -> Group | None:
+    """The group as a reward should compare it, or None where nothing is left to compare.
+
+    Samples that equal the demonstration go. So do, unless ``cut_samples`` is "score", those that ended where the
+    demonstration was cut or the other way round: telling them apart takes no more than a look at the last token, and a
+    reward would learn that and little else.
+    """
+    demonstration = group.completions[0]
+    keep = [
+        index
+        for index, completion in enumerate(group.completions)
+        if index > 0
+        and completion.token_ids != demonstration.token_ids
+        and (cut_samples == "score" or completion.ended == demonstration.ended)
+    ]
+    return group.select([0, *keep]) if keep else None
+
+
+def with_cut_floor(rewards: Sequence[float], ended: Sequence[bool]) -> list[float]:
+    """Rewards of the samples of one prompt in which one that was cut is never better than the worst that ended.
+
+    >>> with_cut_floor([1.0, 3.0, 2.0], [True, False, True])
+    [1.0, 1.0, 2.0]
+    """
+    worst = min((reward for reward, whole in zip(rewards, ended, strict=True) if whole), default=math.inf)
+    return [reward if whole else min(reward, worst) for reward, whole in zip(rewards, ended, strict=True)]
+
+
+def _non_finite(what: str, value: float, phase: int) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"the {what} of the reward is {value} in the reward phase of stage {phase}; it stopped before a weight changed.",
+        remedy="Lower --reward_learning_rate.",
+    )
