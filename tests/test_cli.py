@@ -15,6 +15,9 @@ from peft import PeftConfig
 from tutelage.cli import main
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.train import ALGORITHMS
+from tutelage.data import Tokenization
+from tutelage.groups import Kind
+from tutelage.models import load_tokenizer
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
 
@@ -277,6 +280,7 @@ def test_unknown_command(refusal):
 
 def test_missing_arguments_of_other_commands(refusal, model, sums):
     assert "--output" in refusal("sample", "--model_name_or_path", model, "--dataset_name", sums)
+    assert "--reward --policy" in refusal("score", "--dataset_name", sums, "--output", out)
     assert "--model_name_or_path" in refusal("evaluate", "--dataset_name", sums, "--output_dir", "nowhere")
     assert "RUN" in refusal("report")
     assert "DATA" in refusal("data", "--model_name_or_path", model)
@@ -369,12 +373,12 @@ def test_help(command, tutelage):
 def test_usage(tutelage):
     code, shown, _ = tutelage()
     assert code == 0
-    for command in ("quickstart", "sft", "spin", "irft", "sample", "evaluate", "report", "data"):
+    for command in ("quickstart", "sft", "spin", "irft", "rft", "sample", "score", "evaluate", "report", "data"):
         assert command in shown
     assert tutelage("--help")[1] == shown
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "report", "data"])
+@pytest.mark.parametrize("command", ["sample", "score", "evaluate", "report", "data"])
 def test_help_of_other_commands(command, tutelage):
     code, shown, _ = tutelage(command, "--help")
     assert code == 0
@@ -437,9 +441,14 @@ def test_sample(tutelage, refusal, model, sums, tmp_path):
     assert tutelage(*command)[0] == 0
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["row"] for line in lines] == list(range(8))
+    tokenization = Tokenization(load_tokenizer(model), max_completion_length=6)
     for line, row in zip(lines, SUMS, strict=True):
         assert (line["prompt"], line["demonstration"]) == (row["prompt"], row["completion"])
         assert len(line["samples"]) == len(line["ended"]) == len(line["logps"]) == 2
+        assert tuple(line["prompt_ids"]) == tokenization.prompt_ids(row["prompt"])
+        demonstration = tokenization.completion(row["prompt"], row["completion"], Kind.DEMONSTRATION)
+        assert tuple(line["demonstration_ids"]) == demonstration.token_ids
+        assert line["demonstration_ended"] == demonstration.ended
         assert all(1 <= len(ids) <= 6 for ids in line["token_ids"])
         assert all(ended or len(ids) == 6 for ended, ids in zip(line["ended"], line["token_ids"], strict=True))
         assert all(logp < 0 for logp in line["logps"])

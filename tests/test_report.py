@@ -54,6 +54,7 @@ def run(name, algorithm="irft", start="sft", evaluation=None, **more):
         "history": [],
         "evaluation": evaluation,
         "samples": [],
+        "selection": [],
     } | more
 
 
@@ -64,6 +65,69 @@ def scores(right, of=100):
 def sentences(*runs):
     """Verdicts without the one on seeds."""
     return verdicts(runs)[:-1]
+
+
+def candidate(stage, reward, kl, gold=None, *, chosen=False, width=0.25):
+    bounds = {"reward_low": reward - width, "reward_high": reward + width}
+    objective = reward - 0.1 * kl
+    return {"stage": stage, "reward": reward, **bounds, "kl": kl, "objective": objective, "gold": gold, "chosen": chosen}
+
+
+# The learned reward rises to the end; the verifier's score rises for three stages and then falls below the start's.
+REWARDS, KLS, GOLD = (0.0, 0.6, 1.1, 1.5, 1.9, 2.3), (0.0, 0.9, 2.0, 3.4, 5.6, 9.8), (0.4, 0.46, 0.52, 0.55, 0.43, 0.3)
+HACKED = [candidate(s, *values, chosen=s == 3) for s, values in enumerate(zip(REWARDS, KLS, GOLD, strict=True))]
+
+
+def rft_history(stages=5, steps=8, skipped=(0,)):
+    """As an RFT run logs: a few lines where a stage begins, one a policy step; the first stage trains no policy."""
+    rng, rows, step = np.random.default_rng(0), [], 0
+    for stage in range(stages):
+        noise = float(rng.normal(0, 0.02))
+        about = {
+            "reward/loss": 0.69 - 0.06 * stage + noise,
+            "reward/accuracy": 0.55 + 0.06 * stage,
+            "reward/demonstrations": 0.4 + 0.3 * stage,
+            "reward/samples": -0.2 + 0.1 * stage,
+            "reward/gap": 0.6 + 0.2 * stage,
+            "reward/steps": 16.0 - stage,
+            "reward/saturated": float(stage > 0),
+            "reward/length_correlation": 0.1 * stage - 0.2,
+            "time/reward": 4.0,
+            "time/sampling": 3.0,
+            "time/reference": 1.0,
+        }
+        kept = {
+            "holdout/accuracy": 0.53 + 0.03 * stage,
+            "holdout/reward": REWARDS[stage] + noise,
+            "holdout/kl": KLS[stage],
+            "holdout/gold": GOLD[stage],
+            "holdout/gold_gap": 0.3 - 0.05 * stage,
+            "preference/accuracy": 0.6 + noise,
+            "time/holdout": 2.0,
+        }
+        samples = {
+            "samples/cut_fraction": 0.02 * stage,
+            "samples/distinct_1": 0.3 - 0.02 * stage,
+            "samples/distinct_2": 0.7 - 0.04 * stage,
+            "length/demonstrations": 40.0,
+            "length/samples": 38.0 + 3 * stage,
+            "policy/entropy": 1.2 - 0.1 * stage,
+            "policy/phase": float(stage not in skipped),
+        }
+        rows += [{"step": step, "stage": stage, **found} for found in (about, kept, samples)]
+        for _ in range(0 if stage in skipped else steps):
+            step += 1
+            policy = {"policy/kl": 0.25 * step, "policy/reward": 0.05 * step, "policy/advantage": float(rng.normal())}
+            policy |= {"policy/clip_fraction": float(rng.random() / 10), "logps/samples": -20 - step / 10}
+            row = {"step": step, "stage": stage, "loss": float(rng.normal()), "time/training": 1.5, **policy}
+            rows.append(row)
+    return rows
+
+
+def rft(found=None, **more):
+    time = {"sampling": 15.0, "reference": 5.0, "reward": 20.0, "holdout": 10.0, "training": 48.0, "total": 98.0}
+    more = {"settings": {"beta": 0.1, "num_samples": 4}, "selection": HACKED, "time_s": time} | more
+    return run("rft", "rft", evaluation=found, history=rft_history(), **more)
 
 
 class TestLoad:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
@@ -31,7 +33,9 @@ __all__ = [
     "first_line",
     "load_model",
     "load_tokenizer",
+    "load_weights",
     "require_exists",
+    "run_part",
 ]
 
 
@@ -49,7 +53,7 @@ def load_model(
 
     Args:
         name_or_path: hub name or folder. An adapter's folder (the output of an adapter run) loads base and adapter,
-            the adapter trainable.
+            the adapter trainable; the folder of a run with a reward loads its policy.
         dtype: of the base's weights; adapters are kept in float32, where small steps are not rounded away. None
             takes float32 for weights that are trained and the stored precision for those that stay frozen.
         whole: whether all weights of a full model will be trained; read where ``dtype`` is None.
@@ -59,6 +63,7 @@ def load_model(
         UserError: no model is there, or it cannot be read.
     """
     require_exists(name_or_path)
+    name_or_path = run_part(name_or_path, "policy")
     if dtype is None:
         trained_whole = whole and not (Path(name_or_path) / "adapter_config.json").exists()
         dtype = torch.float32 if trained_whole else "auto"
@@ -80,12 +85,13 @@ def load_model(
 def load_tokenizer(
     name_or_path: str, *, revision: str = "main", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies with a model or an adapter.
+    """Load the tokenizer that lies with a model or an adapter, or with the policy of a run with a reward.
 
     Raises:
         UserError: there is none.
     """
     require_exists(name_or_path)
+    name_or_path = run_part(name_or_path, "policy")
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -165,22 +171,25 @@ class WeightSet:
         finally:
             self._exchange()
 
-    @torch.no_grad()
-    def copy_from_model(self) -> None:
-        """Take over the values that the model has now."""
-        for slot, parameter in zip(self._slots, self.parameters, strict=True):
-            parameter.copy_(slot)
-
-    @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Give the model this set's values."""
-        for slot, parameter in zip(self._slots, self.parameters, strict=True):
-            slot.copy_(parameter)
-
     def _exchange(self) -> None:
         for slot, parameter in zip(self._slots, self.parameters, strict=True):
             slot.data, parameter.data = parameter.data, slot.data
             slot.grad, parameter.grad = parameter.grad, slot.grad
+
+
+def save_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
+    """Write weights in their order, by a temporary name; ``load_weights`` reads them."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def load_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
+    """Take over weights that ``save_weights`` wrote, in the same order."""
+    state = load_file(path)
+    for index, parameter in enumerate(parameters):
+        parameter.copy_(state[str(index)])
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -261,6 +270,16 @@ def require_exists(name_or_path: str, field: str = "model_name_or_path") -> None
     is_path = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
     if is_path and not path.exists():
         raise UserError("no such folder.", remedy="Check the path.", file=name_or_path, field=field)
+
+
+def run_part(name_or_path: str, part: Literal["policy", "reward"]) -> str:
+    """The model meant by the folder of a run that learned a reward: its policy and its reward lie side by side in it.
+
+    Whatever has a model of its own, and whatever is no such folder, is meant as it is.
+    """
+    folder = Path(name_or_path)
+    has_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return str(folder / part) if (folder / part).is_dir() and not has_model else name_or_path
 
 
 def first_line(error: Exception) -> str:

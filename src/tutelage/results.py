@@ -69,6 +69,7 @@ def run_record(*, name: str, algorithm: str, model: str, dataset: str, seed: int
         "history": [],
         "evaluation": None,
         "samples": [],
+        "selection": [],
     }
     assert found.keys() <= record.keys()
     return record | found
@@ -111,12 +112,14 @@ def model_card(record: Mapping[str, Any]) -> str:
         "",
         f"# {record['name']}",
         "",
-        f"Trained with **{record['algorithm']}** from demonstrations alone by tutelage, starting from "
+        f"Trained with **{record['algorithm']}** from {_data_kinds(record)} by tutelage, starting from "
         f"`{record['model']}`, on `{record['dataset']}` (seed {record['seed']}, "
         f"{record['demonstration_passes']:g} passes over the demonstrations).",
         "",
     ]
-    if record["algorithm"] != "sft":
+    if record["algorithm"] == "rft":
+        lines += [_rft_stages(record), ""]
+    elif record["algorithm"] != "sft":
         stages = sum("pairs/dropped" in row for row in record["history"])
         lines += [
             f"{stages} stages: at the start of each, {settings.get('num_samples')} completion(s) a prompt were sampled "
@@ -138,6 +141,30 @@ def model_card(record: Mapping[str, Any]) -> str:
             if isinstance(value, Mapping) and "mean" in value
         ]
     return "\n".join([*lines, ""])
+
+
+def _data_kinds(record: Mapping[str, Any]) -> str:
+    ranked = any("preference/accuracy" in row for row in record["history"])
+    return "demonstrations and preference pairs" if ranked else "demonstrations alone"
+
+
+def _rft_stages(record: Mapping[str, Any]) -> str:
+    """What the stages did, and which of their policies the weights are."""
+    history, samples = record["history"], record["settings"].get("num_samples")
+    stages = sum("reward/loss" in row for row in history)
+    ran = sum(row.get("policy/phase") == 1 for row in history)
+    text = (
+        f"{stages} stages: at the start of each, {samples} completion(s) a prompt were sampled from the policy as it "
+        f"stood, and a reward learned to put the demonstrations above them; in {ran} of the stages the policy was then "
+        "improved with that reward by leave-one-out REINFORCE under a KL penalty to the start (Li et al. 2024, arXiv "
+        "2405.17888, Algorithm 1)."
+    )
+    kept = next((candidate for candidate in record["selection"] if candidate["chosen"]), None)
+    if kept is None:
+        return text
+    if kept["stage"] == 0:
+        return f"{text} No stage beat the start: these are its weights."
+    return f"{text} These are the weights after {kept['stage']} of them, chosen on rows kept from training."
 
 
 def peak_memory_bytes() -> int | None:

@@ -163,19 +163,27 @@ class StageTrainer(DemonstrationTrainer):
         if at_start:
             self.check_weights()  # nothing can be sampled from weights that are not finite
         recorded = self._record_stage(list(demonstrations.values()), at_start=at_start)
-        replayed = self._replayed(recorded, at_start=at_start)
-        for batches in steps:
-            self._steps.append([self._trained_on(batch, recorded, replayed) for batch in batches])
         if at_start:
             self._watch_stage([recorded[row] for row in demonstrations])
+        prepared = self.prepare_stage(recorded, at_start=at_start)
+        for batches in steps:
+            self._steps.append([[group for entry in batch for group in prepared[entry.row]] for batch in batches])
 
-    def _trained_on(
-        self, batch: list[Group], recorded: dict[int, Group], replayed: dict[int, tuple[Group, ...]]
-    ) -> list[Group]:
-        """The batch with its samples, each group followed by those replayed with it; copies of demonstrations dropped."""
-        rows = (group.row for group in batch)
-        groups = [drop_copies(group) for row in rows for group in (recorded[row], *replayed.get(row, ()))]
-        return [group for group in groups if len(group.completions) > 1 or not self.needs_samples]
+    def prepare_stage(self, recorded: dict[int, Group], *, at_start: bool) -> dict[int, list[Group]]:
+        """What the optimiser steps of a stage train on for each of its rows: an algorithm's say.
+
+        Here the row's group and those replayed with it, without copies of the demonstration.
+
+        Args:
+            recorded: all groups of the stage by row, with samples and reference log-probs, in the order of the record.
+            at_start: the policy stands where the stage began; False for a run resumed inside the stage.
+        """
+        replayed = self._replayed(recorded, at_start=at_start)
+        prepared = {}
+        for row, group in recorded.items():
+            groups = [drop_copies(entry) for entry in (group, *replayed.get(row, ()))]
+            prepared[row] = [entry for entry in groups if len(entry.completions) > 1 or not self.needs_samples]
+        return prepared
 
     def _record_stage(self, demonstrations: list[Group], *, at_start: bool) -> dict[int, Group]:
         """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
@@ -212,39 +220,46 @@ class StageTrainer(DemonstrationTrainer):
             for start in range(0, len(demonstrations), piece):
                 groups = demonstrations[start : start + piece]
                 begin = time.perf_counter()
-                sampled = self._with_samples(groups)
+                sampled = self.with_samples(groups, stage=self.stage)
                 middle = time.perf_counter()
-                scored = self._with_reference(sampled)
-                self._took("sampling", middle - begin)
-                self._took("reference", time.perf_counter() - middle)
+                scored = self.with_reference(sampled)
+                self.took("sampling", middle - begin)
+                self.took("reference", time.perf_counter() - middle)
                 yield scored
                 advance(done + start + len(groups))
 
-    def _with_samples(self, groups: list[Group]) -> list[Group]:
+    def with_samples(self, groups: list[Group], *, stage: int, num_samples: int | None = None) -> list[Group]:
+        """The groups with completions of the policy added; ``stage`` names them in the random stream."""
         with self.compute_loss_context_manager():
             drawn = self.sampler.sample(
                 [group.prompt_ids for group in groups],
                 self.sampling_params,
-                num_samples=self.args.num_samples,
+                num_samples=num_samples or self.args.num_samples,
                 rows=[group.row for group in groups],
-                stage=self.stage,
+                stage=stage,
             )
         return [
             replace(group, completions=(*group.completions, *(sample.completion for sample in samples)))
             for group, samples in zip(groups, drawn, strict=True)
         ]
 
-    def _with_reference(self, groups: list[Group]) -> list[Group]:
+    def with_reference(self, groups: list[Group]) -> list[Group]:
+        """The groups with log-probs under the reference."""
+        with self.initial.active() if self.initial else nullcontext():
+            logps = self.policy_logps(groups)
+        return [replace(group, reference_logps=values) for group, values in zip(groups, logps, strict=True)]
+
+    def policy_logps(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """Log-probs of all completions under the policy as it stands (nats a sequence), one tuple a group."""
         # Weights change hands outside the autocast context, which keeps the casts of those it has seen.
-        with self.initial.active() if self.initial else nullcontext(), self.compute_loss_context_manager():
-            logps = cached_logps(
+        with self.compute_loss_context_manager():
+            return cached_logps(
                 self.policy,
                 groups,
                 batch_size=self.args.per_device_eval_batch_size,
                 layout=self.layout,
                 pad_token_id=self.tokenization.pad_id,
             )
-        return [replace(group, reference_logps=values) for group, values in zip(groups, logps, strict=True)]
 
     def _replayed(self, recorded: dict[int, Group], *, at_start: bool) -> dict[int, tuple[Group, ...]]:
         """For each row of the stage, a group of each earlier stage that is replayed, scored by this stage's reference.
@@ -257,12 +272,13 @@ class StageTrainer(DemonstrationTrainer):
             if at_start:
                 groups = self.store.groups(earlier)[: len(recorded)]
                 if self.args.reference == "stage":
-                    groups = self._with_reference(groups)
+                    groups = self.with_reference(groups)
                 self.store.write_groups(self.stage, name, groups, self.tokenization.text)
             stages.append(self.store.groups(self.stage, name))
         return dict(zip(recorded, zip(*stages, strict=False), strict=False))
 
-    def _took(self, what: str, seconds: float) -> None:
+    def took(self, what: str, seconds: float) -> None:
+        """Add to the time spent on one kind of work, of the run and of the stage."""
         self.seconds[what] += seconds
         self._facts[f"seconds_{what}"] = self._facts.get(f"seconds_{what}", 0.0) + seconds
 

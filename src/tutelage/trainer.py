@@ -339,14 +339,17 @@ class DemonstrationTrainer(Trainer):
         return self.accelerator.autocast()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As transformers', and a micro-batch may be empty."""
+        """As transformers', and a micro-batch may be empty: it has no gradient, not one of zeros.
+
+        An optimiser leaves weights without a gradient where they are; zeros would move them by momentum and decay.
+        """
         if inputs:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:  # every pair of the micro-batch was dropped, and transformers takes no empty batch
-            zero = cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
-            self.accelerator.backward(zero)
-            loss = zero.detach()
-        return loss
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.scaler is not None:  # fp16's scaler wants to have seen a gradient
+            self.accelerator.backward(
+                cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
+            )
+        return torch.zeros((), device=self.args.device)
 
     def floating_point_ops(self, inputs: list[Group]) -> int:  # type: ignore[override]
         """Six operations a parameter and token, as transformers estimates it."""

@@ -14,8 +14,9 @@ USAGE = """\
 tutelage: alignment from demonstrations alone.
 
   tutelage quickstart              the whole comparison on a small language model, on a CPU
-  tutelage sft  | spin | irft      train from demonstrations  (--model_name_or_path, --dataset_name, --output_dir)
+  tutelage sft | spin | irft | rft train from demonstrations  (--model_name_or_path, --dataset_name, --output_dir)
   tutelage sample                  completions of a model for a data set's prompts, to JSONL
+  tutelage score                   rewards of a data set's completions, or of samples, to JSONL
   tutelage evaluate                what trained models learned, against their start and their controls
   tutelage report RUN [RUN …]      one page that compares runs
   tutelage data DATA               what the model will see of a data set
@@ -52,14 +53,15 @@ def _take_debug(args: list[str]) -> tuple[list[str], bool]:
 
 def _run(command: str, args: list[str]) -> int:
     # torch and transformers take seconds to import: not before there is something to do with them.
-    known = {"sft", "spin", "irft", "sample", "evaluate", "report", "data", "quickstart"}
+    training = {"sft", "spin", "irft", "rft"}
+    known = training | {"sample", "score", "evaluate", "report", "data", "quickstart"}
     if command not in known:
         raise UserError(f"there is no command '{command}'.", remedy=f"Commands: {', '.join(sorted(known))}.")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     _quiet_libraries()
-    if command in ("sft", "spin", "irft"):
+    if command in training:
         from tutelage.cli import train
 
         train.main(command, args, console)
@@ -67,6 +69,10 @@ def _run(command: str, args: list[str]) -> int:
         from tutelage.cli import quickstart
 
         quickstart.main(args, console)
+    elif command == "score":
+        from tutelage.cli import score
+
+        score.main(args, console)
     else:
         from tutelage.cli import commands
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from tutelage.cli.arguments import CommandParser
+from tutelage.cli.common import (
+    command_parser,
+    data_arguments,
+    length_arguments,
+    load_data,
+    load_policy,
+    load_tokenization,
+    new_file,
+    weight_arguments,
+    write_json_lines,
+)
 from tutelage.cli.progress import TerminalProgress
-from tutelage.data import Tokenization, inspect_dataset, is_conversational, load_dataset, print_inspection
+from tutelage.data import Tokenization, inspect_dataset, is_conversational, print_inspection
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
-from tutelage.models import check_vocabulary, load_model, load_tokenizer
+from tutelage.groups import Completion
 from tutelage.report import load_run, summary_table, verdicts, write_report
 from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
 from tutelage.sampling import SamplingParams, TransformersSampler
@@ -28,19 +34,20 @@ __all__ = ["data", "evaluate", "report", "sample"]
 
 def sample(args: Sequence[str], console: Console) -> None:
     """Draw completions for a data set's prompts and write them as JSON lines."""
-    parser = _parser("sample", sample.__doc__, _data_arguments, _model_arguments)
+    parser = command_parser("sample", sample.__doc__, data_arguments, length_arguments, weight_arguments)
+    parser.add_argument("--model_name_or_path", required=True, help="A model, or the folder of a run.")
     parser.add_argument("--output", required=True, help="The .jsonl file to write; it must not exist yet.")
     parser.add_argument("--num_samples", type=int, default=1, help="Completions a prompt.")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token.")
     parser.add_argument("--top_k", type=int, default=0, help="Sample from the k likeliest tokens; 0 keeps all.")
     parser.add_argument("--top_p", type=float, default=1.0, help="Sample from this much probability; 1 keeps all.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     parser.add_argument("--batch_size", type=int, default=64, help="Sequences decoded side by side.")
     options = parser.parse_args(args)
-    output = Path(options.output)
-    if output.exists():
-        raise UserError("the file exists.", file=str(output), remedy="Remove it or name another.", field="output")
-    model, tokenization = _load_model(options, options.model_name_or_path)
-    dataset = _load_data(options)
+    output = new_file(options.output)
+    tokenization = load_tokenization(options, options.model_name_or_path)
+    model = load_policy(options, options.model_name_or_path, tokenization)
+    dataset = load_data(options)
     places, prompts, demonstrations = _prompts(dataset, tokenization, options.dataset_name)
     try:
         params = SamplingParams(
@@ -69,21 +76,24 @@ def sample(args: Sequence[str], console: Console) -> None:
             rows=places,
             on_finished=count,
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for place, prompt, demonstration, samples in zip(places, prompts, demonstrations, drawn, strict=True):
-            line = {
+    write_json_lines(
+        output,
+        (
+            {
                 "row": place,
                 "prompt": tokenization.text(prompt),
-                "demonstration": demonstration,
+                "demonstration": demonstration and tokenization.text(demonstration.token_ids),
                 "samples": [tokenization.text(s.token_ids) for s in samples],
                 "ended": [s.ended for s in samples],
                 "logps": [sum(s.token_logps) for s in samples],
+                "prompt_ids": prompt,
                 "token_ids": [s.token_ids for s in samples],
+                "demonstration_ids": demonstration and demonstration.token_ids,
+                "demonstration_ended": demonstration and demonstration.ended,
             }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(temporary, output)
+            for place, prompt, demonstration, samples in zip(places, prompts, demonstrations, drawn, strict=True)
+        ),
+    )
     console.print(f"{len(prompts)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
 
 
@@ -99,11 +109,11 @@ def _holds_messages(dataset: Any, source: str) -> bool:
 
 def _prompts(
     dataset: Any, tokenization: Tokenization, source: str
-) -> tuple[list[int], list[tuple[int, ...]], list[str | None]]:
+) -> tuple[list[int], list[tuple[int, ...]], list[Completion | None]]:
     """Number, tokens and demonstration of each prompt; data to sample from may hold prompts alone."""
     if not _holds_prompts_alone(dataset):
         groups = [group_from_row(row) for row in tokenize_dataset(dataset, tokenization, source=source)]  # type: ignore[arg-type]
-        demonstrations: list[str | None] = [tokenization.text(group.completions[0].token_ids) for group in groups]
+        demonstrations: list[Completion | None] = [group.completions[0] for group in groups]
         return [group.row for group in groups], [group.prompt_ids for group in groups], demonstrations
     places, prompts = [], []
     for place, row in enumerate(dataset):
@@ -130,7 +140,7 @@ def _prompts(
 
 def evaluate(args: Sequence[str], console: Console) -> None:
     """Say what trained models learned, against the model they started from and their controls."""
-    parser = _parser("evaluate", evaluate.__doc__, _data_arguments)
+    parser = command_parser("evaluate", evaluate.__doc__, data_arguments, length_arguments, weight_arguments)
     parser.add_argument(
         "--model_name_or_path",
         nargs="+",
@@ -145,6 +155,7 @@ def evaluate(args: Sequence[str], console: Console) -> None:
     parser.add_argument("--output_dir", required=True, help="Where results and the report go.")
     parser.add_argument("--rows", type=int, help="Look at the first so many rows.")
     parser.add_argument("--beta", type=float, default=0.1, help="Temperature of the implicit reward.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     parser.add_argument("--batch_size", type=int, default=16, help="Rows a forward pass.")
     options = parser.parse_args(args)
     out = Path(options.output_dir)
@@ -152,12 +163,13 @@ def evaluate(args: Sequence[str], console: Console) -> None:
         raise UserError("the output folder is in use.", file=str(out), remedy="Name another.", field="output_dir")
     names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
     labels = _labels(names)
-    dataset = _load_data(options)
+    dataset = load_data(options)
     reference, records = None, []
     for name, label in zip(names, labels, strict=True):
         reset_peak_memory()
         with TerminalProgress(console, label) as progress, progress.phase("evaluating") as advance:
-            model, tokenization = _load_model(options, name)
+            tokenization = load_tokenization(options, name)
+            model = load_policy(options, name, tokenization)
             rows = EvaluationSet.of(
                 dataset, tokenization, verifier=options.verifier, limit=options.rows, source=options.dataset_name
             )
@@ -189,7 +201,7 @@ def evaluate(args: Sequence[str], console: Console) -> None:
 
 def report(args: Sequence[str], console: Console) -> None:
     """Write one page that compares runs."""
-    parser = _parser("report", report.__doc__)
+    parser = command_parser("report", report.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
     parser.add_argument("--output", default="report.html", help="The page to write.")
     options = parser.parse_args(args)
@@ -204,7 +216,7 @@ def report(args: Sequence[str], console: Console) -> None:
 
 def data(args: Sequence[str], console: Console) -> None:
     """Show what the model will see of a data set."""
-    parser = _parser("data", data.__doc__, _length_arguments)
+    parser = command_parser("data", data.__doc__, length_arguments)
     parser.add_argument("dataset_name", metavar="DATA", help="A hub name, a folder or a file.")
     parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
     parser.add_argument("--split", default="train", help="Split of the data set.")
@@ -218,11 +230,8 @@ def data(args: Sequence[str], console: Console) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer to use.")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     options = parser.parse_args(args)
-    tokenizer = load_tokenizer(options.model_name_or_path, trust_remote_code=options.trust_remote_code)
-    tokenization = Tokenization(
-        tokenizer, options.max_prompt_length, options.max_completion_length, options.on_long_prompt
-    )
-    found = inspect_dataset(_load_data(options), tokenization, turns=options.turns, source=options.dataset_name)
+    tokenization = load_tokenization(options, options.model_name_or_path)
+    found = inspect_dataset(load_data(options), tokenization, turns=options.turns, source=options.dataset_name)
     print_inspection(found, console)
 
 
@@ -261,51 +270,3 @@ def _labels(names: Sequence[str]) -> list[str]:
             label if label not in labels else f"{label}-{sum(other.startswith(label) for other in labels) + 1}"
         )
     return labels
-
-
-def _parser(command: str, description: str | None, *groups: Any) -> argparse.ArgumentParser:
-    parser = CommandParser(prog=f"tutelage {command}", description=description, allow_abbrev=False)
-    for group in groups:
-        group(parser)
-    return parser
-
-
-def _length_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max_prompt_length", type=int, default=512, help="Longest prompt, in tokens.")
-    parser.add_argument("--max_completion_length", type=int, default=256, help="Completions are cut here, in tokens.")
-
-
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset_name", required=True, help="A hub name, a folder or a file.")
-    parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
-    parser.add_argument("--split", default="train", help="Split of the data set.")
-    parser.add_argument("--on_long_prompt", default="error", choices=["error", "drop"], help="Stop, or drop the row.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="Precision of the weights; auto takes the stored one.",
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
-    _length_arguments(parser)
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_name_or_path", required=True, help="A model, or the folder of a run.")
-
-
-def _load_data(options: argparse.Namespace) -> Any:
-    return load_dataset(options.dataset_name, config_name=options.dataset_config, split=options.split)
-
-
-def _load_model(options: argparse.Namespace, name: str) -> tuple[Any, Tokenization]:
-    tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = load_model(name, dtype=dtype, trust_remote_code=options.trust_remote_code)
-    check_vocabulary(model, tokenizer)
-    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()  # type: ignore[arg-type]
-    tokenization = Tokenization(
-        tokenizer, options.max_prompt_length, options.max_completion_length, options.on_long_prompt
-    )
-    return model, tokenization

@@ -162,6 +162,11 @@ class EvaluationSet:
             _score(check, demonstrations[0].completion, demonstrations[0], source)
         return EvaluationSet(demonstrations, groups, pairs, tokenization, check, verifier, source)
 
+    def verify(self, index: int, token_ids: Sequence[int]) -> float:
+        """The verifier's score of an answer to a row; there must be a verifier."""
+        assert self.verifier is not None
+        return _score(self.verifier, self.tokenization.text(token_ids), self.demonstrations[index], self.source)
+
     def remember_reference(self, model: nn.Module, *, layout: Layout = "auto", batch_size: int = 16) -> None:
         """Keep the log-probs under the model as it is now as those of π_0, the zero of the implicit reward."""
         self.reference = self._logps(model, layout, batch_size)

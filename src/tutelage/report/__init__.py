@@ -5,7 +5,7 @@
     runs.py      load_run; who is the start and who the control
     verdicts.py  method against control, in sentences
     summary.py   the numbers of the summary, as a table for the terminal
-    charts.py    curves, as SVG
+    charts.py    curves, and the policies that a run chose from, as SVG
     page.py      report.html
 """
 

@@ -1,4 +1,4 @@
-"""Curves of a run's history as SVG, to stand inside a page.
+"""A run's history and the candidates that it chose from as SVG, to stand inside a page.
 
 matplotlib draws with stand-in colours that are then replaced by CSS variables, so that one drawing serves the light
 and the dark page. No text of a user's goes into a drawing: names and titles are the page's to write, and to escape.
@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, TypeGuard
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,18 +20,35 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tutelage.report.runs import Run
+from tutelage.report.runs import Run, candidates, has_gold
 
-__all__ = ["GROUPS", "NUM_COLOURS", "TIME_PARTS", "Metric", "curve", "dash", "other_metrics", "stage_times"]
+__all__ = [
+    "GROUPS",
+    "NUM_COLOURS",
+    "TIME_PARTS",
+    "Metric",
+    "candidate_scores",
+    "curve",
+    "dash",
+    "other_metrics",
+    "stage_times",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A key of the history, with the title and the unit that a reader sees."""
+    """A key of the history, with the title and the unit that a reader sees.
+
+    Attributes:
+        faint: key of a second curve in the same frame, drawn faintly; the unit says what it is.
+        over: what the axis counts. Stages where a metric has one value each, for stages may share a step.
+    """
 
     key: str
     title: str
     unit: str = ""
+    faint: str | None = None
+    over: Literal["step", "stage"] = "step"
 
 
 GROUPS = {
@@ -40,9 +58,43 @@ GROUPS = {
         Metric("logps/samples", "Samples, log-prob", "nats a sequence"),
         Metric("loss", "Training loss", "not comparable between algorithms"),
     ),
-    "Reward": (
+    "Implicit reward": (
         Metric("rewards/margin", "Reward margin", "demonstration minus sample"),
         Metric("rewards/accuracy", "Reward accuracy", "share of pairs with a positive margin"),
+    ),
+    "Learned reward": (
+        Metric(
+            "holdout/accuracy",
+            "Accuracy: demonstration over sample",
+            "share of held-out pairs; faint: training, before their step",
+            faint="reward/accuracy",
+            over="stage",
+        ),
+        Metric("preference/accuracy", "Accuracy on preference pairs", "share of pairs", over="stage"),
+        Metric("reward/gap", "Reward gap", "demonstration minus sample, training rows", over="stage"),
+        Metric(
+            "reward/demonstrations",
+            "Reward of demonstrations",
+            "training rows; faint: of samples",
+            faint="reward/samples",
+            over="stage",
+        ),
+        Metric("holdout/gold_gap", "Reward gap of right and wrong samples", "right minus wrong", over="stage"),
+        Metric("reward/length_correlation", "Correlation of reward and length", "−1 to 1", over="stage"),
+        Metric("reward/loss", "Reward loss", "of training pairs", over="stage"),
+        Metric("reward/steps", "Length of the reward phase", "optimiser steps", over="stage"),
+        Metric("reward/saturated", "Reward phase stopped early", "1: accuracy saturated, 0: no", over="stage"),
+    ),
+    "Policy": (
+        Metric("holdout/reward", "Reward of held-out samples", "by the reward of the stage", over="stage"),
+        Metric("holdout/gold", "Gold score of held-out samples", "mean", over="stage"),
+        Metric("holdout/kl", "KL to the start, held-out prompts", "nats a sequence", over="stage"),
+        Metric("policy/reward", "Reward of training samples", "by the reward of the stage"),
+        Metric("policy/advantage", "Advantage", "reward against the other samples of the prompt"),
+        Metric("policy/kl", "KL to the start, training prompts", "nats a sequence"),
+        Metric("policy/entropy", "Entropy of the policy", "nats a token", over="stage"),
+        Metric("policy/clip_fraction", "Clipped importance ratios", "share"),
+        Metric("policy/phase", "Policy phase", "1: ran, 0: skipped", over="stage"),
     ),
     "Samples": (
         Metric("length/samples", "Length of samples", "tokens"),
@@ -54,12 +106,14 @@ GROUPS = {
     ),
     "Speed": (Metric("tokens_per_second", "Throughput", "tokens a second"),),
 }
-TIME_PARTS = {"sampling": 1.0, "reference": 0.6, "training": 0.3}  # part of the time: opacity of its bar
+# part of the time: opacity of its bar
+TIME_PARTS = {"sampling": 1.0, "reference": 0.76, "reward": 0.56, "holdout": 0.4, "training": 0.24}
 NUM_COLOURS = 7  # as many as the style sheet has; further runs repeat them with another dash
 
 _DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)))
 _NOT_METRICS = {"step", "epoch", "stage", "total_flos"}
 _MAX_BOUNDARIES = 30  # with a stage every few steps the marks would hide the curves
+_MAX_LABELS = 12  # candidates that are numbered in a drawing
 _INK, _RULE, _PAPER = "#fe0001", "#fe0002", "#fe0003"
 _CSS = {_INK: "var(--ink-2)", _RULE: "var(--rule)", _PAPER: "var(--paper)"} | {
     f"#fe01{index:02x}": f"var(--run-{index})" for index in range(NUM_COLOURS)
@@ -68,7 +122,8 @@ _CSS = {_INK: "var(--ink-2)", _RULE: "var(--rule)", _PAPER: "var(--paper)"} | {
 
 def other_metrics(runs: Sequence[Run]) -> list[Metric]:
     """What the histories hold besides `GROUPS`, in alphabetical order."""
-    known = {metric.key for group in GROUPS.values() for metric in group} | _NOT_METRICS
+    metrics = [metric for group in GROUPS.values() for metric in group]
+    known = {metric.key for metric in metrics} | {metric.faint for metric in metrics} | _NOT_METRICS
     keys = {key for run in runs for row in run["history"] for key, value in row.items() if _is_number(value)}
     return [Metric(key, key) for key in sorted(keys - known) if not key.startswith(("time/", "train_"))]
 
@@ -78,25 +133,68 @@ def dash(index: int) -> int:
     return index // NUM_COLOURS % len(_DASHES)
 
 
-def curve(runs: Sequence[Run], key: str) -> str | None:
-    """SVG of one metric over the steps, all runs in one frame; None if no run has a value.
+def curve(runs: Sequence[Run], key: str, *, faint: str | None = None, over: str = "step") -> str | None:
+    """SVG of one metric over steps or stages, all runs in one frame; None if no run has a value.
 
     NaN leaves a gap. Faint vertical lines mark where a run's stage changes.
+
+    Args:
+        faint: key of a second metric, which is drawn faintly where a run has it.
     """
-    series = [_series(run, key) for run in runs]
-    if not any(math.isfinite(y) for _, values in series for y in values):
+    lines = {key: 1.0} | ({faint: 0.4} if faint else {})
+    series = [{name: _series(run, name, over) for name in lines} for run in runs]
+    if not any(math.isfinite(y) for found in series for _, values in found.values() for y in values):
         return None
     figure, axes = _frame()
-    for index, (run, (steps, values)) in enumerate(zip(runs, series, strict=True)):
-        if not steps:
+    for index, (run, found) in enumerate(zip(runs, series, strict=True)):
+        if not any(places for places, _ in found.values()):
             continue
-        boundaries = _stage_boundaries(run)
+        boundaries = _stage_boundaries(run) if over == "step" else []
         for step in boundaries if len(boundaries) <= _MAX_BOUNDARIES else ():
             axes.axvline(step, color=_colour(index), alpha=0.5, linewidth=0.8, linestyle=_DASHES[2], zorder=1)
-        marker = "o" if len(steps) <= 12 else None
-        style = _DASHES[dash(index)]
-        axes.plot(steps, values, color=_colour(index), linestyle=style, linewidth=1.5, marker=marker, markersize=3)
-    axes.set_xlabel("step")
+        style = {"color": _colour(index), "linestyle": _DASHES[dash(index)], "linewidth": 1.5, "markersize": 3}
+        for name, (places, values) in found.items():
+            axes.plot(places, values, **style, alpha=lines[name], marker="o" if len(places) <= 12 else None)
+    axes.set_xlabel(over)
+    return _svg(figure)
+
+
+def candidate_scores(run: Run, index: int, over: str) -> str | None:
+    """SVG of the candidate policies' learned reward, with 95% intervals, and gold score; None for fewer than two.
+
+    The gold score has the left axis and a dashed line, the learned reward the right one (the left one if it is alone).
+    Over the KL the lines follow the stages and the points bear their numbers. A ring marks the policy that was kept.
+
+    Args:
+        over: "stage" or "kl".
+    """
+    found = candidates(run)
+    if len(found) < 2:
+        return None
+    places, rewards, lows, highs, golds = (
+        [_finite(each.get(field)) for each in found] for field in (over, "reward", "reward_low", "reward_high", "gold")
+    )
+    figure, left = _frame()
+    axes, colour = left, _colour(index)
+    if has_gold(run):
+        left.plot(places, golds, color=_INK, linestyle=_DASHES[1], linewidth=1.3, marker="s", markersize=3)
+        left.set_ylabel("gold score, dashed", color=_INK, fontsize=8.5)
+        axes = left.twinx()
+        _style(axes)
+    axes.vlines(places, lows, highs, color=colour, alpha=0.3, linewidth=3.5)
+    axes.plot(places, rewards, color=colour, linewidth=1.5, marker="o", markersize=3.5)
+    axes.set_ylabel("learned reward", color=colour, fontsize=8.5)
+    axes.tick_params(axis="y", colors=colour)
+    for each, place, reward, gold in zip(found, places, rewards, golds, strict=True):
+        if each["chosen"]:
+            for where, height, ink in ((axes, reward, colour), (left, gold, _INK)):
+                where.plot(place, height, "o", markersize=9, markerfacecolor="none", markeredgecolor=ink)
+        if over == "kl" and len(found) <= _MAX_LABELS:
+            number = str(each["stage"])
+            axes.annotate(number, (place, reward), (5, -9), textcoords="offset points", color=_INK, size=7.5)
+    left.set_xlabel("stage" if over == "stage" else "KL to the start, nats a sequence")
+    if over == "kl":
+        left.xaxis.set_major_locator(MaxNLocator(nbins=6))
     return _svg(figure)
 
 
@@ -126,19 +224,24 @@ def stage_times(run: Run, index: int) -> str | None:
     return _svg(figure)
 
 
-def _series(run: Run, key: str) -> tuple[list[int], list[float]]:
-    rows = [row for row in run["history"] if "step" in row and _is_number(row.get(key))]
-    return [row["step"] for row in rows], [row[key] if math.isfinite(row[key]) else math.nan for row in rows]
+def _series(run: Run, key: str, over: str) -> tuple[list[int], list[float]]:
+    rows = [row for row in run["history"] if over in row and _is_number(row.get(key))]
+    return [row[over] for row in rows], [_finite(row[key]) for row in rows]
 
 
 def _stage_boundaries(run: Run) -> list[int]:
-    """The steps of the first rows of all stages but the first."""
+    """The steps of the first rows of all stages but the first; stages that took no step share one."""
     rows = [row for row in run["history"] if "stage" in row and "step" in row]
-    return [row["step"] for before, row in pairwise(rows) if row["stage"] != before["stage"]]
+    return list(dict.fromkeys(row["step"] for before, row in pairwise(rows) if row["stage"] != before["stage"]))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> float:
+    """The number, or NaN for what can't be drawn."""
+    return value if _is_number(value) and math.isfinite(value) else math.nan
 
 
 def _colour(index: int) -> str:
@@ -148,16 +251,20 @@ def _colour(index: int) -> str:
 def _frame() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.4, 2.3), layout="constrained", frameon=False)
     axes = figure.add_subplot()
-    axes.patch.set_visible(False)
+    _style(axes)
+    axes.grid(axis="y", color=_RULE, linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.patch.set_facecolor("none")  # twins decide by themselves whose patch is visible
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_RULE)
-    axes.grid(axis="y", color=_RULE, linewidth=0.6)
     axes.tick_params(colors=_INK, labelsize=8.5, length=0)
     axes.xaxis.label.set(color=_INK, fontsize=8.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.ticklabel_format(useOffset=False)
-    return figure, axes
 
 
 def _svg(figure: Figure) -> str:

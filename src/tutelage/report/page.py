@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from tutelage.report import charts
-from tutelage.report.runs import Run, require_distinct_names
+from tutelage.report.runs import Run, has_gold, require_distinct_names
 from tutelage.report.summary import Cell, Column, duration, summary_columns
 from tutelage.report.verdicts import judge
 
@@ -43,9 +43,8 @@ def render(runs: Sequence[Run]) -> str:
     """
     require_distinct_names(runs)
     title = _title(runs)
-    body = "\n".join(
-        [_header(runs, title), _summary(runs), _curves(runs), _time(runs), _samples(runs), _settings(runs)]
-    )
+    parts = (_summary, _selection, _curves, _time, _samples, _settings)
+    body = "\n".join([_header(runs, title), *(part(runs) for part in parts)])
     style = files("tutelage.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -119,6 +118,29 @@ def _value(cell: Cell | None, column: Column) -> str:
     return f"{escape(cell.text)}{bar}<small>{escape(cell.bounds)}</small>"
 
 
+def _selection(runs: Sequence[Run]) -> str:
+    """A row of charts a run that chose among policies: what the learned reward says of them, and what the verifier."""
+    rows = []
+    for index, run in enumerate(runs):
+        drawn = "".join(
+            _figure(title, run["name"] if len(runs) > 1 else "", svg)
+            for over, title in (("stage", "By stage"), ("kl", "By distance from the start"))
+            if (svg := charts.candidate_scores(run, index, over)) is not None
+        )
+        rows += [f'<div class="charts">{drawn}</div>'] if drawn else []
+    if not rows:
+        return ""
+    note = (
+        "Each point is a policy, scored on rows kept from training by the last learned reward; bars: 95% intervals; "
+        "ring: the policy that was kept."
+    )
+    title = "Learned reward of the candidates"
+    if any(map(has_gold, runs)):
+        title = "Learned reward against gold score"
+        note += " Where the learned reward rises and the gold score falls, the policy exploits errors of the reward."
+    return "\n".join([f"<h2>{title}</h2>", *rows, f'<p class="note">{note}</p>'])
+
+
 def _curves(runs: Sequence[Run]) -> str:
     sections = [
         f"<h3>{escape(group)}</h3>\n{drawn}"
@@ -140,7 +162,7 @@ def _grid(runs: Sequence[Run], metrics: Iterable[charts.Metric]) -> str:
     drawn = [
         _figure(metric.title, metric.unit, svg)
         for metric in metrics
-        if (svg := charts.curve(runs, metric.key)) is not None
+        if (svg := charts.curve(runs, metric.key, faint=metric.faint, over=metric.over)) is not None
     ]
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
@@ -155,7 +177,11 @@ def _time(runs: Sequence[Run]) -> str:
     longest = max((time.get("total", 0.0) for time in times), default=0.0)
     if longest <= 0:
         return ""
-    keys = "".join(f'<span style="--o:{opacity}">{part}</span>' for part, opacity in charts.TIME_PARTS.items())
+    keys = "".join(
+        f'<span style="--o:{opacity}">{part}</span>'
+        for part, opacity in charts.TIME_PARTS.items()
+        if any(time.get(part) for time in times)
+    )
     rows = []
     for index, (run, time) in enumerate(zip(runs, times, strict=True)):
         parts = "".join(

@@ -10,7 +10,17 @@ from typing import Any
 
 from tutelage.errors import UserError
 
-__all__ = ["Run", "control_of", "find_run", "is_control", "is_start", "load_run", "require_distinct_names"]
+__all__ = [
+    "Run",
+    "candidates",
+    "control_of",
+    "find_run",
+    "has_gold",
+    "is_control",
+    "is_start",
+    "load_run",
+    "require_distinct_names",
+]
 
 Run = dict[str, Any]
 
@@ -25,6 +35,7 @@ _REQUIRED = {
     "history": list,
     "evaluation": dict | None,
     "samples": list,
+    "selection": list,
 }
 
 
@@ -60,6 +71,7 @@ def load_run(directory_or_file: str | Path) -> Run:
             field="schema",
             remedy="Read it with the version of tutelage that wrote it, or run again.",
         )
+    run = {"selection": []} | run  # the first files of this schema had no such field
     for field, kind in _REQUIRED.items():
         if field not in run or not isinstance(run[field], kind):
             raise UserError(
@@ -87,6 +99,21 @@ def require_distinct_names(runs: Sequence[Run]) -> None:
 def find_run(runs: Sequence[Run], name: str | None) -> Run | None:
     """The run called ``name``."""
     return next((run for run in runs if run["name"] == name), None)
+
+
+def candidates(run: Run) -> list[dict[str, Any]]:
+    """The policies that the run chose from, by stage, the start first; empty where nothing was chosen.
+
+    Of each: ``stage`` (how many made it), ``reward`` (mean of its samples on kept rows, by the last reward) with the 95% bounds
+    ``reward_low`` and ``reward_high``, ``kl`` to the start (nats a sequence), ``objective`` (reward − β·KL), ``gold``
+    (mean score, None without a verifier) and ``chosen``.
+    """
+    return sorted(run["selection"], key=lambda candidate: candidate["stage"])
+
+
+def has_gold(run: Run) -> bool:
+    """Whether a verifier scored the policies that the run chose from."""
+    return any(candidate["gold"] is not None for candidate in candidates(run))
 
 
 def is_control(run: Run) -> bool:

@@ -42,6 +42,10 @@ class Column:
     cells: tuple[Cell | None, ...]
 
 
+_TERMINAL_COLUMNS = 7
+_COSTS = {"passes", "time", "peak memory"}
+
+
 def summary_columns(runs: Sequence[Run]) -> list[Column]:
     """The columns of the summary that hold at least one value, without the names of the runs."""
     columns = [Column(heading, help, tuple(read(run) for run in runs)) for heading, help, read in _COLUMNS]
@@ -51,11 +55,15 @@ def summary_columns(runs: Sequence[Run]) -> list[Column]:
 def summary_table(runs: Sequence[Run]) -> Table:
     """The summary for a terminal of 100 columns: a run a row, the 95% intervals below their values.
 
+    Where there are more columns than have room, what the runs cost is left to the page.
+
     Raises:
         UserError: no runs, or two of the same name.
     """
     require_distinct_names(runs)
     columns = summary_columns(runs)
+    if len(columns) > _TERMINAL_COLUMNS:
+        columns = [column for column in columns if column.heading not in _COSTS]
     table = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -131,6 +139,16 @@ _COLUMNS = (
         "preference accuracy",
         "Share of preference pairs that the implicit reward puts in the right order",
         _evaluated("preference_accuracy"),
+    ),
+    (
+        "reward accuracy",
+        "Share of rows whose demonstration the learned reward puts above the policy's sampled answer",
+        _evaluated("reward_accuracy"),
+    ),
+    (
+        "preference reward accuracy",
+        "Share of preference pairs that the learned reward puts in the right order",
+        _evaluated("preference_reward_accuracy"),
     ),
     ("time", "Wall-clock time of training, sampling included", _time),
     ("peak memory", "Most memory in use at once", _memory),

@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tutelage.evaluation.statistics import Interval, paired_difference
-from tutelage.report.runs import Run, control_of, find_run, is_control, is_start, require_distinct_names
+from tutelage.report.runs import (
+    Run,
+    candidates,
+    control_of,
+    find_run,
+    is_control,
+    is_start,
+    require_distinct_names,
+)
 
 __all__ = ["Verdict", "judge", "signed", "verdicts"]
 
@@ -34,7 +42,9 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
 
     The control is the run called "continued-sft", or else the run that the method started from. "Helped" is said
     only when the 95% interval of the paired difference excludes zero. Runs whose held-out demonstrations became more
-    than 10% less likely (in nats) than under their start are called collapsed.
+    than 10% less likely (in nats) than under their start are called collapsed. Of a run that chose among policies by a
+    learned reward it is said which was kept, and whether training went on to raise that reward while the gold score
+    fell.
 
     Raises:
         UserError: no runs, or two of the same name.
@@ -46,7 +56,12 @@ def judge(runs: Sequence[Run]) -> list[Verdict]:
     """As `verdicts`, with claim, evidence and tone apart."""
     require_distinct_names(runs)
     methods = [run for run in runs if not (is_start(run) or is_control(run))]
-    found = [verdict for method in methods for verdict in _judge_method(method, runs)]
+    found = [
+        verdict
+        for method in methods
+        for verdict in (*_judge_method(method, runs), _kept(method), _hacked(method))
+        if verdict
+    ]
     if not methods:
         found.append(Verdict("There is no method to judge", "only the start or the control of a comparison", "note"))
     found += [verdict for run in runs if (verdict := _collapse(run, runs))]
@@ -146,6 +161,49 @@ def _collapse(run: Run, runs: Sequence[Run]) -> Verdict | None:
         f"{start['name']}, by more than {COLLAPSE:.0%}"
     )
     return Verdict(f"{run['name']} collapsed", evidence, "hurt")
+
+
+def _kept(run: Run) -> Verdict | None:
+    """Which of its policies the run kept, and why."""
+    found = candidates(run)
+    kept = next((candidate for candidate in found if candidate["chosen"]), None)
+    if kept is None:
+        return None
+    start, *later = found
+    if kept is not start:
+        evidence = (
+            f"held-out learned reward {signed(kept['reward'])} at {signed(kept['kl'])} nats KL, objective (reward − β·KL) "
+            f"{signed(kept['objective'])} against {signed(start['objective'])} at the start"
+        )
+        return Verdict(f"{run['name']} kept the policy after {_stages(kept)}", evidence, "note")
+    evidence = f"no stage beat it; its objective (held-out learned reward − β·KL) is {signed(kept['objective'])}"
+    if later:
+        best = max(later, key=lambda candidate: candidate["objective"])
+        evidence += f", that of the best other, after {_stages(best)}, {signed(best['objective'])}"
+    return Verdict(f"{run['name']} kept the policy that it started from", evidence, "neutral")
+
+
+def _hacked(run: Run) -> Verdict | None:
+    """A warning where the learned reward of the last policy is surely above the start's while its gold score is below."""
+    found = candidates(run)
+    if not found or None in (found[0]["gold"], found[-1]["gold"]):
+        return None
+    first, last = found[0], found[-1]
+    if not (last["reward_low"] > first["reward_high"] and last["gold"] < first["gold"]):
+        return None
+    rewards = (
+        f"{signed(each['reward'])} (95% interval {signed(each['reward_low'])} to {signed(each['reward_high'])})"
+        for each in (first, last)
+    )
+    evidence = (
+        f"from the start to the policy after {_stages(last)} the held-out learned reward rose from {' to '.join(rewards)}, but the "
+        f"gold score fell from {signed(first['gold'])} to {signed(last['gold'])}"
+    )
+    return Verdict(f"Reward hacking in {run['name']}", evidence, "hurt")
+
+
+def _stages(candidate: dict[str, Any]) -> str:
+    return f"{candidate['stage']} stage{'s' if candidate['stage'] != 1 else ''}"
 
 
 def _about_seeds(runs: Sequence[Run]) -> Verdict:

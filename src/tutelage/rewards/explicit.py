@@ -110,16 +110,6 @@ class ExplicitReward:
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Trained weights, numbered, for ``load_state_dict``."""
-        return {str(index): parameter.detach() for index, parameter in enumerate(self.parameters)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over trained weights; their number and shapes must agree."""
-        for index, parameter in enumerate(self.parameters):
-            parameter.copy_(state[str(index)])
-
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
         """Write what ``AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)`` loads.
 
@@ -204,12 +194,14 @@ class ExplicitReward:
         *,
         dtype: torch.dtype | str = "auto",
         trust_remote_code: bool = False,
+        layout: Layout = "padded",
         **options: Any,
     ) -> ExplicitReward:
         """Load a reward model: a run's ``reward`` folder, or any causal model for sequence classification with one label.
 
         Args:
-            options: ``layout``, ``batch_size``, ``pad_token_id``, ``autocast`` of the constructor.
+            layout: not "auto", whose probe compares log-probs, which a reward model has none of.
+            options: ``batch_size``, ``pad_token_id``, ``autocast`` of the constructor.
 
         Raises:
             UserError: there is none, or it has no single scalar head.
@@ -217,8 +209,8 @@ class ExplicitReward:
         name = str(folder)
         require_exists(name, field="reward")
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(
@@ -227,12 +219,23 @@ class ExplicitReward:
                 file=name,
                 field="reward",
             ) from error
-        return ExplicitReward(model.eval(), scalar_head(model), **options)
+        if loaded["missing_keys"]:  # transformers fills them with random numbers
+            raise UserError(
+                f"no reward model is there: it lacks {', '.join(sorted(loaded['missing_keys'])[:3])}.",
+                remedy="Give the reward folder of a run, or a model for sequence classification with one label.",
+                file=name,
+                field="reward",
+            )
+        return ExplicitReward(model.eval(), scalar_head(model), layout=layout, **options)
 
 
 def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The base's weights under an adapter."""
-    return [(name, p) for name, p in base_causal_lm(model).named_parameters() if not p.requires_grad]
+    """The base's weights under an adapter, by names that do not tell which layers the adapter is on."""
+    return [
+        (name.replace(".base_layer", ""), p)
+        for name, p in base_causal_lm(model).named_parameters()
+        if not p.requires_grad
+    ]
 
 
 def scalar_head(model: PreTrainedModel) -> nn.Module:

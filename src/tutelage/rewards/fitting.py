@@ -15,7 +15,15 @@ from tutelage.groups import Group
 from tutelage.losses import RewardLossKind, reward_loss
 from tutelage.rewards.explicit import ExplicitReward
 
-__all__ = ["CutSamples", "RewardFitter", "RewardObjective", "contrast", "pair_indices", "with_cut_floor"]
+__all__ = [
+    "CutSamples",
+    "RewardFitter",
+    "RewardObjective",
+    "contrast",
+    "pair_indices",
+    "reward_scale",
+    "with_cut_floor",
+]
 
 CutSamples = Literal["floor", "score", "drop"]
 
@@ -61,7 +69,7 @@ class RewardFitter:
         optimizer: over ``reward.parameters``.
         batch_size: groups an optimiser step.
         micro_batch_size: groups a forward pass.
-        preferences: preference pairs as groups; every step takes as many of them as of other groups.
+        preferences: preference pairs as groups; every step takes the next ``batch_size`` of them.
         max_grad_norm: longer gradients are shortened to it; 0 leaves them.
         saturation: a phase stops when the accuracy over its last steps (at least ``batch_size`` · 4 pairs) reaches this;
             None never stops.
@@ -85,7 +93,7 @@ class RewardFitter:
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
         self.preferences = list(preferences)
         self.max_grad_norm, self.saturation, self.seed = max_grad_norm, saturation, seed
-        self.steps_done = 0
+        self.steps_done, self.tokens_done = 0, 0
 
     def fit(
         self,
@@ -137,7 +145,9 @@ class RewardFitter:
         return {**means, "steps": float(len(seen)), "saturated": float(saturated)}
 
     def planned_steps(self, groups: int, passes: int = 1, steps: int | None = None) -> int:
-        """Optimiser steps that a phase over so many groups takes if it does not stop early."""
+        """Optimiser steps that a phase over so many groups takes if it does not stop early; none without a group."""
+        if not groups:
+            return 0
         return steps if steps is not None else passes * math.ceil(groups / self.batch_size)
 
     def _batches(self, groups: Sequence[Group], phase: int) -> Iterator[list[Group]]:
@@ -148,15 +158,15 @@ class RewardFitter:
             for start in range(0, len(order), self.batch_size):
                 yield [groups[index] for index in order[start : start + self.batch_size]]
 
-    def _preference_batch(self, size: int) -> list[Group]:
-        first = self.steps_done * size
-        return [self.preferences[index % len(self.preferences)] for index in range(first, first + size)]
+    def _preference_batch(self) -> list[Group]:
+        first = self.steps_done * self.batch_size
+        return [self.preferences[index % len(self.preferences)] for index in range(first, first + self.batch_size)]
 
     def _step(self, batch: list[Group], phase: int) -> dict[str, float]:
         """One optimiser step; what it saw is of demonstrations and samples alone."""
         sums = dict.fromkeys(("loss", "accuracy", "demonstrations", "samples"), 0.0)
         pairs = sum(len(group.completions) - 1 for group in batch)
-        preferences = self._preference_batch(len(batch)) if self.preferences else []
+        preferences = self._preference_batch() if self.preferences else []
         self.optimizer.zero_grad()
         with self.reward.active():
             for first_P, others_P, weights_P in self._rewards(batch):
@@ -186,6 +196,7 @@ class RewardFitter:
             batch = ordered[start : start + self.micro_batch_size]
             with self.reward.autocast():
                 rewards_C = self.reward.rewards(batch)
+            self.tokens_done += sum(len(c.token_ids) for group in batch for c in group.completions)
             first, others = pair_indices(batch)
             weights = [1 / (len(group.completions) - 1) for group in batch for _ in group.completions[1:]]
             yield rewards_C[first], rewards_C[others], torch.tensor(weights).to(rewards_C)
@@ -196,13 +207,17 @@ class RewardFitter:
         loss.backward()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state and how many steps it made."""
-        return {"optimizer": self.optimizer.state_dict(), "steps_done": self.steps_done}
+        """The optimiser's state, and how many steps it made on how many completion tokens."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "steps_done": self.steps_done,
+            "tokens_done": self.tokens_done,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict``."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_done = state["steps_done"]
+        self.steps_done, self.tokens_done = state["steps_done"], state["tokens_done"]
 
 
 def pair_indices(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
@@ -241,6 +256,21 @@ def with_cut_floor(rewards: Sequence[float], ended: Sequence[bool]) -> list[floa
     """
     worst = min((reward for reward, whole in zip(rewards, ended, strict=True) if whole), default=math.inf)
     return [reward if whole else min(reward, worst) for reward, whole in zip(rewards, ended, strict=True)]
+
+
+def reward_scale(rewards: Sequence[Sequence[float]]) -> float:
+    """What rewards are divided by: their spread within a prompt where that is above 1, else 1.
+
+    Rewards are scaled down, never up: while a reward can hardly tell samples apart, what it says stays quiet.
+
+    Args:
+        rewards: of the samples of each prompt.
+
+    Returns:
+        max(1, root of the mean variance within a prompt).
+    """
+    variances = [torch.tensor(row).var().item() for row in rewards if len(row) > 1]
+    return max(1.0, (sum(variances) / len(variances)) ** 0.5) if variances else 1.0
 
 
 def _non_finite(what: str, value: float, phase: int) -> NonFiniteLossError:
