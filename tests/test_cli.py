@@ -280,7 +280,7 @@ def test_unknown_command(refusal):
 
 def test_missing_arguments_of_other_commands(refusal, model, sums):
     assert "--output" in refusal("sample", "--model_name_or_path", model, "--dataset_name", sums)
-    assert "--reward --policy" in refusal("score", "--dataset_name", sums, "--output", out)
+    assert "--reward --policy" in refusal("score", "--dataset_name", sums, "--output", "scored.jsonl")
     assert "--model_name_or_path" in refusal("evaluate", "--dataset_name", sums, "--output_dir", "nowhere")
     assert "RUN" in refusal("report")
     assert "DATA" in refusal("data", "--model_name_or_path", model)

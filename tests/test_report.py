@@ -15,6 +15,7 @@ from tutelage.errors import UserError
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.report import charts, load_run, summary_table, verdicts, write_report
 from tutelage.report.page import render
+from tutelage.results import model_card, run_record
 
 EVIL = '<script>alert("1")</script>'
 
@@ -70,7 +71,15 @@ def sentences(*runs):
 def candidate(stage, reward, kl, gold=None, *, chosen=False, width=0.25):
     bounds = {"reward_low": reward - width, "reward_high": reward + width}
     objective = reward - 0.1 * kl
-    return {"stage": stage, "reward": reward, **bounds, "kl": kl, "objective": objective, "gold": gold, "chosen": chosen}
+    return {
+        "stage": stage,
+        "reward": reward,
+        **bounds,
+        "kl": kl,
+        "objective": objective,
+        "gold": gold,
+        "chosen": chosen,
+    }
 
 
 # The learned reward rises to the end; the verifier's score rises for three stages and then falls below the start's.
@@ -127,7 +136,7 @@ def rft_history(stages=5, steps=8, skipped=(0,)):
 def rft(found=None, **more):
     time = {"sampling": 15.0, "reference": 5.0, "reward": 20.0, "holdout": 10.0, "training": 48.0, "total": 98.0}
     more = {"settings": {"beta": 0.1, "num_samples": 4}, "selection": HACKED, "time_s": time} | more
-    return run("rft", "rft", evaluation=found, history=rft_history(), **more)
+    return run("rft", "rft", evaluation=found, **{"history": rft_history(), **more})
 
 
 class TestLoad:
@@ -136,6 +145,11 @@ class TestLoad:
         (tmp_path / "results.json").write_text(json.dumps(saved))
         assert load_run(tmp_path)["evaluation"] == saved["evaluation"]
         assert load_run(tmp_path / "results.json")["name"] == "irft"
+
+    def test_first_files_had_no_selection(self, tmp_path):
+        record = {key: value for key, value in run("irft").items() if key != "selection"}
+        (tmp_path / "results.json").write_text(json.dumps(record))
+        assert load_run(tmp_path)["selection"] == []
 
     def test_no_file(self, tmp_path):
         with pytest.raises(UserError, match=r"results\.json: no such file.*output directory"):
@@ -149,6 +163,7 @@ class TestLoad:
             ('{"schema": 2}', "schema 2, but this version reads schema 1"),
             (json.dumps(run("irft") | {"history": {}}), "field 'history'"),
             (json.dumps({key: value for key, value in run("irft").items() if key != "samples"}), "field 'samples'"),
+            (json.dumps(run("rft", selection={})), "field 'selection'"),
         ],
     )
     def test_bad_file(self, tmp_path, text, message):
@@ -242,6 +257,37 @@ class TestVerdicts:
         assert verdicts([one])[-1].startswith("One seed (7) is one seed")
         assert "(3, 7)" in verdicts([one, run("continued-sft", seed=3)])[-1]
 
+    def test_rft_is_a_method(self):
+        control = run("continued-sft", "sft", evaluation=evaluation(scores(30)))
+        found = sentences(control, rft(evaluation(scores(50)), selection=[]))
+        assert found[0].startswith("rft helped over continued-sft:")
+        assert not any("kept" in text or "hacking" in text for text in found)
+
+    def test_which_policy_was_kept(self):
+        kept, hacking = sentences(rft())[1:]
+        assert kept == (
+            "rft kept the policy after 3 stages: held-out learned reward 1.50 at 3.40 nats KL, objective (reward − β·KL) "
+            "1.16 against 0.00 at the start, gold score 0.55 against 0.40."
+        )
+        assert hacking == (
+            "Reward hacking in rft: from the start to the policy after 5 stages the held-out learned reward rose from 0.00 "
+            "(95% interval −0.25 to 0.25) to 2.30 (95% interval 2.05 to 2.55), but the gold score fell from 0.40 to 0.30."
+        )
+
+    def test_the_start_was_kept(self):
+        chosen = [candidate(0, 0.0, 0.0, chosen=True), candidate(2, 0.2, 6.0), candidate(1, 0.1, 2.0)]
+        assert sentences(rft(selection=chosen))[1:] == [
+            "rft kept the policy that it started from: no stage beat it; its objective (held-out learned reward − β·KL) is "
+            "0.00, that of the best other, after 1 stage, −0.10."
+        ]
+
+    @pytest.mark.parametrize(
+        ("reward", "gold", "hacked"), [(0.6, 0.39, True), (0.4, 0.3, False), (0.6, 0.4, False), (0.6, None, False)]
+    )
+    def test_hacking_is_a_sure_rise_of_the_reward_and_a_fall_of_the_gold_score(self, reward, gold, hacked):
+        pair = [candidate(0, 0.0, 0.0, 0.4, chosen=True), candidate(1, reward, 1.0, gold)]
+        assert hacked == any(text.startswith("Reward hacking") for text in sentences(rft(selection=pair)))
+
     def test_names_must_differ(self):
         with pytest.raises(UserError, match="2 runs are called 'irft'"):
             verdicts([run("irft"), run("irft")])
@@ -307,6 +353,18 @@ class TestSummary:
         assert "3.00 GiB" in text
         assert "–" in text
 
+    def test_explicit_reward(self, five_runs):
+        for each in five_runs[3:]:
+            each["evaluation"]["reward_accuracy"] = mean_interval(scores(70)).to_dict()
+            each["evaluation"]["preference_reward_accuracy"] = mean_interval(scores(81)).to_dict()
+        text = terminal(five_runs)
+        assert text == terminal(five_runs, width=300)
+        assert re.search(r"^rft .* 0\.70 +0\.81$", text, re.MULTILINE)
+        assert "min" not in text  # what it cost gave way
+        page = render(five_runs)
+        assert page.count(">reward accuracy<") == page.count(">preference reward accuracy<") == 1
+        assert "1 min 15 s" in page
+
     def test_a_name_is_no_markup(self):
         assert "[red]x[/red]" in terminal([run("[red]x[/red]")])
 
@@ -358,7 +416,7 @@ class TestPage:
         assert render(five_runs) == render(json.loads(json.dumps(five_runs)))
 
     def test_ids_stand_once_for_one_thing(self, five_runs):
-        definitions = re.findall(r'id="([^"]+)">\s*<(rect[^>]*>|path[^>]*>)', render(five_runs))
+        definitions = re.findall(r'id="([^"]+)">\s*<(rect[^>]*>|path[^>]*>)', render([*five_runs[:4], rft()]))
         by_id = {}
         for name, content in definitions:
             assert by_id.setdefault(name, content) == content
@@ -396,6 +454,23 @@ class TestPage:
         page = render([five_runs[0] | {"samples": [shown | {"row": row} for row in range(20)]}])
         assert page.count("<article") == 20
         assert "<summary>8 more prompts</summary>" in page
+
+    def test_rft(self):
+        page = render([rft()])
+        parse(page)
+        for heading in ("Learned reward against gold score", "Learned reward", "Policy"):
+            assert re.search(f"<h[23]>{heading}</h", page)
+        assert "Everything else" not in page  # every key that RFT logs has a title
+        for part in ("sampling", "reference", "reward", "holdout", "training"):
+            assert f">{part}</span>" in page
+        assert ">reward</span>" not in render([run("irft")])
+        assert "<h2>Learned reward" not in render([run("irft")])
+
+    def test_candidates_without_a_verifier(self):
+        page = render([rft(selection=[{**each, "gold": None} for each in HACKED])])
+        assert "<h2>Learned reward of the candidates</h2>" in page
+        assert "By distance from the start" in page
+        assert "gold score, dashed" not in page
 
     def test_settings(self, five_runs):
         page = render(five_runs)
@@ -468,6 +543,55 @@ class TestCharts:
         assert marks(60, 4) == 3
         assert marks(60, 60) == 0
 
+    def test_stages_without_a_step_share_a_boundary(self):
+        history = [{"step": 0, "stage": stage, "loss": 1.0} for stage in range(4)]
+        svg = charts.curve([run("rft", history=history)], "loss")
+        assert svg is not None
+        assert svg.count("stroke-opacity: 0.5") == 1
+
+    def test_over_stages(self):
+        # Two stages without a policy step share step 0; over stages they stand apart.
+        history = [{"step": 0, "stage": 0, "a": 1.0, "b": 2.0}, {"step": 0, "stage": 1, "a": 3.0, "b": 1.0}]
+        skipped = run("rft", "rft", history=history)
+
+        def lines(over, faint=None):
+            svg = charts.curve([skipped], "a", over=over, faint=faint)
+            assert svg is not None
+            paths = re.findall(
+                r'<path d="M ([\d.]+) [\d.]+ \s*L ([\d.]+) [^"]*"[^>]*stroke: var\(--run-0\)([^"]*)', svg
+            )
+            return [(start == end, "opacity: 0.4" in style) for start, end, style in paths if "width: 1.5" in style]
+
+        assert lines("step") == [(True, False)]
+        assert lines("stage") == [(False, False)]
+        assert lines("stage", faint="b") == [(False, False), (False, True)]
+        assert lines("stage", faint="none") == [(False, False)]
+
+    def test_faint_curve_alone(self):
+        assert charts.curve([run("rft", history=[{"stage": 0, "b": 1.0}])], "a", faint="b", over="stage") is not None
+
+    def test_candidates(self):
+        svg = charts.candidate_scores(rft(), 2, "kl")
+        assert svg is not None
+        assert not re.search(r"(fill|stroke): #", svg)
+        assert "gold score, dashed" in svg
+        assert "var(--run-2)" in svg
+        broken = [{**each, "kl": math.nan, "gold": math.nan} for each in HACKED]
+        assert charts.candidate_scores(rft(selection=broken), 0, "kl") is not None
+        assert charts.candidate_scores(rft(selection=HACKED[:1]), 0, "stage") is None
+        assert charts.candidate_scores(run("irft"), 0, "stage") is None
+
+    def test_the_policy_that_was_kept_has_a_ring(self):
+        def rings(selection):
+            svg = charts.candidate_scores(rft(selection=selection), 0, "stage")
+            assert svg is not None
+            return re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill-opacity: 0; stroke', svg)
+
+        chosen, rewards_only = rings(HACKED), rings([{**each, "gold": None} for each in HACKED])
+        assert len(set(chosen)) == 1
+        assert (len(chosen), len(rewards_only)) == (2, 1)
+        assert rings([{**each, "chosen": False} for each in HACKED]) == []
+
     def test_time_by_stage(self):
         rows = [{"step": step, "stage": 1 + step // 3, "time/training": 2.0} for step in range(6)]
         rows[0]["time/sampling"], rows[3]["time/sampling"] = 5.0, math.nan
@@ -477,3 +601,35 @@ class TestCharts:
     def test_other_metrics_are_all_there(self, five_runs):
         assert [metric.key for metric in charts.other_metrics(five_runs)] == ["grad_norm"]
         assert "grad_norm" in render(five_runs)
+
+
+class TestModelCard:
+    def test_rft(self):
+        card = model_card(rft())
+        assert "from demonstrations and preference pairs by" in card
+        assert "5 stages: at the start of each, 4 completion(s) a prompt were sampled" in card
+        assert "in 4 of the stages the policy was then improved with that reward by leave-one-out REINFORCE" in card
+        assert "These are the weights after 3 of them, chosen on rows kept from training." in card
+        assert "raised the demonstrations over them" not in card
+
+    def test_rft_with_other_advantages(self):
+        card = model_card(rft(settings={"num_samples": 4, "advantages": "group_normalised"}))
+        assert "by REINFORCE with group-normalised advantages under a KL penalty to the start" in card
+        assert "leave-one-out" not in card
+
+    def test_rft_that_kept_its_start(self):
+        card = model_card(rft(history=[], selection=[candidate(0, 0.0, 0.0, chosen=True), candidate(1, 0.1, 2.0)]))
+        assert "from demonstrations alone by" in card
+        assert "No stage beat the start: these are its weights." in card
+
+    def test_irft(self):
+        card = model_card(run("irft", history=[{"pairs/dropped": 0}, {"loss": 0.5}]))
+        assert "1 stages" in card
+        assert "raised the demonstrations over them" in card
+        assert "REINFORCE" not in card
+
+
+def test_run_record_has_an_empty_selection():
+    assert (
+        run_record(name="base", algorithm="base", model="org/model", dataset="sums.jsonl", seed=0)["selection"] == []
+    )

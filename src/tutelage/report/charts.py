@@ -90,10 +90,10 @@ GROUPS = {
         Metric("holdout/gold", "Gold score of held-out samples", "mean", over="stage"),
         Metric("holdout/kl", "KL to the start, held-out prompts", "nats a sequence", over="stage"),
         Metric("policy/reward", "Reward of training samples", "by the reward of the stage"),
-        Metric("policy/advantage", "Advantage", "reward against the other samples of the prompt"),
+        Metric("policy/advantage", "Size of the advantage", "mean distance to the prompt's other samples"),
         Metric("policy/kl", "KL to the start, training prompts", "nats a sequence"),
-        Metric("policy/entropy", "Entropy of the policy", "nats a token", over="stage"),
-        Metric("policy/clip_fraction", "Clipped importance ratios", "share"),
+        Metric("policy/entropy", "Entropy", "nats a token", over="stage"),
+        Metric("policy/clip_fraction", "Beyond the clip range", "share of samples"),
         Metric("policy/phase", "Policy phase", "1: ran, 0: skipped", over="stage"),
     ),
     "Samples": (

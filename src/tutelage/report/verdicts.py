@@ -175,6 +175,8 @@ def _kept(run: Run) -> Verdict | None:
             f"held-out learned reward {signed(kept['reward'])} at {signed(kept['kl'])} nats KL, objective (reward − β·KL) "
             f"{signed(kept['objective'])} against {signed(start['objective'])} at the start"
         )
+        if None not in (kept["gold"], start["gold"]):
+            evidence += f", gold score {signed(kept['gold'])} against {signed(start['gold'])}"
         return Verdict(f"{run['name']} kept the policy after {_stages(kept)}", evidence, "note")
     evidence = f"no stage beat it; its objective (held-out learned reward − β·KL) is {signed(kept['objective'])}"
     if later:

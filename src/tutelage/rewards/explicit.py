@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +126,7 @@ class ExplicitReward:
                 self._save_adapter(folder)
                 facts["base_fingerprint"] = fingerprint(frozen_parameters(self.model))
             else:
-                self._save_whole(folder)
+                self._save_whole(folder, tokenizer)
         tokenizer.save_pretrained(folder)
         write_json(folder / _FACTS, {"pad_token_id": self.pad_token_id, **facts})
 
@@ -140,11 +141,13 @@ class ExplicitReward:
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(state, folder / _ADAPTER, metadata={"format": "pt"})
 
-    def _save_whole(self, folder: Path) -> None:
+    def _save_whole(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         body = base_causal_lm(self.model)
         config = copy.deepcopy(body.config)
         config.num_labels = 1
-        config.pad_token_id = self.pad_token_id
+        # transformers reads the last token that is no pad token. Where EOS pads, that would be the one before the end:
+        # without a pad token it scores single rows right and refuses batches.
+        config.pad_token_id = None if self.pad_token_id == tokenizer.eos_token_id else self.pad_token_id
         with torch.device("meta"):
             whole = AutoModelForSequenceClassification.from_config(config)
         whole.base_model.load_state_dict(body.base_model.state_dict(), assign=True)
@@ -219,14 +222,16 @@ class ExplicitReward:
                 file=name,
                 field="reward",
             ) from error
-        if loaded["missing_keys"]:  # transformers fills them with random numbers
+        head = scalar_head(model)
+        headless_adapter = hasattr(model, "peft_config") and not isinstance(head, ModulesToSaveWrapper)
+        if loaded["missing_keys"] or headless_adapter:  # transformers fills up with random numbers
             raise UserError(
-                f"no reward model is there: it lacks {', '.join(sorted(loaded['missing_keys'])[:3])}.",
+                "a language model is there, or its adapter, and no reward model: it has no head that gives a reward.",
                 remedy="Give the reward folder of a run, or a model for sequence classification with one label.",
                 file=name,
                 field="reward",
             )
-        return ExplicitReward(model.eval(), scalar_head(model), layout=layout, **options)
+        return ExplicitReward(model.eval(), head, layout=layout, **options)
 
 
 def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
