@@ -13,17 +13,32 @@ __version__ = version("tutelage")
 
 # Imported when asked for: torch and transformers take seconds, and `tutelage --help` should not.
 _HOMES = {
-    "tutelage.algorithms": ["IRFTConfig", "IRFTTrainer", "SFTConfig", "SFTTrainer", "SPINConfig", "SPINTrainer"],
+    "tutelage.algorithms": [
+        "IRFTConfig",
+        "IRFTTrainer",
+        "RFTConfig",
+        "RFTTrainer",
+        "SFTConfig",
+        "SFTTrainer",
+        "SPINConfig",
+        "SPINTrainer",
+    ],
     "tutelage.errors": ["UserError"],
     "tutelage.groups": ["Completion", "Group", "Kind"],
+    "tutelage.rewards": ["ExplicitReward", "ImplicitReward", "Reward"],
 }
 
 __all__ = [
     "Completion",
+    "ExplicitReward",
     "Group",
     "IRFTConfig",
     "IRFTTrainer",
+    "ImplicitReward",
     "Kind",
+    "RFTConfig",
+    "RFTTrainer",
+    "Reward",
     "SFTConfig",
     "SFTTrainer",
     "SPINConfig",

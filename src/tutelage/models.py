@@ -158,13 +158,17 @@ class WeightSet:
     def __init__(self, model: nn.Module):
         self._slots = [p for p in model.parameters() if p.requires_grad]
         self.parameters = [nn.Parameter(p.detach().clone()) for p in self._slots]
+        self._is_active = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within, the model has this set's weights; tensors change hands and nothing is copied.
 
-        A backward pass belongs inside too: autograd reads a weight when it needs it.
+        A backward pass belongs inside too: autograd reads a weight when it needs it. Inside itself it changes nothing.
         """
+        if self._is_active:
+            yield
+            return
         self._exchange()
         try:
             yield
@@ -172,6 +176,8 @@ class WeightSet:
             self._exchange()
 
     def _exchange(self) -> None:
+        self._is_active = not self._is_active
+        torch.clear_autocast_cache()  # autocast knows a weight by its identity, not by its values
         for slot, parameter in zip(self._slots, self.parameters, strict=True):
             slot.data, parameter.data = parameter.data, slot.data
             slot.grad, parameter.grad = parameter.grad, slot.grad

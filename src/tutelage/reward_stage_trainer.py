@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import preference_group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.holdout import Candidate, Standing
-from tutelage.evaluation.policy import EvaluationSet
+from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
 from tutelage.losses import RewardLossKind
 from tutelage.models import (
@@ -456,7 +457,10 @@ class RewardStageTrainer(StageTrainer):
         if self.stage < self.args.reward_warmup_stages:
             return "the reward is warming up"
         if not fit:
-            return "there is no demonstration and sample that differ by more than being cut, so the reward has not learned"
+            return (
+                "no demonstration and sample differ by more than being cut, so the reward could not learn; start from an "
+                "SFT checkpoint, raise --max_completion_length or use --cut_samples score"
+            )
         if spread < 1e-6:
             return "the reward is the same for all samples of the stage"
         accuracy = standing.accuracy
@@ -538,6 +542,20 @@ class RewardStageTrainer(StageTrainer):
         load_weights(self._policy_weights, self.store.path(best) / "policy.safetensors")
         self.selection = [standing.to_dict(chosen=stage == best) for stage, standing in standings.items()]
         return output
+
+    def export(self, folder: Path) -> None:
+        """``policy``, the chosen one, and ``reward``, as it was at the end."""
+        super().export(folder / "policy")
+        self.reward.save_pretrained(
+            folder / "reward",
+            self.tokenization.tokenizer,
+            max_prompt_length=self.args.max_prompt_length,
+            max_completion_length=self.args.max_completion_length,
+        )
+
+    def evaluation(self, rows: EvaluationSet, **options: Any) -> Evaluation:
+        """As the engine's, with what the learned reward makes of the rows."""
+        return super().evaluation(rows, reward=self.reward, **options)
 
     def record(self, **options: Any) -> dict[str, Any]:
         """As the engine's, with the candidates and which was chosen."""

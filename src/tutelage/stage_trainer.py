@@ -251,7 +251,6 @@ class StageTrainer(DemonstrationTrainer):
 
     def policy_logps(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """Log-probs of all completions under the policy as it stands (nats a sequence), one tuple a group."""
-        # Weights change hands outside the autocast context, which keeps the casts of those it has seen.
         with self.compute_loss_context_manager():
             return cached_logps(
                 self.policy,

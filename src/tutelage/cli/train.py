@@ -1,4 +1,4 @@
-"""tutelage sft | spin | irft: train, evaluate, report."""
+"""tutelage sft | spin | irft | rft: train, evaluate, report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer, SPINConfig, SPINTrainer
+from tutelage.algorithms import (
+    IRFTConfig,
+    IRFTTrainer,
+    RFTConfig,
+    RFTTrainer,
+    SFTConfig,
+    SFTTrainer,
+    SPINConfig,
+    SPINTrainer,
+)
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.progress import LogLines, TerminalProgress, duration
 from tutelage.data import load_dataset
@@ -28,10 +37,21 @@ ALGORITHMS: dict[str, tuple[type[DemonstrationConfig], type[DemonstrationTrainer
     "sft": (SFTConfig, SFTTrainer),
     "spin": (SPINConfig, SPINTrainer),
     "irft": (IRFTConfig, IRFTTrainer),
+    "rft": (RFTConfig, RFTTrainer),
 }
 
 # What a run writes into its folder, and hence what --overwrite_output_dir may take away.
-_OUTPUTS = ("checkpoint-*", "stages", "results.json", "report.html", "README.md", "adapter_*", "model*.safetensors*")
+_OUTPUTS = (
+    "checkpoint-*",
+    "stages",
+    "policy",
+    "reward",
+    "results.json",
+    "report.html",
+    "README.md",
+    "adapter_*",
+    "model*.safetensors*",
+)
 
 
 def main(algorithm: str, args: Sequence[str], console: Console) -> None:
@@ -78,39 +98,25 @@ def train(
         # A file given for the purpose is read whole; it has no splits of its own.
         whole = data.eval_dataset_name and Path(eval_source).is_file()
         eval_dataset = _load(data, eval_source, "train" if whole else data.dataset_test_split)
+    preferences = getattr(training, "preference_dataset", None)
+    options: dict[str, Any] = {}
+    if preferences:
+        options = {"preference_dataset": _load(data, preferences, "train"), "preference_source": preferences}
     with TerminalProgress(console, name) as progress:
-        with progress.phase("loading the model"):
-            tokenizer = load_tokenizer(
-                model.require_name(), revision=model.model_revision, trust_remote_code=model.trust_remote_code
-            )
-            policy = model.load()
-        continued = getattr(policy, "peft_config", None)
-        peft_config = None if continued else model.peft_config()
-        if continued:
-            rank = getattr(next(iter(continued.values())), "r", "?")
-            console.print(
-                f"  training continues the adapter of {model.model_name_or_path} (r {rank}); --lora_* have no effect",
-                highlight=False,
-                markup=False,
-            )
-        try:
-            trainer = trainer_class(
-                policy,
-                training,
-                train_dataset=dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                peft_config=peft_config,
-                progress=progress,
-                source=str(data.dataset_name),
-                eval_source=eval_source,
-            )
-        except UserError:
-            raise
-        except (ValueError, ImportError, RuntimeError) as error:
-            # transformers and its integrations refuse settings that do not go together, or that need what is missing.
-            reason = " ".join(str(error).split())
-            raise UserError(f"training cannot begin: {reason}", remedy="--debug shows where.") from error
+        policy, tokenizer, peft_config = _load_model(model, console, progress)
+        trainer = _checked(
+            trainer_class,
+            policy,
+            training,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            progress=progress,
+            source=str(data.dataset_name),
+            eval_source=eval_source,
+            **options,
+        )
         trainer.model_name = model.require_name()
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -127,7 +133,8 @@ def train(
             )
         before_training()
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(training.output_dir, _internal_call=True)  # a public call would push before the evaluation
+        folder = Path(str(training.output_dir))
+        trainer.export(folder)
         record = trainer.record(name=name, start=start)
         if trainer.evaluation_set is not None:
             rows = trainer.evaluation_set
@@ -136,12 +143,42 @@ def train(
                 evaluation = trainer.evaluation(rows, sample=True, greedy=True, on_progress=advance)
             record |= evaluation_record(evaluation, rows)
     console.print(f"  {name} took {duration(record['time_s']['total'])}", highlight=False)
-    folder = Path(str(training.output_dir))
     write_results(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if training.push_to_hub:
         trainer.push_to_hub(record=record)
     return record
+
+
+def _load_model(model: ModelArguments, console: Console, progress: TerminalProgress) -> tuple[Any, Any, Any]:
+    """Policy, tokenizer, and the adapter to put on the policy if it has none."""
+    with progress.phase("loading the model"):
+        tokenizer = load_tokenizer(
+            model.require_name(), revision=model.model_revision, trust_remote_code=model.trust_remote_code
+        )
+        policy = model.load()
+    continued = getattr(policy, "peft_config", None)
+    if not continued:
+        return policy, tokenizer, model.peft_config()
+    rank = getattr(next(iter(continued.values())), "r", "?")
+    console.print(
+        f"  training continues the adapter of {model.model_name_or_path} (r {rank}); --lora_* have no effect",
+        highlight=False,
+        markup=False,
+    )
+    return policy, tokenizer, None
+
+
+def _checked(trainer_class: type[DemonstrationTrainer], *args: Any, **options: Any) -> DemonstrationTrainer:
+    """The trainer; what libraries refuse in its settings is the user's to mend."""
+    try:
+        return trainer_class(*args, **options)
+    except UserError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        # transformers and its integrations refuse settings that do not go together, or that need what is missing.
+        reason = " ".join(str(error).split())
+        raise UserError(f"training cannot begin: {reason}", remedy="--debug shows where.") from error
 
 
 class OutputFolder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tutelage.evaluation.statistics import mean_interval
 from tutelage.evaluation.verifiers import Verifier, load_verifier
 from tutelage.groups import Group
 from tutelage.logprobs import Layout, cached_logps
+from tutelage.rewards.base import Reward
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 
 __all__ = ["Evaluation", "EvaluationSet"]
@@ -48,6 +49,9 @@ class Evaluation:
         preference_rewards: [pairs, 2] implicit rewards of preferred and rejected answer, log π/π_0 (nats); None
             without pairs or reference.
         preference_logps: [pairs, 2] log π of the same; None without pairs.
+        reward_accuracy, preference_reward_accuracy: how a learned reward ranks the demonstration against the sampled
+            answer (rows where they differ), and the preferred against the rejected answer: 1, 0, or 0.5 for a tie; None
+            without a learned reward.
         sampled, greedy: answers drawn at temperature 1, and the likeliest-token ones.
     """
 
@@ -57,6 +61,8 @@ class Evaluation:
     demonstration_rewards: list[float] | None = None
     preference_rewards: np.ndarray | None = None
     preference_logps: np.ndarray | None = None
+    reward_accuracy: list[float] | None = None
+    preference_reward_accuracy: list[float] | None = None
     sampled: Answers | None = None
     greedy: Answers | None = None
     task: str | None = None
@@ -72,6 +78,9 @@ class Evaluation:
                 # A tie tells nothing and counts half: so does the start, whose implicit reward is zero everywhere.
                 values[f"{name}_accuracy"] = np.where(gaps == 0, 0.5, gaps > 0).tolist()
                 values[f"{name}_gap"] = gaps.tolist()
+        for name in ("reward_accuracy", "preference_reward_accuracy"):
+            if getattr(self, name):
+                values[name] = getattr(self, name)
         if self.sampled is not None:
             values["length"] = [len(sample.token_ids) for sample in self.sampled.samples]
             values["cut"] = [float(not sample.ended) for sample in self.sampled.samples]
@@ -182,6 +191,7 @@ class EvaluationSet:
         seed: int = 0,
         sample: bool | None = None,
         greedy: bool = False,
+        reward: Reward | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """Look at the policy.
@@ -191,6 +201,7 @@ class EvaluationSet:
             seed: of the answers.
             sample: draw one answer a row at temperature 1; by default if there is a verifier to score it.
             greedy: also decode one greedily.
+            reward: a learned reward to look at.
             on_progress: called with the number of answers drawn so far, sampled and greedy together.
         """
         logps, pair_logps = self._logps(model, layout, batch_size)
@@ -211,6 +222,7 @@ class EvaluationSet:
                 on_progress(answered)
 
         sampler = TransformersSampler(model, batch_size=sampling_batch_size, pad_token_id=self.tokenization.pad_id)
+        sampled = self._answers(sampler, 1.0, seed, count) if sample else None
         return Evaluation(
             rows=[group.row for group in self.groups],
             demonstration_logps=demonstration_logps,
@@ -218,10 +230,20 @@ class EvaluationSet:
             demonstration_rewards=rewards,
             preference_rewards=preference_rewards,
             preference_logps=np.array(pair_logps) if self.pairs else None,
-            sampled=self._answers(sampler, 1.0, seed, count) if sample else None,
+            reward_accuracy=_ranking(reward, self._against(sampled)) if reward and sampled else None,
+            preference_reward_accuracy=_ranking(reward, self.pairs) if reward else None,
+            sampled=sampled,
             greedy=self._answers(sampler, 0.0, seed, count) if greedy else None,
             task=self.task,
         )
+
+    def _against(self, answers: Answers) -> list[Group]:
+        """Each demonstration with the row's answer, where they differ."""
+        return [
+            replace(group, completions=(*group.completions, answer.completion))
+            for group, answer in zip(self.groups, answers.samples, strict=True)
+            if answer.token_ids != group.completions[0].token_ids
+        ]
 
     def _logps(
         self, model: nn.Module, layout: Layout, batch_size: int
@@ -263,6 +285,12 @@ class EvaluationSet:
                 for text, demonstration in zip(texts, self.demonstrations, strict=True)
             ]
         return Answers(samples, texts, scores)
+
+
+def _ranking(reward: Reward, pairs: list[Group]) -> list[float]:
+    """1 where the first of two completions has the higher reward, 0.5 for a tie."""
+    rewards = reward.score(pairs).view(-1, 2)
+    return ((rewards[:, 0] - rewards[:, 1]).sign().add(1) / 2).tolist()
 
 
 def _score(verifier: Verifier, text: str, demonstration: Demonstration, source: str) -> float:

@@ -106,7 +106,7 @@ class ExplicitReward:
 
     def scores(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """As ``score``, one tuple a group."""
-        with self.active(), self.autocast():  # weights change hands outside autocast, which keeps casts of them
+        with self.active(), self.autocast():
             return in_batches(self.rewards, self.model, groups, batch_size=self.batch_size)
 
     # --- on disk ----------------------------------------------------------------------------------------------------
