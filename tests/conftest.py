@@ -1,11 +1,22 @@
 """What the tests of training share: a tiny tokenizer, tiny policies, sums to learn, and runs made of them."""
 
+import gc
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer, SPINConfig, SPINTrainer
+from tutelage.algorithms import (
+    IRFTConfig,
+    IRFTTrainer,
+    RFTConfig,
+    RFTTrainer,
+    SFTConfig,
+    SFTTrainer,
+    SPINConfig,
+    SPINTrainer,
+)
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
 
@@ -15,6 +26,7 @@ ALGORITHMS = {
     "sft": (SFTConfig, SFTTrainer),
     "spin": (SPINConfig, SPINTrainer),
     "irft": (IRFTConfig, IRFTTrainer),
+    "rft": (RFTConfig, RFTTrainer),
 }
 SETTINGS = {
     "bf16": False,
@@ -29,6 +41,12 @@ SETTINGS = {
     "lr_scheduler_type": "constant",
     "max_completion_length": 8,
 }
+
+
+def pytest_collection_finish():
+    """Each run begins with a garbage collection (accelerate's): let it not look through every library again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Training:

@@ -11,8 +11,20 @@ from tutelage.cli.train import ALGORITHMS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-# What both official codes share, and what our recipes say of every run.
+# What our recipes say of every run.
 COMMON = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "replay_stages": 0,
+    "max_prompt_length": 512,
+    "max_completion_length": 256,
+    "on_long_prompt": "drop",
+    "bf16": True,
+    "seed": 42,
+}
+# What the official codes of IRFT and SPIN share.
+CONTRAST = COMMON | {
     "optim": "rmsprop",
     "learning_rate": 5e-7,
     "lr_scheduler_type": "linear",
@@ -23,20 +35,31 @@ COMMON = {
     "reference": "stage",
     "sft_weight": 0.0,
     "num_samples": 1,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "max_prompt_length": 512,
-    "max_completion_length": 256,
-    "on_long_prompt": "drop",
-    "bf16": True,
-    "seed": 42,
 }
-# What each does differently: the command, the model, stages, passes, replay and prompts an optimiser step.
+# The official code of RFT.
+RFT = COMMON | {
+    "optim": "adamw_torch_fused",
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 1e-6,
+    "beta": 0.05,
+    "clip_range": 0.2,
+    "num_samples": 4,
+    "reward_loss": "logistic",
+    "reward_learning_rate": 1e-6,
+    "reward_batch_size": 16,
+    "reward_passes": 1,
+    "reward_centring": 0.0,
+    "reward_warmup_stages": 1,
+}
+PYTHIA, ZEPHYR = "EleutherAI/pythia-1.4b", "alignment-handbook/zephyr-7b-sft-full"
+# Of each recipe: the command, what it shares with others, the model, stages, passes and prompts an optimiser step.
 RECIPE = {
-    "paper/irft-pythia-1.4b.yaml": ("irft", "EleutherAI/pythia-1.4b", "float32", 5, 2, 0, 8),
-    "paper/irft-zephyr-7b-ultrachat.yaml": ("irft", "alignment-handbook/zephyr-7b-sft-full", "bfloat16", 5, 1, 0, 8),
-    "spin-zephyr-7b.yaml": ("spin", "alignment-handbook/zephyr-7b-sft-full", "float32", 1, 2, 1, 64),
+    "paper/irft-pythia-1.4b.yaml": ("irft", CONTRAST, PYTHIA, "float32", 5, 2, 8),
+    "paper/irft-zephyr-7b-ultrachat.yaml": ("irft", CONTRAST, ZEPHYR, "bfloat16", 5, 1, 8),
+    "paper/rft-pythia-1.4b.yaml": ("rft", RFT, PYTHIA, "float32", 5, 1, 16),
+    "spin-zephyr-7b.yaml": ("spin", CONTRAST | {"replay_stages": 1}, ZEPHYR, "float32", 1, 2, 64),
 }
 
 
@@ -51,14 +74,13 @@ def test_every_recipe_is_known_here():
 
 @pytest.mark.parametrize("recipe", RECIPE)
 def test_values(recipe):
-    command, name, dtype, stages, epochs, replayed, prompts = RECIPE[recipe]
+    command, shared, name, dtype, stages, epochs, prompts = RECIPE[recipe]
     data, model, training = parsed(recipe)
     assert type(training) is ALGORITHMS[command][0]
-    assert {field: getattr(training, field) for field in COMMON} == COMMON
+    assert {field: getattr(training, field) for field in shared} == shared
     assert (model.model_name_or_path, model.dtype) == (name, dtype)
     assert training.stages_per_epoch == stages
     assert training.num_train_epochs == epochs
-    assert training.replay_stages == replayed
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == prompts
     assert data.dataset_name == "UCLA-AGI/SPIN_iter0"
     assert data.dataset_train_split == "train"
@@ -91,7 +113,9 @@ def test_the_adapter_of_the_7b_recipe():
     assert len(adapter.target_modules) == 7
 
 
-@pytest.mark.parametrize("recipe", ["paper/irft-pythia-1.4b.yaml", "spin-zephyr-7b.yaml"])
+@pytest.mark.parametrize(
+    "recipe", ["paper/irft-pythia-1.4b.yaml", "paper/rft-pythia-1.4b.yaml", "spin-zephyr-7b.yaml"]
+)
 def test_full_parameters_elsewhere(recipe):
     _, model, _ = parsed(recipe)
     assert model.peft_config() is None

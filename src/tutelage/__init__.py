@@ -5,9 +5,19 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer, SPINConfig, SPINTrainer
+    from tutelage.algorithms import (
+        IRFTConfig,
+        IRFTTrainer,
+        RFTConfig,
+        RFTTrainer,
+        SFTConfig,
+        SFTTrainer,
+        SPINConfig,
+        SPINTrainer,
+    )
     from tutelage.errors import UserError
     from tutelage.groups import Completion, Group, Kind
+    from tutelage.rewards import ExplicitReward, ImplicitReward, Reward
 
 __version__ = version("tutelage")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +14,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
 from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import preference_group_from_row, tokenize_dataset
 from tutelage.errors import UserError
-from tutelage.evaluation.holdout import Candidate, Standing
+from tutelage.evaluation.holdout import Candidate, Standing, compare
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
 from tutelage.losses import RewardLossKind
@@ -70,6 +72,10 @@ class RewardStageConfig(StageConfig):
         metadata={"help": "Weight of the KL to π_0, in units of reward a nat. Larger holds the policy nearer."},
     )
     reward_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reward; constant."})
+    reward_batch_size: int = field(
+        default=8,
+        metadata={"help": "Groups an optimiser step of the reward. Its gradient is noisy early; steps help it more."},
+    )
     reward_loss: str = field(
         default="logistic",
         metadata={
@@ -163,7 +169,7 @@ class RewardStageConfig(StageConfig):
             )
         if self.fp16:
             raise UserError("the reward phase has no loss scaling.", remedy="Use --bf16.", field="fp16")
-        for name in ("reward_passes", "reward_steps", "holdout_rows"):
+        for name in ("reward_passes", "reward_steps", "reward_batch_size", "holdout_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
         for name in ("reward_replay_stages", "reward_warmup_stages", "beta", "reward_margin", "reward_centring"):
@@ -204,8 +210,11 @@ class RewardStageTrainer(StageTrainer):
         preference_source: str = "preference data",
         **options,
     ):
+        peft_config = copy.deepcopy(options.get("peft_config"))  # peft writes the policy's modules and name into it
         super().__init__(model, args, train_dataset, *further, **options)
-        peft_config = options.get("peft_config") or getattr(self.policy, "peft_config", {}).get("default")
+        if peft_config is None and isinstance(self.policy, PeftModel):
+            peft_config = copy.deepcopy(self.policy.active_peft_config)
+            peft_config.base_model_name_or_path = None
         self.reward = self._make_reward(peft_config)
         self.fitter = self._make_fitter(self._preferences(preference_dataset, preference_source))
         self.selection: list[dict[str, Any]] = []
@@ -227,7 +236,7 @@ class RewardStageTrainer(StageTrainer):
             "autocast": self.compute_loss_context_manager,
         }
         if name is None:
-            reward = ExplicitReward.fresh(self.policy, shared=True, seed=args.seed, layout=self.layout, **options)
+            reward = ExplicitReward.fresh(self.policy, shared=True, layout=self.layout, **options)
         else:
             tokenizer = load_tokenizer(name)
             if tokenizer.get_vocab() != self.tokenization.tokenizer.get_vocab():
@@ -240,9 +249,7 @@ class RewardStageTrainer(StageTrainer):
             check_vocabulary(model, tokenizer)
             if peft_config is not None and not hasattr(model, "peft_config"):
                 model = add_adapter(model, peft_config)
-            reward = ExplicitReward.fresh(
-                cast(nn.Module, model).to(args.device), shared=False, seed=args.seed, **options
-            )
+            reward = ExplicitReward.fresh(cast(nn.Module, model).to(args.device), shared=False, **options)
         if args.init_reward_from:
             reward.load_adapter(args.init_reward_from)
         return reward
@@ -263,8 +270,8 @@ class RewardStageTrainer(StageTrainer):
                 preference_weight=args.preference_weight,
             ),
             optimizer(self.reward.parameters, **settings),
-            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            micro_batch_size=args.per_device_train_batch_size,
+            batch_size=args.reward_batch_size,
+            micro_batch_size=min(args.reward_batch_size, args.per_device_train_batch_size),
             preferences=preferences,
             max_grad_norm=args.max_grad_norm,
             saturation=args.saturation if args.early_stopping == "saturated" else None,
@@ -291,7 +298,6 @@ class RewardStageTrainer(StageTrainer):
         if isinstance(dataset, IterableDataset):
             wanted = args.holdout_rows or 64
             raw = Dataset.from_list(list(dataset.take(wanted)))
-            self.train_dataset = tokenized.filter(lambda row: row["row"] >= wanted)
         else:
             wanted = args.holdout_rows or max(16, min(128, len(dataset) // 10))
             if wanted > len(dataset) // 2:
@@ -302,15 +308,30 @@ class RewardStageTrainer(StageTrainer):
                     field="holdout_rows",
                 )
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
-            kept = set(order[:wanted])
-            raw = dataset.select(sorted(kept))
-            left = [place for place, row in enumerate(tokenized["row"]) if row not in kept]
-            self.train_dataset = tokenized.select(left)
-        return EvaluationSet.of(
+            raw = dataset.select(sorted(order[:wanted]))
+        rows = EvaluationSet.of(
             raw, self.tokenization, verifier=args.verifier, turns=cast(Turns, args.turns), source=source
         )
+        kept = {(group.prompt_ids, group.completions[0].token_ids) for group in rows.groups}
+
+        def trains(row: Mapping[str, Any]) -> bool:  # by content: a stream may repeat, a file may hold a row twice
+            return (tuple(row["prompt_ids"]), tuple(row["demonstration_ids"])) not in kept
+
+        if isinstance(dataset, IterableDataset):
+            self.train_dataset = tokenized.filter(trains)
+            return rows
+        self.train_dataset = tokenized.select([place for place, row in enumerate(tokenized) if trains(row)])
+        if not len(self.train_dataset):
+            raise UserError(
+                "every row is also among those kept from training.", remedy="Give more different rows.", file=source
+            )
+        return rows
 
     # --- a stage ----------------------------------------------------------------------------------------------------
+
+    def _begin_stage(self, epoch_iterator: Iterator) -> None:
+        if self.state.global_step < self.state.max_steps:  # a finished run that is resumed has no stage to begin
+            super()._begin_stage(epoch_iterator)
 
     @property
     def _moved(self) -> bool:
@@ -338,6 +359,8 @@ class RewardStageTrainer(StageTrainer):
                 begin = time.perf_counter()
                 fit = self._fit(list(recorded.values()), advance)
                 scored = self._scored(list(recorded.values()))
+                if fit:
+                    self._save_reward()
                 self.took("reward", time.perf_counter() - begin)
             self.store.write_groups(self.stage, "scored", scored, self.tokenization.text)
             found = self._judge(scored, fit)
@@ -346,14 +369,14 @@ class RewardStageTrainer(StageTrainer):
         else:
             self._load_reward(self.stage)
             self._read_candidates(self.stage)
-            found = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
+            found = _read(folder / "reward.json")
         if not found["policy/phase"]:
             return {row: [] for row in recorded}
         scored = {group.row: group for group in self.store.groups(self.stage, "scored")}
         return {row: self._for_policy(scored[row], found["scale"]) for row in recorded}
 
     def _fit(self, groups: list[Group], advance: Any) -> dict[str, float]:
-        """The reward phase of the stage; its outcome is on disk when it returns."""
+        """The reward phase of the stage; empty if there was nothing to compare."""
         if self._fitted != self.stage - 1:  # a resumed run: the reward as the last stage left it
             self._load_reward(self.stage - 1)
         fitted = groups + self._standing_negatives(groups)
@@ -380,14 +403,22 @@ class RewardStageTrainer(StageTrainer):
                 self.args.saturation,
             )
         self.trained_tokens += self.fitter.tokens_done - tokens
+        return facts
+
+    def _save_reward(self) -> None:
         folder = self.store.path(self.stage)
         torch.save(self.fitter.state_dict(), folder / "reward-optimizer.pt")
         save_weights(self.reward.parameters, folder / "reward.safetensors")
         self._fitted = self.stage
-        return facts
 
     def _load_reward(self, stage: int) -> None:
         """The reward and its optimiser as a stage left them; before the first stage they are fresh."""
+        if stage >= 0 and not (self.store.path(stage) / "reward.json").exists():
+            raise UserError(
+                f"the reward of stage {stage} is missing.",
+                remedy="Keep the run's stages folder until the run is over.",
+                file=str(self.store.path(stage)),
+            )
         while stage >= 0 and not (self.store.path(stage) / "reward.safetensors").exists():
             stage -= 1  # a stage without a pair fits nothing
         if stage >= 0:
@@ -449,7 +480,7 @@ class RewardStageTrainer(StageTrainer):
         reason = self._obstacle(fit, standing, float(np.ptp(flat)))
         if reason and self.stage >= self.args.reward_warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", self.stage, reason)
-        self._forget_all_but(max(standings, key=lambda stage: standings[stage].objective), max(standings))
+        self._forget_all_but(0, self._best(standings), max(standings))
         return found | {"policy/phase": int(reason is None), "reason": reason}
 
     def _obstacle(self, fit: dict[str, float], standing: Standing, spread: float) -> str | None:
@@ -490,8 +521,9 @@ class RewardStageTrainer(StageTrainer):
         name = fingerprint(self.policy.named_parameters())
         self._read_candidates(stage - 1)
         recorded = folder / "candidate.json"
-        if recorded.exists() and json.loads(recorded.read_text(encoding="utf-8"))["policy"] == name:
+        if recorded.exists() and _read(recorded)["policy"] == name and self._is_of_kept_rows(stage):
             self._read_candidates(stage)
+            self._count_samples(self._candidates[stage].groups)  # no checkpoint has counted them yet
             return
         recorded.unlink(missing_ok=True)
         if self._looked_at == name:
@@ -502,7 +534,7 @@ class RewardStageTrainer(StageTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.store.write_groups(stage, "holdout", groups, self.tokenization.text)
         save_weights(self._policy_weights, folder / "policy.safetensors")
-        write_json(recorded, {"policy": name, "stage": stage})
+        write_json(recorded, {"policy": name, "stage": stage, "settings": self.store.settings})
         self._candidates[stage] = Candidate.of(stage, groups, self.holdout)
         self._looked_at = name
         self._count_samples(groups)
@@ -517,15 +549,32 @@ class RewardStageTrainer(StageTrainer):
         for stage in range(last + 1):
             path = self.store.path(stage) / "candidate.json"
             if stage not in self._candidates and path.exists():
+                if not self._is_of_kept_rows(stage):
+                    raise UserError(
+                        "the rows kept from training, or the sampling settings, differ from the first run's.",
+                        remedy="Resume with the data and settings of the first run.",
+                        file=str(path),
+                    )
                 self._candidates[stage] = Candidate.of(stage, self.store.groups(stage, "holdout"), self.holdout)
-                self._looked_at = json.loads(path.read_text(encoding="utf-8"))["policy"]
+                self._looked_at = _read(path)["policy"]
+
+    def _is_of_kept_rows(self, stage: int) -> bool:
+        """Whether a recorded candidate answers the kept rows of this run, under its settings."""
+        found = [(group.prompt_ids, group.completions[0]) for group in self.store.groups(stage, "holdout")]
+        return found == [(group.prompt_ids, group.completions[0]) for group in self.holdout.groups] and (
+            _read(self.store.path(stage) / "candidate.json")["settings"] == self.store.settings
+        )
 
     def _standings(self) -> dict[int, Standing]:
         """Every candidate through the reward as it is now."""
-        return {
-            stage: candidate.standing(self.reward, beta=self.args.beta, cut_samples=self._cut_samples)
-            for stage, candidate in sorted(self._candidates.items())
-        }
+        candidates = [candidate for _, candidate in sorted(self._candidates.items())]
+        found = compare(candidates, self.reward, beta=self.args.beta, cut_samples=self._cut_samples)
+        return {standing.candidate.stage: standing for standing in found}
+
+    def _best(self, standings: dict[int, Standing]) -> int:
+        """The stage with the highest objective among those whose weights are still there."""
+        kept = [stage for stage in standings if (self.store.path(stage) / "policy.safetensors").exists()]
+        return max(kept, key=lambda stage: standings[stage].objective)
 
     def _forget_all_but(self, *stages: int) -> None:
         """Remove the weights of candidates that will not be chosen; their samples stay."""
@@ -535,10 +584,13 @@ class RewardStageTrainer(StageTrainer):
     def train(self, *args, **kwargs):
         """As the engine's; then the policy is set to the stage that does best on the kept rows by reward and KL."""
         output = super().train(*args, **kwargs)
+        if self.stage < 0:  # resumed where training had ended
+            assert self.schedule is not None
+            self.stage = self.schedule.stage_of(self.state.global_step - 1)
+            self._load_reward(self.stage)
         self._look(self.stage + 1)
         standings = self._standings()
-        kept = [stage for stage in standings if (self.store.path(stage) / "policy.safetensors").exists()]
-        best = max(kept, key=lambda stage: standings[stage].objective)
+        best = self._best(standings)
         load_weights(self._policy_weights, self.store.path(best) / "policy.safetensors")
         self.selection = [standing.to_dict(chosen=stage == best) for stage, standing in standings.items()]
         return output
@@ -560,6 +612,10 @@ class RewardStageTrainer(StageTrainer):
     def record(self, **options: Any) -> dict[str, Any]:
         """As the engine's, with the candidates and which was chosen."""
         return super().record(**options) | {"selection": self.selection}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def preference_accuracy(reward: ExplicitReward, pairs: Sequence[Group]) -> float:

@@ -14,7 +14,7 @@ from tutelage.groups import Group
 from tutelage.rewards.base import Reward
 from tutelage.rewards.fitting import CutSamples, contrast, reward_scale, with_cut_floor
 
-__all__ = ["Candidate", "Standing"]
+__all__ = ["Candidate", "Standing", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +61,20 @@ class Candidate:
         """Mean log π of the demonstrations (nats a sequence)."""
         return float(np.mean([group.old_logps[0] for group in self.groups]))  # type: ignore[index]
 
-    def standing(self, reward: Reward, *, beta: float, cut_samples: CutSamples) -> Standing:
-        """Look at the samples through a reward."""
+    def rewards(self, reward: Reward) -> list[list[float]]:
+        """Rewards of each row's demonstration and samples."""
         values = iter(reward.score(self.groups).tolist())
-        rewards = [[next(values) for _ in group.completions] for group in self.groups]
-        samples = [row[1:] for row in rewards]
+        return [[next(values) for _ in group.completions] for group in self.groups]
+
+    def samples(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> list[list[float]]:
+        """What ``rewards`` gives each row's samples, with what is done about cut ones."""
+        samples = [list(row[1:]) for row in rewards]
         if cut_samples == "floor":
             ended = [[c.ended for c in group.completions[1:]] for group in self.groups]
             samples = [with_cut_floor(row, whole) for row, whole in zip(samples, ended, strict=True)]
-        scale = reward_scale(samples)
-        return Standing(
-            candidate=self,
-            reward=mean_interval([float(np.mean(row)) for row in samples]),
-            accuracy=self._accuracy(rewards, cut_samples),
-            objective=float(np.mean(samples)) / scale - beta * self.kl,
-            gold_gap=self._gold_gap(samples),
-        )
+        return samples
 
-    def _accuracy(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> Interval | None:
+    def accuracy(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> Interval | None:
         """How often the demonstration is over a sample, a row counting once; a tie counts half."""
         rows = []
         for group, values in zip(self.groups, rewards, strict=True):
@@ -88,7 +84,7 @@ class Candidate:
                 rows.append(float(np.mean((np.sign(gaps) + 1) / 2)))
         return mean_interval(rows) if rows else None
 
-    def _gold_gap(self, samples: Sequence[Sequence[float]]) -> float | None:
+    def gold_gap(self, samples: Sequence[Sequence[float]]) -> float | None:
         """Mean reward of right samples minus that of wrong ones."""
         if self.gold is None:
             return None
@@ -108,7 +104,7 @@ class Standing:
     Attributes:
         reward: mean reward of its samples, with the interval over rows.
         accuracy: how often the reward puts a demonstration over a sample; None where nothing can be compared.
-        objective: E r / scale − β KL, what the policy phase raises.
+        objective: E r / scale − β KL, what the policy phase raises; the scale is that of all candidates compared.
         gold_gap: mean reward of right samples minus that of wrong ones, where there are both.
     """
 
@@ -131,3 +127,28 @@ class Standing:
             "gold": None if gold is None else float(np.mean(gold)),
             "chosen": chosen,
         }
+
+
+def compare(
+    candidates: Sequence[Candidate], reward: Reward, *, beta: float, cut_samples: CutSamples
+) -> list[Standing]:
+    """Look at candidates through one reward, on one scale: only differences of a reward mean anything.
+
+    Args:
+        candidates: of the same rows.
+        beta: weight of the KL, in units of scaled reward a nat.
+        cut_samples: as the reward phase treats them.
+    """
+    rewards = [candidate.rewards(reward) for candidate in candidates]
+    samples = [c.samples(values, cut_samples) for c, values in zip(candidates, rewards, strict=True)]
+    scale = reward_scale([row for rows in samples for row in rows])
+    return [
+        Standing(
+            candidate=candidate,
+            reward=mean_interval([float(np.mean(row)) for row in rows]),
+            accuracy=candidate.accuracy(values, cut_samples),
+            objective=float(np.mean(rows)) / scale - beta * candidate.kl,
+            gold_gap=candidate.gold_gap(rows),
+        )
+        for candidate, values, rows in zip(candidates, rewards, samples, strict=True)
+    ]

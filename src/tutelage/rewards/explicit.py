@@ -60,20 +60,19 @@ class ExplicitReward:
         self.autocast = autocast
 
     @staticmethod
-    def fresh(model: nn.Module, *, shared: bool, seed: int = 0, **options: Any) -> ExplicitReward:
-        """A reward that has learned nothing yet.
+    def fresh(model: nn.Module, *, shared: bool, **options: Any) -> ExplicitReward:
+        """A reward that has learned nothing yet and is 0 everywhere.
+
+        A random head would read some large hidden states as large rewards, which a first pass does no more than unlearn.
 
         Args:
             model: its body. ``shared``: it is a policy's, and the reward gets its own set of the trainable weights, which
                 start from the policy's.
-            seed: of the head, drawn from N(0, 1/(H + 1)) (Stiennon et al. 2020, arXiv 2009.01325).
             options: further arguments of the constructor.
         """
         size = base_causal_lm(model).config.get_text_config().hidden_size
         head = nn.Linear(size, 1, bias=False)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            head.weight.copy_(torch.randn(1, size, generator=generator) / (size + 1) ** 0.5)
+        nn.init.zeros_(head.weight)
         head.to(base_causal_lm(model).device)
         return ExplicitReward(model, head, weights=WeightSet(model) if shared else None, **options)
 

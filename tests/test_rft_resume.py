@@ -1,0 +1,244 @@
+"""An RFT run that was killed in any of its phases and resumed ends as one that was not: policy, reward and choice."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
+from conftest import Training
+from test_resume import CountingSampler, KillAt, Killed, weights
+from tutelage.errors import UserError
+from tutelage.reward_stage_trainer import _KEPT_ROWS
+
+# 24 rows train: 6 steps in three stages, which begin at 0, 2 and 4. The first leaves the policy as it is. Dropout, order and learning
+# rate differ from step to step, so that a state which is not restored shows.
+KEPT = 8
+SETTINGS = {
+    "stages_per_epoch": 3,
+    "lr_scheduler_type": "linear",
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 3,
+    "sampling_batch_size": 2,  # a record grows by four rows
+    "num_samples": 2,
+    "holdout_rows": KEPT,
+    "reward_warmup_stages": 1,
+    "reward_learning_rate": 1e-2,
+    "reward_passes": 2,
+    "reward_batch_size": 4,
+    "early_stopping": "never",
+    "cut_samples": "score",
+    "beta": 0.01,
+}
+POLICIES = {
+    "full": {},
+    "adapter, all that a stage may use": {
+        "adapter": True,
+        "reward_replay_stages": 1,
+        "reward_pairs": "demonstration_vs_sample+initial",
+        "preferences": True,
+    },
+}
+
+
+def make(training, name="run", *, adapter=False, preferences=False, callbacks=(), data=None, **settings):
+    pairs = [{"prompt": f"Is {i}?", "chosen": " It is.", "rejected": " No"} for i in range(6)]
+    options = {
+        "callbacks": list(callbacks),
+        "peft_config": training.lora(lora_dropout=0.1) if adapter else None,
+        "preference_dataset": Dataset.from_list(pairs) if preferences else None,
+    }
+    trainer = training.trainer(
+        "rft",
+        model=training.model(attention_dropout=0.1),
+        name=name,
+        data=data or training.rows(24 + KEPT),
+        options=options,
+        **{**SETTINGS, **settings},
+    )
+    trainer.sampler = CountingSampler(trainer)
+    return trainer
+
+
+def assert_equal(found, expected):
+    """Bit for bit, through lists and dictionaries."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_equal(found[name], value)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for value, other in zip(found, expected, strict=True):
+            assert_equal(value, other)
+    else:
+        assert found == expected
+
+
+def assert_same(resumed, whole):
+    assert resumed.state.global_step == whole.state.global_step == 6
+    assert_equal(weights(resumed), weights(whole))
+    assert_equal(resumed.reward.parameters, whole.reward.parameters)
+    assert_equal(resumed.fitter.state_dict(), whole.fitter.state_dict())
+    assert resumed.selection == whole.selection
+    assert (resumed.trained_tokens, resumed.sampled_tokens) == (whole.trained_tokens, whole.sampled_tokens)
+    for stage in range(3):
+        for name in ("samples", "scored"):
+            assert resumed.store.groups(stage, name) == whole.store.groups(stage, name)
+    logged = [[row for row in trainer.state.log_history if "reward/loss" in row] for trainer in (resumed, whole)]
+    assert logged[0] == logged[1]
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def whole(request, tmp_path_factory):
+    """The run that nobody killed, and its settings."""
+    training = Training(tmp_path_factory.mktemp("whole"))
+    trainer = make(training, **POLICIES[request.param])
+    trainer.train()
+    ran = [row["policy/phase"] for row in trainer.state.log_history if "policy/phase" in row]
+    assert ran == [0, 1, 1], "so that each phase is there to be killed in"
+    return trainer, POLICIES[request.param]
+
+
+def resume(training, settings, checkpoint):
+    """The run, gone on from its last checkpoint: the one of step ``checkpoint``, or none."""
+    resumed = make(training, **settings)
+    last = get_last_checkpoint(resumed.args.output_dir)
+    assert (last is None) == (checkpoint is None)
+    assert last is None or last.endswith(f"checkpoint-{checkpoint}")
+    resumed.train(resume_from_checkpoint=last)
+    return resumed
+
+
+@pytest.mark.parametrize(("stage", "checkpoint"), [(0, None), (2, 4)])
+def test_killed_while_sampling(training, whole, stage, checkpoint):
+    expected, settings = whole
+    killed = make(training, **settings)
+    killed.sampler = CountingSampler(killed, die_in=stage, after=4)
+    with pytest.raises(Killed):
+        killed.train()
+    recorded = killed.sampler.rows[stage]
+    assert len(recorded) == 4
+    resumed = resume(training, settings, checkpoint)
+    assert_same(resumed, expected)
+    assert not set(recorded) & set(resumed.sampler.rows[stage]), "what was sampled is not sampled again"
+
+
+@pytest.mark.parametrize(("looks", "checkpoint"), [(0, None), (1, 4), (2, 6)])
+def test_killed_while_sampling_for_the_kept_rows(training, whole, looks, checkpoint):
+    """The start is looked at, and the policies after stages 1 and 2; the last just before the choice."""
+    expected, settings = whole
+    killed = make(training, **settings)
+    killed.sampler = CountingSampler(killed, die_in=_KEPT_ROWS, after=KEPT * looks)
+    if looks == 0:
+        killed.sampler.after, killed.sampler.rows[_KEPT_ROWS] = 1, [0]
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = resume(training, settings, checkpoint)
+    assert_same(resumed, expected)
+    assert len(resumed.sampler.rows[_KEPT_ROWS]) == KEPT * (3 - looks)
+
+
+@pytest.mark.parametrize(("stage", "step", "checkpoint"), [(0, 2, None), (2, 1, 4), (2, 3, 4)])
+def test_killed_in_the_reward_phase(training, whole, stage, step, checkpoint):
+    """After so many of its steps; the rows kept for this stage have been looked at by then and are not drawn again."""
+    expected, settings = whole
+    killed = make(training, **settings)
+    done = []
+
+    def strike(*args):
+        done.append(killed.stage)
+        if done.count(stage) == step:
+            raise Killed
+
+    killed.fitter.optimizer.register_step_post_hook(strike)
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = resume(training, settings, checkpoint)
+    assert_same(resumed, expected)
+    assert len(resumed.sampler.rows[_KEPT_ROWS]) == KEPT * (2 if stage == 0 else 1)
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "checkpoint"),
+    [
+        pytest.param("on_step_begin", 0, None, id="after the first reward phase"),
+        pytest.param("on_step_begin", 4, 4, id="after a reward phase, before a policy step"),
+        pytest.param("on_step_begin", 3, 3, id="inside a policy phase"),
+        pytest.param("on_pre_optimizer_step", 5, 4, id="inside the last policy phase"),
+        pytest.param("on_save", 4, 4, id="between stages"),
+        pytest.param("on_train_end", 6, 6, id="at the end, before the choice"),
+    ],
+)
+def test_killed_at_a_step(training, whole, event, step, checkpoint):
+    expected, settings = whole
+    with pytest.raises(Killed):
+        make(training, callbacks=[KillAt(event, step)], **settings).train()
+    assert_same(resume(training, settings, checkpoint), expected)
+
+
+def test_a_finished_run_that_is_resumed_is_the_same(training, whole):
+    expected, settings = whole
+    shutil.copytree(expected.args.output_dir, training.folder / "run")
+    resumed = resume(training, settings, 6)
+    assert_same(resumed, expected)
+    assert resumed.sampler.rows == {}
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_finished_run_of_part_of_an_epoch_is_the_same(training, steps):
+    """Its end may be where a stage would begin, which then must not."""
+    settings = {"max_steps": steps, "save_steps": 1, "reward_warmup_stages": 0}
+    runs = [make(training, **settings) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=get_last_checkpoint(runs[1].args.output_dir))
+    assert runs[0].selection == runs[1].selection
+    assert_equal(weights(runs[1]), weights(runs[0]))
+    assert_equal(runs[1].reward.parameters, runs[0].reward.parameters)
+    assert len(list(runs[0].store.folder.glob("*/samples.jsonl"))) == (steps > 2) + 1
+
+
+def killed_at(training, step, **settings):
+    with pytest.raises(Killed):
+        make(training, callbacks=[KillAt("on_step_begin", step)], **settings).train()
+
+
+def test_stages_that_are_gone_are_an_error(training):
+    """Not a fresh reward in the place of the learned one."""
+    killed_at(training, 4)
+    resumed = make(training)
+    shutil.rmtree(resumed.store.path(1))
+    with pytest.raises(UserError, match=r"stage-0001: the reward of stage 1 is missing.*Keep the run's stages folder"):
+        resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
+
+
+@pytest.mark.parametrize("change", ["rows", "temperature"])
+def test_policies_are_not_compared_on_other_rows_or_settings(training, change):
+    killed_at(training, 4)
+    settings = {"temperature": 0.5} if change == "temperature" else {"data": training.rows(40).select(range(8, 40))}
+    resumed = make(training, **settings)
+    with pytest.raises(UserError, match=r"stage-0000/candidate.json: the rows kept.*differ"):
+        resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
+
+
+@pytest.mark.parametrize("change", ["rows", "temperature", "policy"])
+def test_a_record_of_the_start_of_something_else_is_thrown_away(training, change):
+    killed_at(training, 0)
+    settings = {
+        "rows": {"data": training.rows(40).select(range(8, 40))},
+        "temperature": {"temperature": 0.5},
+        "policy": {},
+    }[change]
+    again = make(training, **settings)
+    if change == "policy":
+        again.policy.get_input_embeddings().weight.data += 0.01
+    again._look(0)
+    assert len(again.sampler.rows[_KEPT_ROWS]) == KEPT
+    recorded = json.loads((again.store.path(0) / "candidate.json").read_text(encoding="utf-8"))
+    assert recorded["settings"]["temperature"] == again.args.temperature
+    found = [(group.prompt_ids, group.completions[:1]) for group in again.store.groups(0, "holdout")]
+    assert found == [(group.prompt_ids, group.completions) for group in again.holdout.groups]
