@@ -370,9 +370,13 @@ def fitter(reward, *, objective=None, optimizer=torch.optim.AdamW, lr=1e-2, batc
 
 
 def fresh(base):
-    """A reward beside a policy that has not moved yet."""
+    """A reward beside a policy that has not moved yet; its random head tells completions apart from the first step on."""
     model = base(num_hidden_layers=2, initializer_range=0.1)
-    return ExplicitReward.fresh(adapted(model, r=8, init_lora_weights=True), shared=True)
+    reward = ExplicitReward.fresh(adapted(model, r=8, init_lora_weights=True), shared=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        reward.head.weight.copy_(torch.randn(reward.head.weight.shape, generator=generator) / 33**0.5)
+    return reward
 
 
 @pytest.mark.parametrize("kind", ["logistic", "linear"])

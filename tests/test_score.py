@@ -56,6 +56,7 @@ def run(base, tmp_path_factory):
     policy.save_pretrained(str(folder / "policy"))
     tokenizer.save_pretrained(folder / "policy")
     reward = ExplicitReward.fresh(policy, shared=True, pad_token_id=tokenizer.pad_token_id)
+    torch.nn.init.normal_(reward.head.weight)
     reward.save_pretrained(folder / "reward", tokenizer, max_prompt_length=64, max_completion_length=LIMIT)
     return folder
 
@@ -65,6 +66,7 @@ def whole(base, tmp_path_factory):
     """A reward model without an adapter."""
     folder = tmp_path_factory.mktemp("score") / "whole"
     reward = ExplicitReward.fresh(load_model(str(base)), shared=False)
+    torch.nn.init.normal_(reward.head.weight)
     reward.save_pretrained(folder, load_tokenizer(str(base)), max_prompt_length=64, max_completion_length=LIMIT)
     return folder
 

@@ -227,6 +227,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within, the model drops nothing even in training mode, which activation checkpointing needs."""
+    saved = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in (("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",))
+        if isinstance(getattr(module, name, None), float)
+    ]
+    for module, name, _ in saved:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+
+
 @dataclass(frozen=True, slots=True)
 class LMHead:
     """The last linear layer and what the architecture does to its output: cap · tanh(scale · (W h + b) / cap)."""

@@ -33,6 +33,7 @@ from tutelage.models import (
     load_tokenizer,
     load_weights,
     save_weights,
+    without_dropout,
 )
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.fitting import (
@@ -65,13 +66,21 @@ class RewardStageConfig(StageConfig):
         metadata={"help": "Always the initial policy, π_0: the KL holds to it.", "choices": ["initial"]},
     )
     lr_scheduler_type: str = field(  # type: ignore[assignment]
-        default="constant", metadata={"help": "Schedule of the policy's learning rate; the reward's is constant."}
+        default="constant",
+        metadata={"help": "linear, cosine, constant, constant_with_warmup, … (SchedulerType of transformers)."},
+    )
+    per_device_train_batch_size: int = field(
+        default=2,
+        metadata={
+            "help": "Prompts in a micro-batch of the policy phase, each with its samples. Small: at a low learning rate many "
+            "noisy steps learn more from a stage's samples than a few exact ones."
+        },
     )
     beta: float = field(
         default=0.1,
         metadata={"help": "Weight of the KL to π_0, in units of reward a nat. Larger holds the policy nearer."},
     )
-    reward_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reward; constant."})
+    reward_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the reward; constant."})
     reward_batch_size: int = field(
         default=8,
         metadata={"help": "Groups an optimiser step of the reward. Its gradient is noisy early; steps help it more."},
@@ -95,7 +104,7 @@ class RewardStageConfig(StageConfig):
         default=1.0, metadata={"help": "ρ of the linear loss: rewards stay within ±1/ρ. Linear only."}
     )
     reward_passes: int = field(
-        default=1, metadata={"help": "Passes of a reward phase over the stage's groups (K, in passes)."}
+        default=2, metadata={"help": "Passes of a reward phase over the stage's groups (K, in passes)."}
     )
     reward_steps: int | None = field(
         default=None, metadata={"help": "K, optimiser steps of a reward phase; goes before --reward_passes."}
@@ -111,7 +120,7 @@ class RewardStageConfig(StageConfig):
         },
     )
     reward_warmup_stages: int = field(
-        default=2, metadata={"help": "The first so many stages of a run fit the reward and leave the policy as it is."}
+        default=1, metadata={"help": "The first so many stages of a run fit the reward and leave the policy as it is."}
     )
     early_stopping: str = field(
         default="saturated",
@@ -326,6 +335,16 @@ class RewardStageTrainer(StageTrainer):
                 "every row is also among those kept from training.", remedy="Give more different rows.", file=source
             )
         return rows
+
+    @property
+    def beta(self) -> float:
+        """The temperature: of the KL, and hence of the implicit reward in evaluations."""
+        return self.args.beta
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As the engine's, without dropout: π_t was scored without, and importance ratios should start at 1."""
+        with without_dropout(self.policy):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     # --- a stage ----------------------------------------------------------------------------------------------------
 

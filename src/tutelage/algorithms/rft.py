@@ -29,8 +29,8 @@ __all__ = ["RFTConfig", "RFTTrainer"]
 class RFTConfig(RewardStageConfig):
     """Settings of RFT's policy phase; those of its reward phase come with ``RewardStageConfig``."""
 
-    adapter_learning_rate: ClassVar[float] = 3e-5
-    full_learning_rate: ClassVar[float] = 5e-7
+    adapter_learning_rate: ClassVar[float] = 5e-6
+    full_learning_rate: ClassVar[float] = 2e-7
 
     advantages: str = field(
         default="leave_one_out",

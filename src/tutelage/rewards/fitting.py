@@ -137,6 +137,7 @@ class RewardFitter:
                 if accuracy >= self.saturation and len(seen) < wanted:
                     saturated = True
                     break
+        self.optimizer.zero_grad()  # nothing is kept that the policy phase has no use for
         total = sum(facts["pairs"] for facts in seen)
         means = {
             name: sum(facts[name] * facts["pairs"] for facts in seen) / max(1.0, total)
