@@ -14,6 +14,7 @@ LAYERS = (
     ("cli",),
     ("algorithms", "report"),
     ("reward_stage_trainer",),
+    ("reward_stage_config",),
     ("stage_trainer",),
     ("trainer",),
     ("results",),

@@ -21,7 +21,7 @@ from tutelage.algorithms import RFTConfig
 from tutelage.cli import main
 from tutelage.data import Tokenization
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.evaluation.holdout import Candidate, compare
+from tutelage.evaluation.candidates import Candidate, compare
 from tutelage.groups import Completion, Group, Kind
 from tutelage.logprobs import cached_logps, completion_logps
 from tutelage.models import base_causal_lm, load_model, load_tokenizer
@@ -40,6 +40,7 @@ QUICK = {
     "reward_warmup_stages": 0,
     "reward_learning_rate": 1e-2,
     "reward_batch_size": 4,
+    "reward_passes": 1,
     "early_stopping": "never",
     "cut_samples": "score",
     "beta": 0.01,
@@ -366,7 +367,7 @@ class Judged:
         trainer.reward.scores = self.scores
 
     def scores(self, groups):
-        stage = next((s for s, c in self.trainer._candidates.items() if c.groups is groups), None)
+        stage = next((s for s, c in self.trainer.candidates.by_stage.items() if c.groups is groups), None)
         value = None if stage is None else self.values(self.trainer.stage).get(stage, 0.0)
         return [
             tuple(
@@ -430,7 +431,7 @@ def test_a_reward_that_changes_its_mind_finds_the_start_again(training):
     trainer = None
 
     def of(stage):
-        return last if trainer is not None and 4 in trainer._candidates else values.get(stage, {})
+        return last if trainer is not None and 4 in trainer.candidates.by_stage else values.get(stage, {})
 
     snapshots = Snapshots()
     trainer = make(training, stages_per_epoch=4, beta=0.0, options={"callbacks": [snapshots]})

@@ -6,14 +6,14 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer
@@ -21,7 +21,8 @@ from transformers import Trainer
 from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import preference_group_from_row, tokenize_dataset
 from tutelage.errors import UserError
-from tutelage.evaluation.holdout import Candidate, Standing, compare
+from tutelage.evaluation.candidates import Candidates, Standing
+from tutelage.evaluation.holdout import hold_out
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
 from tutelage.losses import RewardLossKind
@@ -35,6 +36,7 @@ from tutelage.models import (
     save_weights,
     without_dropout,
 )
+from tutelage.reward_stage_config import RewardStageConfig
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.fitting import (
     CutSamples,
@@ -44,153 +46,16 @@ from tutelage.rewards.fitting import (
     reward_scale,
     with_cut_floor,
 )
-from tutelage.stage_trainer import StageConfig, StageTrainer
+from tutelage.stage_trainer import StageTrainer
 from tutelage.stages import write_json
 
-__all__ = ["RewardStageConfig", "RewardStageTrainer"]
+__all__ = ["RewardStageTrainer"]
 
 logger = logging.getLogger(__name__)
 
 # Names in the random stream of what is sampled besides a stage's own samples. The kept rows get the same random numbers
 # at every stage, so that policies differ by less chance.
 _KEPT_ROWS, _INITIAL_POLICY = 1 << 20, 1 << 21
-
-
-@dataclass
-class RewardStageConfig(StageConfig):
-    """Settings of stages that learn a reward."""
-
-    num_samples: int = field(default=4, metadata={"help": "n: completions sampled for each prompt; at least 2."})
-    reference: str = field(
-        default="initial",
-        metadata={"help": "Always the initial policy, π_0: the KL holds to it.", "choices": ["initial"]},
-    )
-    lr_scheduler_type: str = field(  # type: ignore[assignment]
-        default="constant",
-        metadata={"help": "linear, cosine, constant, constant_with_warmup, … (SchedulerType of transformers)."},
-    )
-    per_device_train_batch_size: int = field(
-        default=2,
-        metadata={
-            "help": "Prompts in a micro-batch of the policy phase, each with its samples. Small: at a low learning rate many "
-            "noisy steps learn more from a stage's samples than a few exact ones."
-        },
-    )
-    beta: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the KL to π_0, in units of reward a nat. Larger holds the policy nearer."},
-    )
-    reward_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the reward; constant."})
-    reward_batch_size: int = field(
-        default=8,
-        metadata={"help": "Groups an optimiser step of the reward. Its gradient is noisy early; steps help it more."},
-    )
-    reward_loss: str = field(
-        default="logistic",
-        metadata={
-            "help": "How demonstrations are put over samples: logistic (Bradley-Terry), or linear (the theory's contrast, "
-            "bounded by squares of the rewards).",
-            "choices": ["logistic", "linear"],
-        },
-    )
-    reward_margin: float = field(default=0.0, metadata={"help": "Reward by which a demonstration should lead."})
-    reward_label_smoothing: float = field(
-        default=0.0, metadata={"help": "How often a sample may be the better answer, in [0, 0.5); logistic only."}
-    )
-    reward_centring: float = field(
-        default=0.01, metadata={"help": "Weight of the squared sum of a pair's rewards, which keeps them around zero."}
-    )
-    reward_regularisation: float = field(
-        default=1.0, metadata={"help": "ρ of the linear loss: rewards stay within ±1/ρ. Linear only."}
-    )
-    reward_passes: int = field(
-        default=2, metadata={"help": "Passes of a reward phase over the stage's groups (K, in passes)."}
-    )
-    reward_steps: int | None = field(
-        default=None, metadata={"help": "K, optimiser steps of a reward phase; goes before --reward_passes."}
-    )
-    reward_replay_stages: int = field(
-        default=0, metadata={"help": "Fit the reward also on the samples of so many stages before."}
-    )
-    reward_pairs: str = field(
-        default="demonstration_vs_sample",
-        metadata={
-            "help": "What demonstrations are put over: samples of the policy as it is, or also of the initial policy.",
-            "choices": ["demonstration_vs_sample", "demonstration_vs_sample+initial"],
-        },
-    )
-    reward_warmup_stages: int = field(
-        default=1, metadata={"help": "The first so many stages of a run fit the reward and leave the policy as it is."}
-    )
-    early_stopping: str = field(
-        default="saturated",
-        metadata={
-            "help": "End a reward phase whose training accuracy has reached --saturation, or never.",
-            "choices": ["saturated", "never"],
-        },
-    )
-    saturation: float = field(default=0.97, metadata={"help": "Training accuracy at which a reward phase ends."})
-    cut_samples: str = field(
-        default="floor",
-        metadata={
-            "help": "Completions cut at the length limit. floor: the reward compares them only with demonstrations that "
-            "were cut too, and in the policy phase one is never better than the worst of its prompt that ended. "
-            "score: like any other. drop: as floor for the reward, left out of the policy phase.",
-            "choices": ["floor", "score", "drop"],
-        },
-    )
-    preference_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Preference pairs that the reward learns from too: a hub name, folder or file."},
-    )
-    preference_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of the preference pairs."})
-    demonstration_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss of demonstrations over samples."}
-    )
-    reward_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A separate model for the reward, with the policy's tokenizer; by default the policy's base."
-        },
-    )
-    init_reward_from: str | None = field(
-        default=None, metadata={"help": "Start from the reward of an earlier run (its reward folder)."}
-    )
-    holdout_rows: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows kept from training: on them the policy phase waits for the reward, and the best stage is chosen. "
-            "By default a tenth, at least 16 and at most 128."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_samples < 2:
-            raise UserError(
-                f"a sample is judged against the others of its prompt, so {self.num_samples} is too few.",
-                remedy="Use --num_samples 2 or more.",
-                field="num_samples",
-            )
-        if self.replay_stages:
-            raise UserError(
-                "the policy phase takes no old samples.", remedy="Use --reward_replay_stages.", field="replay_stages"
-            )
-        if self.fp16:
-            raise UserError("the reward phase has no loss scaling.", remedy="Use --bf16.", field="fp16")
-        for name in ("reward_passes", "reward_steps", "reward_batch_size", "holdout_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
-        for name in ("reward_replay_stages", "reward_warmup_stages", "beta", "reward_margin", "reward_centring"):
-            if getattr(self, name) < 0:
-                raise UserError(f"must not be below 0, but is {getattr(self, name):g}.", field=name)
-        for name in ("reward_learning_rate", "reward_regularisation"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"must be above 0, not {getattr(self, name):g}.", field=name)
-        if not 0 <= self.reward_label_smoothing < 0.5:
-            raise UserError("must be at least 0 and below 0.5.", field="reward_label_smoothing")
-        if not 0.5 < self.saturation <= 1:
-            raise UserError("must be above 0.5 and at most 1.", field="saturation")
 
 
 class RewardStageTrainer(StageTrainer):
@@ -227,12 +92,20 @@ class RewardStageTrainer(StageTrainer):
         self.reward = self._make_reward(peft_config)
         self.fitter = self._make_fitter(self._preferences(preference_dataset, preference_source))
         self.selection: list[dict[str, Any]] = []
-        self._candidates: dict[int, Candidate] = {}
         self._fitted = -1
-        self._looked_at = ""
         self._initial_policy = fingerprint(self.policy.named_parameters())
         if train_dataset is not None:
-            self.holdout = self._hold_out(train_dataset, options.get("source", "training data"))
+            self.holdout, self.train_dataset = hold_out(
+                train_dataset,
+                self.train_dataset,
+                self.tokenization,
+                rows=args.holdout_rows,
+                seed=args.seed,
+                turns=cast(Turns, args.turns),
+                verifier=args.verifier,
+                source=options.get("source", "training data"),
+            )
+            self.candidates = Candidates(self.store, self.holdout, self.policy, self._kept_rows_sampled)
             self.set_initial_training_values(args, self.get_train_dataloader())
 
     # --- the parts --------------------------------------------------------------------------------------------------
@@ -301,41 +174,6 @@ class RewardStageTrainer(StageTrainer):
             )
         return groups
 
-    def _hold_out(self, dataset: Dataset | IterableDataset, source: str) -> EvaluationSet:
-        """Takes rows out of the training data; streamed data give their first ones."""
-        args, tokenized = self.args, cast(Any, self.train_dataset)
-        if isinstance(dataset, IterableDataset):
-            wanted = args.holdout_rows or 64
-            raw = Dataset.from_list(list(dataset.take(wanted)))
-        else:
-            wanted = args.holdout_rows or max(16, min(128, len(dataset) // 10))
-            if wanted > len(dataset) // 2:
-                raise UserError(
-                    f"{wanted} of {len(dataset)} rows would be kept from training.",
-                    remedy="Give more data, or lower --holdout_rows.",
-                    file=source,
-                    field="holdout_rows",
-                )
-            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
-            raw = dataset.select(sorted(order[:wanted]))
-        rows = EvaluationSet.of(
-            raw, self.tokenization, verifier=args.verifier, turns=cast(Turns, args.turns), source=source
-        )
-        kept = {(group.prompt_ids, group.completions[0].token_ids) for group in rows.groups}
-
-        def trains(row: Mapping[str, Any]) -> bool:  # by content: a stream may repeat, a file may hold a row twice
-            return (tuple(row["prompt_ids"]), tuple(row["demonstration_ids"])) not in kept
-
-        if isinstance(dataset, IterableDataset):
-            self.train_dataset = tokenized.filter(trains)
-            return rows
-        self.train_dataset = tokenized.select([place for place, row in enumerate(tokenized) if trains(row)])
-        if not len(self.train_dataset):
-            raise UserError(
-                "every row is also among those kept from training.", remedy="Give more different rows.", file=source
-            )
-        return rows
-
     @property
     def beta(self) -> float:
         """The temperature: of the KL, and hence of the implicit reward in evaluations."""
@@ -387,7 +225,7 @@ class RewardStageTrainer(StageTrainer):
             self.log({name: value for name, value in found.items() if isinstance(value, (int, float))})
         else:
             self._load_reward(self.stage)
-            self._read_candidates(self.stage)
+            self.candidates.read(self.stage)
             found = _read(folder / "reward.json")
         if not found["policy/phase"]:
             return {row: [] for row in recorded}
@@ -499,7 +337,7 @@ class RewardStageTrainer(StageTrainer):
         reason = self._obstacle(fit, standing, float(np.ptp(flat)))
         if reason and self.stage >= self.args.reward_warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", self.stage, reason)
-        self._forget_all_but(0, self._best(standings), max(standings))
+        self.candidates.forget_all_but(0, self.candidates.best(standings), max(standings))
         return found | {"policy/phase": int(reason is None), "reason": reason}
 
     def _obstacle(self, fit: dict[str, float], standing: Standing, spread: float) -> str | None:
@@ -535,70 +373,18 @@ class RewardStageTrainer(StageTrainer):
     # --- the rows kept from training --------------------------------------------------------------------------------
 
     def _look(self, stage: int) -> None:
-        """Draw samples of the policy as it stands for the kept rows, unless it is still the one looked at last."""
-        folder = self.store.path(stage)
-        name = fingerprint(self.policy.named_parameters())
-        self._read_candidates(stage - 1)
-        recorded = folder / "candidate.json"
-        if recorded.exists() and _read(recorded)["policy"] == name and self._is_of_kept_rows(stage):
-            self._read_candidates(stage)
-            self._count_samples(self._candidates[stage].groups)  # no checkpoint has counted them yet
-            return
-        recorded.unlink(missing_ok=True)
-        if self._looked_at == name:
-            return
+        """Make a candidate of the policy as it stands, if it is a new one."""
         begin = time.perf_counter()
-        with self.progress.phase(f"stage {stage}: kept rows", len(self.holdout.groups)):
-            groups = self.with_reference(self.with_samples(self.holdout.groups, stage=_KEPT_ROWS))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.store.write_groups(stage, "holdout", groups, self.tokenization.text)
-        save_weights(self._policy_weights, folder / "policy.safetensors")
-        write_json(recorded, {"policy": name, "stage": stage, "settings": self.store.settings})
-        self._candidates[stage] = Candidate.of(stage, groups, self.holdout)
-        self._looked_at = name
-        self._count_samples(groups)
+        self._count_samples(self.candidates.look(stage))
         self.took("holdout", time.perf_counter() - begin)
 
-    @property
-    def _policy_weights(self) -> list[nn.Parameter]:
-        return [p for p in self.policy.parameters() if p.requires_grad]
-
-    def _read_candidates(self, last: int) -> None:
-        """Candidates that a killed run left, up to a stage."""
-        for stage in range(last + 1):
-            path = self.store.path(stage) / "candidate.json"
-            if stage not in self._candidates and path.exists():
-                if not self._is_of_kept_rows(stage):
-                    raise UserError(
-                        "the rows kept from training, or the sampling settings, differ from the first run's.",
-                        remedy="Resume with the data and settings of the first run.",
-                        file=str(path),
-                    )
-                self._candidates[stage] = Candidate.of(stage, self.store.groups(stage, "holdout"), self.holdout)
-                self._looked_at = _read(path)["policy"]
-
-    def _is_of_kept_rows(self, stage: int) -> bool:
-        """Whether a recorded candidate answers the kept rows of this run, under its settings."""
-        found = [(group.prompt_ids, group.completions[0]) for group in self.store.groups(stage, "holdout")]
-        return found == [(group.prompt_ids, group.completions[0]) for group in self.holdout.groups] and (
-            _read(self.store.path(stage) / "candidate.json")["settings"] == self.store.settings
-        )
+    def _kept_rows_sampled(self, groups: list[Group]) -> list[Group]:
+        with self.progress.phase("sampling for the kept rows", len(groups)):
+            return self.with_reference(self.with_samples(groups, stage=_KEPT_ROWS))
 
     def _standings(self) -> dict[int, Standing]:
         """Every candidate through the reward as it is now."""
-        candidates = [candidate for _, candidate in sorted(self._candidates.items())]
-        found = compare(candidates, self.reward, beta=self.args.beta, cut_samples=self._cut_samples)
-        return {standing.candidate.stage: standing for standing in found}
-
-    def _best(self, standings: dict[int, Standing]) -> int:
-        """The stage with the highest objective among those whose weights are still there."""
-        kept = [stage for stage in standings if (self.store.path(stage) / "policy.safetensors").exists()]
-        return max(kept, key=lambda stage: standings[stage].objective)
-
-    def _forget_all_but(self, *stages: int) -> None:
-        """Remove the weights of candidates that will not be chosen; their samples stay."""
-        for stage in self._candidates.keys() - set(stages):
-            (self.store.path(stage) / "policy.safetensors").unlink(missing_ok=True)
+        return self.candidates.standings(self.reward, beta=self.args.beta, cut_samples=self._cut_samples)
 
     def train(self, *args, **kwargs):
         """As the engine's; then the policy is set to the stage that does best on the kept rows by reward and KL."""
@@ -609,8 +395,8 @@ class RewardStageTrainer(StageTrainer):
             self._load_reward(self.stage)
         self._look(self.stage + 1)
         standings = self._standings()
-        best = self._best(standings)
-        load_weights(self._policy_weights, self.store.path(best) / "policy.safetensors")
+        best = self.candidates.best(standings)
+        self.candidates.restore(best)
         self.selection = [standing.to_dict(chosen=stage == best) for stage, standing in standings.items()]
         return output
 

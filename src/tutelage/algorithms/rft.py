@@ -20,7 +20,8 @@ from tutelage.losses import (
     leave_one_out_advantages,
     policy_gradient_loss,
 )
-from tutelage.reward_stage_trainer import RewardStageConfig, RewardStageTrainer
+from tutelage.reward_stage_config import RewardStageConfig
+from tutelage.reward_stage_trainer import RewardStageTrainer
 
 __all__ = ["RFTConfig", "RFTTrainer"]
 

@@ -1,0 +1,261 @@
+"""The policies that a run passes through, seen on the rows kept from training, and the choice among them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from tutelage.errors import UserError
+from tutelage.evaluation.policy import EvaluationSet
+from tutelage.evaluation.statistics import Interval, mean_interval
+from tutelage.groups import Group
+from tutelage.models import fingerprint, load_weights, save_weights
+from tutelage.rewards.base import Reward
+from tutelage.rewards.fitting import CutSamples, contrast, reward_scale, with_cut_floor
+from tutelage.stages import StageStore, write_json
+
+__all__ = ["Candidate", "Candidates", "Standing", "compare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A policy that a run passed through, seen through its samples for the rows kept from training.
+
+    Attributes:
+        stage: the number of stages that made it; 0 is the start.
+        groups: each row's demonstration and samples, with ``old_logps`` under the policy and ``reference_logps``
+            under π_0.
+        gold: the verifier's score of each sample, by row; None without a verifier.
+    """
+
+    stage: int
+    groups: list[Group]
+    gold: list[list[float]] | None = None
+
+    @staticmethod
+    def of(stage: int, groups: list[Group], rows: EvaluationSet) -> Candidate:
+        """The policy's samples, scored by the rows' verifier if there is one."""
+        gold = None
+        if rows.verifier is not None:
+            gold = [
+                [rows.verify(index, sample.token_ids) for sample in group.completions[1:]]
+                for index, group in enumerate(groups)
+            ]
+        return Candidate(stage, groups, gold)
+
+    @property
+    def kl(self) -> float:
+        """Estimate of KL(π‖π_0): mean of log π − log π_0 over the samples (nats a sequence)."""
+        return float(
+            np.mean(
+                [
+                    now - then
+                    for group in self.groups
+                    for now, then in zip(group.old_logps[1:], group.reference_logps[1:], strict=True)  # type: ignore[index]
+                ]
+            )
+        )
+
+    @property
+    def demonstration_logp(self) -> float:
+        """Mean log π of the demonstrations (nats a sequence)."""
+        return float(np.mean([group.old_logps[0] for group in self.groups]))  # type: ignore[index]
+
+    def rewards(self, reward: Reward) -> list[list[float]]:
+        """Rewards of each row's demonstration and samples."""
+        values = iter(reward.score(self.groups).tolist())
+        return [[next(values) for _ in group.completions] for group in self.groups]
+
+    def samples(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> list[list[float]]:
+        """What ``rewards`` gives each row's samples, with what is done about cut ones."""
+        samples = [list(row[1:]) for row in rewards]
+        if cut_samples == "floor":
+            ended = [[c.ended for c in group.completions[1:]] for group in self.groups]
+            samples = [with_cut_floor(row, whole) for row, whole in zip(samples, ended, strict=True)]
+        return samples
+
+    def accuracy(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> Interval | None:
+        """How often the demonstration is over a sample, a row counting once; a tie counts half."""
+        rows = []
+        for group, values in zip(self.groups, rewards, strict=True):
+            compared = contrast(replace(group, rewards=tuple(values)), cut_samples)
+            if compared is not None:
+                gaps = compared.rewards[0] - np.array(compared.rewards[1:])  # type: ignore[index]
+                rows.append(float(np.mean((np.sign(gaps) + 1) / 2)))
+        return mean_interval(rows) if rows else None
+
+    def gold_gap(self, samples: Sequence[Sequence[float]]) -> float | None:
+        """Mean reward of right samples minus that of wrong ones."""
+        if self.gold is None:
+            return None
+        scored = [
+            (reward, gold >= 1)
+            for rewards, golds in zip(samples, self.gold, strict=True)
+            for reward, gold in zip(rewards, golds, strict=True)
+        ]
+        right, wrong = [r for r, good in scored if good], [r for r, good in scored if not good]
+        return float(np.mean(right) - np.mean(wrong)) if right and wrong else None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a candidate looks through a reward.
+
+    Attributes:
+        reward: mean reward of its samples, with the interval over rows.
+        accuracy: how often the reward puts a demonstration over a sample; None where nothing can be compared.
+        objective: E r / scale − β KL, what the policy phase raises; the scale is that of all candidates compared.
+        gold_gap: mean reward of right samples minus that of wrong ones, where there are both.
+    """
+
+    candidate: Candidate
+    reward: Interval
+    accuracy: Interval | None
+    objective: float
+    gold_gap: float | None
+
+    def to_dict(self, *, chosen: bool) -> dict[str, Any]:
+        """An entry of the ``selection`` in results.json."""
+        gold = self.candidate.gold
+        return {
+            "stage": self.candidate.stage,
+            "reward": self.reward.mean,
+            "reward_low": self.reward.low,
+            "reward_high": self.reward.high,
+            "kl": self.candidate.kl,
+            "objective": self.objective,
+            "gold": None if gold is None else float(np.mean(gold)),
+            "chosen": chosen,
+        }
+
+
+def compare(
+    candidates: Sequence[Candidate], reward: Reward, *, beta: float, cut_samples: CutSamples
+) -> list[Standing]:
+    """Look at candidates through one reward, on one scale: only differences of a reward mean anything.
+
+    Args:
+        candidates: of the same rows.
+        beta: weight of the KL, in units of scaled reward a nat.
+        cut_samples: as the reward phase treats them.
+    """
+    rewards = [candidate.rewards(reward) for candidate in candidates]
+    samples = [c.samples(values, cut_samples) for c, values in zip(candidates, rewards, strict=True)]
+    scale = reward_scale([row for rows in samples for row in rows])
+    return [
+        Standing(
+            candidate=candidate,
+            reward=mean_interval([float(np.mean(row)) for row in rows]),
+            accuracy=candidate.accuracy(values, cut_samples),
+            objective=float(np.mean(rows)) / scale - beta * candidate.kl,
+            gold_gap=candidate.gold_gap(rows),
+        )
+        for candidate, values, rows in zip(candidates, rewards, samples, strict=True)
+    ]
+
+
+class Candidates:
+    """Records the policies that a run passes through beside its stages, and sets the policy back to one of them.
+
+    Args:
+        store: the run's stages.
+        rows: those kept from training.
+        policy: whose trained weights are recorded.
+        draw: gives the rows' groups with samples, ``old_logps`` and ``reference_logps`` of the policy as it stands.
+    """
+
+    def __init__(
+        self,
+        store: StageStore,
+        rows: EvaluationSet,
+        policy: nn.Module,
+        draw: Callable[[list[Group]], list[Group]],
+    ):
+        self.store, self.rows, self.policy, self.draw = store, rows, policy, draw
+        self.by_stage: dict[int, Candidate] = {}
+        self._last = ""
+
+    def look(self, stage: int) -> list[Group]:
+        """Record the policy as it stands, unless it is still the one looked at last.
+
+        Returns:
+            the kept rows' groups if they were sampled for this look, by this process or by one that was killed; else none.
+        """
+        name = fingerprint(self.policy.named_parameters())
+        self.read(stage - 1)
+        path = self._path(stage, "candidate.json")
+        if path.exists() and self._record(stage)["policy"] == name and self._is_of_these_rows(stage):
+            self.read(stage)
+            return self.by_stage[stage].groups
+        path.unlink(missing_ok=True)
+        if self._last == name:
+            return []
+        groups = self.draw(self.rows.groups)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.store.write_groups(stage, "holdout", groups, self.rows.tokenization.text)
+        save_weights(self._weights, self._path(stage, "policy.safetensors"))
+        write_json(path, {"policy": name, "stage": stage, "settings": self.store.settings})
+        self.by_stage[stage] = Candidate.of(stage, groups, self.rows)
+        self._last = name
+        return groups
+
+    def read(self, last: int) -> None:
+        """Take in candidates that a killed run left, up to a stage.
+
+        Raises:
+            UserError: they are of other rows or were drawn under other settings.
+        """
+        for stage in range(last + 1):
+            path = self._path(stage, "candidate.json")
+            if stage in self.by_stage or not path.exists():
+                continue
+            if not self._is_of_these_rows(stage):
+                raise UserError(
+                    "the rows kept from training, or the sampling settings, differ from the first run's.",
+                    remedy="Resume with the data and settings of the first run.",
+                    file=str(path),
+                )
+            self.by_stage[stage] = Candidate.of(stage, self.store.groups(stage, "holdout"), self.rows)
+            self._last = self._record(stage)["policy"]
+
+    def standings(self, reward: Reward, *, beta: float, cut_samples: CutSamples) -> dict[int, Standing]:
+        """Every candidate through a reward, by stage in order."""
+        found = compare([c for _, c in sorted(self.by_stage.items())], reward, beta=beta, cut_samples=cut_samples)
+        return {standing.candidate.stage: standing for standing in found}
+
+    def best(self, standings: dict[int, Standing]) -> int:
+        """The stage with the highest objective among those whose weights are still there."""
+        kept = [stage for stage in standings if self._path(stage, "policy.safetensors").exists()]
+        return max(kept, key=lambda stage: standings[stage].objective)
+
+    def forget_all_but(self, *stages: int) -> None:
+        """Remove the weights of the other candidates; their samples stay."""
+        for stage in self.by_stage.keys() - set(stages):
+            self._path(stage, "policy.safetensors").unlink(missing_ok=True)
+
+    def restore(self, stage: int) -> None:
+        """Set the policy back to a candidate."""
+        load_weights(self._weights, self._path(stage, "policy.safetensors"))
+
+    @property
+    def _weights(self) -> list[nn.Parameter]:
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def _path(self, stage: int, name: str) -> Path:
+        return self.store.path(stage) / name
+
+    def _record(self, stage: int) -> dict[str, Any]:
+        return json.loads(self._path(stage, "candidate.json").read_text(encoding="utf-8"))
+
+    def _is_of_these_rows(self, stage: int) -> bool:
+        """Whether a recorded candidate answers the kept rows of this run, under its settings."""
+        found = [(group.prompt_ids, group.completions[0]) for group in self.store.groups(stage, "holdout")]
+        return found == [(group.prompt_ids, group.completions[0]) for group in self.rows.groups] and (
+            self._record(stage)["settings"] == self.store.settings
+        )
