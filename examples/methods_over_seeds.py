@@ -47,7 +47,7 @@ from tutelage.stages import write_json
 
 TASKS = {
     "chain_sum": ({"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, 16),
-    "word_sequence_reversal": ({"min_words": 6, "max_words": 8}, 32),
+    "word_sequence_reversal": ({"min_words": 4, "max_words": 5}, 24),
 }
 
 
@@ -208,7 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--test_rows", type=int, default=100)
     parser.add_argument("--num_samples", type=int, default=4)
-    parser.add_argument("--answers", type=int, default=4, help="Answers a held-out row that accuracy is the mean of.")
+    parser.add_argument("--answers", type=int, default=2, help="Answers a held-out row that accuracy is the mean of.")
     parser.add_argument("--best_of", type=int, default=8)
     parser.add_argument("--methods", nargs="+", default=["continued-sft", "spin", "irft", "rft"])
     parser.add_argument("--settings", default="{}", help='JSON: settings by method, as {"rft": {"beta": 0.2}}.')

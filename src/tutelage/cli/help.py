@@ -81,12 +81,15 @@ def help_text(
         shown = [entry for entry in entries if entry.init and (everything or entry.name in listed)]
         lines += ["", f"{title}:"] if shown else []
         for entry in shown:
-            lines += [f"  --{entry.name}", *_wrapped(_explained(entry), indent=6)]
+            declared = next((cls for cls in config.__mro__ if entry.name in inspect.get_annotations(cls)), config)
+            own = declared.__module__.startswith("tutelage.")
+            lines += [f"  --{entry.name}", *_wrapped(_explained(entry, own=own), indent=6)]
     return "\n".join(lines)
 
 
-def _explained(entry: Field[Any]) -> str:
-    text = _COMMON.get(entry.name) or str(entry.metadata.get("help", "")).replace("%%", "%")
+def _explained(entry: Field[Any], *, own: bool) -> str:
+    """Our words for a field; those we have for a library's field, unless one of our configs ``own``s it, or the library's."""
+    text = (None if own else _COMMON.get(entry.name)) or str(entry.metadata.get("help", "")).replace("%%", "%")
     default = entry.default if entry.default_factory is MISSING else entry.default_factory()
     choices = entry.metadata.get("choices")
     notes = [f"one of {', '.join(choices)}"] if choices else []
