@@ -164,7 +164,7 @@ def best_of_n(trainer: RFTTrainer, rows: EvaluationSet, n: int) -> dict[str, flo
 
 def table(found: dict[str, dict[str, Any]], task: str) -> Table:
     """Means over seeds with their standard deviation, and the paired difference from continued SFT."""
-    view = Table(title=f"{task}, {len(found)} seeds: mean ± standard deviation over seeds")
+    view = Table(title=f"{task}: mean ± standard deviation over seeds")
     for column in (
         "run",
         "sampled accuracy",
@@ -177,11 +177,12 @@ def table(found: dict[str, dict[str, Any]], task: str) -> Table:
         view.add_column(column)
     names = list(dict.fromkeys(name for seed in found.values() for name in seed if name != "best_of_n"))
     for name in names:
-        runs = [seed[name] for seed in found.values()]
-        control = [seed.get("continued-sft", seed["sft"])["sampled"] for seed in found.values()]
+        seeds = [seed for seed in found.values() if name in seed]
+        runs = [seed[name] for seed in seeds]
+        control = [seed.get("continued-sft", seed["sft"])["sampled"] for seed in seeds]
         difference = [run["sampled"] - other for run, other in zip(runs, control, strict=True)]
         view.add_row(
-            name,
+            f"{name} ({len(runs)} seeds)",
             spread([run["sampled"] for run in runs]),
             spread(difference),
             spread([run["demonstration_logp"] for run in runs]),

@@ -963,3 +963,37 @@ def test_the_command_line(training, command, monkeypatch, guesser, marks):
     shown = command("score", "--reward", out / "reward", "--dataset_name", pairs, "--output", scored)
     assert "accuracy, preferred over rejected" in shown
     assert len(scored.read_text(encoding="utf-8").splitlines()) == 6
+
+
+def test_passes_go_over_the_samples_of_a_stage_again(training):
+    """Each pass trains on the same scored samples; from the second on the policy is no longer the one that drew them."""
+    trainer, seen = make(training, policy_passes=3, per_device_train_batch_size=4, **SGD), []
+    step_of, loss = trainer._step_of, trainer.loss
+
+    def watched(groups, logps, counts):
+        seen[-1][1].append(
+            (logps.detach() - torch.tensor([x for g in groups for x in g.old_logps])).abs().max().item()
+        )
+        return loss(groups, logps, counts)
+
+    def noted(batches):
+        seen.append((trainer.stage, [], frozenset(group for batch in batches for group in batch)))
+        return step_of(batches)
+
+    trainer.loss, trainer._step_of = watched, noted
+    trainer.train()
+    assert trainer.state.global_step == 12
+    for stage in (0, 1):
+        steps = [(distances, groups) for at, distances, groups in seen if at == stage]
+        assert [groups for _, groups in steps[:2]] * 3 == [groups for _, groups in steps], (
+            "the same, in the same order"
+        )
+        moved = [max(distances) for distances, _ in steps if distances]
+        assert len(moved) == 6, "each step of the policy phase had something to train on"
+        assert moved[0] < 1e-4 < 1e-3 < moved[2]
+
+
+def test_streamed_data_have_one_pass(training):
+    data = training.rows(20).to_iterable_dataset()
+    with pytest.raises(UserError, match="policy_passes"):
+        make(training, data=data, policy_passes=2, max_steps=4)

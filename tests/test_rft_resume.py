@@ -242,3 +242,19 @@ def test_a_record_of_the_start_of_something_else_is_thrown_away(training, change
     assert recorded["settings"]["temperature"] == again.args.temperature
     found = [(group.prompt_ids, group.completions[:1]) for group in again.store.groups(0, "holdout")]
     assert found == [(group.prompt_ids, group.completions) for group in again.holdout.groups]
+
+
+@pytest.mark.parametrize(("step", "checkpoint"), [(7, 6), (11, 9), (4, 4)])
+def test_killed_inside_the_passes_of_a_stage(training, step, checkpoint):
+    """Two passes of two steps a stage: stages begin at 0, 4 and 8."""
+    settings = {"policy_passes": 2}
+    whole = make(training, "whole", **settings)
+    whole.train()
+    assert whole.state.global_step == 12
+    with pytest.raises(Killed):
+        make(training, callbacks=[KillAt("on_step_begin", step)], **settings).train()
+    resumed = resume(training, settings, checkpoint)
+    assert_equal(weights(resumed), weights(whole))
+    assert_equal(resumed.reward.parameters, whole.reward.parameters)
+    assert resumed.selection == whole.selection
+    assert (resumed.trained_tokens, resumed.sampled_tokens) == (whole.trained_tokens, whole.sampled_tokens)

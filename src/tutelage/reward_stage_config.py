@@ -30,6 +30,13 @@ class RewardStageConfig(StageConfig):
             "noisy steps learn more from a stage's samples than a few exact ones."
         },
     )
+    policy_passes: int = field(
+        default=1,
+        metadata={
+            "help": "How often the policy phase goes over a stage's samples; the importance ratios are clipped. Several at a "
+            "lower learning rate cost time and keep the policy nearer to π_0."
+        },
+    )
     beta: float = field(
         default=0.1,
         metadata={"help": "Weight of the KL to π_0, in units of reward a nat. Larger holds the policy nearer."},
@@ -132,7 +139,7 @@ class RewardStageConfig(StageConfig):
             )
         if self.fp16:
             raise UserError("the reward phase has no loss scaling.", remedy="Use --bf16.", field="fp16")
-        for name in ("reward_passes", "reward_steps", "reward_batch_size", "holdout_rows"):
+        for name in ("policy_passes", "reward_passes", "reward_steps", "reward_batch_size", "holdout_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
         for name in ("reward_replay_stages", "reward_warmup_stages", "beta", "reward_margin", "reward_centring"):

@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from tutelage.data.demonstrations import Turns
@@ -47,7 +48,7 @@ from tutelage.rewards.fitting import (
     with_cut_floor,
 )
 from tutelage.stage_trainer import StageTrainer
-from tutelage.stages import write_json
+from tutelage.stages import StagePasses, write_json
 
 __all__ = ["RewardStageTrainer"]
 
@@ -178,6 +179,42 @@ class RewardStageTrainer(StageTrainer):
     def beta(self) -> float:
         """The temperature: of the KL, and hence of the implicit reward in evaluations."""
         return self.args.beta
+
+    @property
+    def passes(self) -> int:
+        """Passes of the policy phase over a stage's samples."""
+        return self.args.policy_passes
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers'; with several passes a stage's batches come several times.
+
+        Raises:
+            UserError: several passes over streamed data.
+        """
+        if self.passes == 1:
+            return super().get_train_dataloader()
+        if isinstance(self.train_dataset, IterableDataset):
+            raise UserError(
+                "streamed data can be gone over once.", remedy="Leave --policy_passes at 1.", field="policy_passes"
+            )
+        args, rows = self.args, cast(Any, self.train_dataset)
+        batches = StagePasses(
+            len(rows),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.stages_per_epoch,
+            self.passes,
+            args.seed,
+        )
+        return self.accelerator.prepare(
+            DataLoader(
+                rows,
+                batch_sampler=cast(Any, batches),
+                collate_fn=self.data_collator,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=args.dataloader_pin_memory,
+            )
+        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As the engine's, without dropout: π_t was scored without, and importance ratios should start at 1."""

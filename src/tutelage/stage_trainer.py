@@ -127,7 +127,7 @@ class StageTrainer(DemonstrationTrainer):
     def set_initial_training_values(self, args, dataloader):
         """As transformers'; here the number of steps in an epoch becomes known, and with it the stages."""
         values = super().set_initial_training_values(args, dataloader)
-        self.schedule = StageSchedule(steps_per_epoch=values[1], stages_per_epoch=self.args.stages_per_epoch)
+        self.schedule = StageSchedule(values[1] // self.passes, self.args.stages_per_epoch, self.passes)
         self._steps.clear()
         return values
 
@@ -136,6 +136,11 @@ class StageTrainer(DemonstrationTrainer):
         if not self._steps:
             self._begin_stage(epoch_iterator)
         return self._step_of(self._steps.popleft() if self._steps else [])
+
+    @property
+    def passes(self) -> int:
+        """How often the steps of a stage go over its samples."""
+        return 1
 
     @property
     def needs_samples(self) -> bool:
