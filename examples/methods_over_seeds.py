@@ -47,7 +47,7 @@ from tutelage.stages import write_json
 
 TASKS = {
     "chain_sum": ({"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, 16),
-    "word_sequence_reversal": ({"min_words": 4, "max_words": 5}, 24),
+    "word_sequence_reversal": ({"min_words": 5, "max_words": 6}, 24),
 }
 
 
@@ -167,9 +167,9 @@ def table(found: dict[str, dict[str, Any]], task: str) -> Table:
     view = Table(title=f"{task}: mean ± standard deviation over seeds")
     for column in (
         "run",
-        "sampled accuracy",
-        "greedy",
-        "sampled − continued SFT",
+        "accuracy",
+        "accuracy − continued SFT",
+        "held-out log π(demonstration), nats",
         "trained tokens",
         "sampled tokens",
         "s",
@@ -219,11 +219,15 @@ def main() -> None:
     console = Console(width=140)
     path = Path(options.output_dir) / f"{options.task}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    asked = {name: getattr(options, name) for name in ("rows", "test_rows", "num_samples", "answers", "settings")}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"options": asked, "seeds": {}}
+    if stored["options"] != asked:
+        raise SystemExit(f"{path} holds a run with other options: {stored['options']}. Give another --output_dir.")
+    found = stored["seeds"]
     for seed in options.seeds:
         if str(seed) not in found:
             found[str(seed)] = run_seed(options, seed, console)
-            write_json(path, found)
+            write_json(path, stored)
     console.print(table(found, options.task))
     picks = [seed["best_of_n"] for seed in found.values() if "best_of_n" in seed]
     if picks:

@@ -100,7 +100,7 @@ def run_seed(options: argparse.Namespace, seed: int, console: Console) -> dict[s
         ("irft", IRFTConfig, IRFTTrainer, {"num_samples": options.num_samples}),
         ("spin", SPINConfig, SPINTrainer, {"num_samples": options.num_samples}),
     ):
-        if name not in options.implicit:
+        if name not in ("sft", *options.implicit):
             continue
         with TerminalProgress(console, f"seed {seed} {name}") as progress:
             trainer = trainer_class(
@@ -151,16 +151,20 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--reward_learning_rate", type=float, default=3e-4)
     parser.add_argument("--max_prompt_length", type=int, default=80)
-    parser.add_argument("--implicit", nargs="*", default=["sft", "irft", "spin"])
+    parser.add_argument("--implicit", nargs="*", default=["irft", "spin"])
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     console, path = Console(width=120), Path(options.output_dir) / "reward_accuracy.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    asked = {name: value for name, value in vars(options).items() if name not in ("seeds", "output_dir")}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"options": asked, "seeds": {}}
+    if stored["options"] != asked:
+        raise SystemExit(f"{path} holds a run with other options: {stored['options']}. Give another --output_dir.")
+    found = stored["seeds"]
     for seed in options.seeds:
         if str(seed) not in found:
             found[str(seed)] = run_seed(options, seed, console)
-            write_json(path, found)
+            write_json(path, stored)
     view = Table(title=f"ranked right on held-out pairs, {len(found)} seed(s)")
     for column in ("reward", "accuracy", "95% interval over pairs", "standard deviation over seeds"):
         view.add_column(column)

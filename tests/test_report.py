@@ -266,7 +266,7 @@ class TestVerdicts:
     def test_which_policy_was_kept(self):
         kept, hacking = sentences(rft())[1:]
         assert kept == (
-            "rft kept the policy after 3 stages: held-out learned reward 1.50 at 3.40 nats KL, objective (reward − β·KL) "
+            "rft kept the policy after 3 stages: held-out learned reward 1.50 at 3.40 nats KL, objective (reward/scale − β·KL) "
             "1.16 against 0.00 at the start, gold score 0.55 against 0.40."
         )
         assert hacking == (
@@ -277,7 +277,7 @@ class TestVerdicts:
     def test_the_start_was_kept(self):
         chosen = [candidate(0, 0.0, 0.0, chosen=True), candidate(2, 0.2, 6.0), candidate(1, 0.1, 2.0)]
         assert sentences(rft(selection=chosen))[1:] == [
-            "rft kept the policy that it started from: no stage beat it; its objective (held-out learned reward − β·KL) is "
+            "rft kept the policy that it started from: no stage beat it; its objective (held-out learned reward/scale − β·KL) is "
             "0.00, that of the best other, after 1 stage, −0.10."
         ]
 

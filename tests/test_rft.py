@@ -487,7 +487,8 @@ def test_cut_samples(training, cut_samples, rewards, compared):
     assert all(group.rewards == pytest.approx(rewards) for group in policy)
     assert all(len(group.completions) == 1 + compared for group in reward)
     assert {c.kind for group in policy for c in group.completions} == {Kind.SAMPLE}
-    mean = sum(rewards) / len(rewards) if cut_samples == "floor" else 0.2
+    # In the choice among policies a sample that was left out counts as the worst of all, 0.1.
+    mean = (0.1 + 0.3 + 0.2) / 3 if cut_samples == "score" else (0.1 + 0.1 + 0.2) / 3
     assert history(trainer, "holdout/reward")[0] == pytest.approx(mean)
 
 
@@ -997,3 +998,24 @@ def test_streamed_data_have_one_pass(training):
     data = training.rows(20).to_iterable_dataset()
     with pytest.raises(UserError, match="policy_passes"):
         make(training, data=data, policy_passes=2, max_steps=4)
+
+
+def test_neither_rows_nor_pairs_of_a_kept_prompt_train(training):
+    """The natural call gives the same file twice; a reward that knew the kept answers would pass any gate."""
+    rows = [
+        {"prompt": f"Is {i}?", "chosen": answer, "rejected": " No"}
+        for i in range(20)
+        for answer in (" It is.", " So it is.")
+    ]
+    data = Dataset.from_list(rows)
+    trainer = make(training, data=data, options={"preference_dataset": data})
+    kept = {group.prompt_ids for group in trainer.holdout.groups}
+    assert kept
+    assert kept.isdisjoint(tuple(row["prompt_ids"]) for row in trainer.train_dataset)
+    assert trainer.fitter.preferences
+    assert kept.isdisjoint(pair.prompt_ids for pair in trainer.fitter.preferences)
+
+
+def test_a_preference_dataset_that_nobody_loads_is_an_error(training):
+    with pytest.raises(UserError, match="given no preference data"):
+        make(training, preference_dataset="pairs.jsonl")

@@ -231,10 +231,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Within, the model drops nothing even in training mode, which activation checkpointing needs."""
     saved = [
-        (module, name, getattr(module, name))
+        (module, name, value)
         for module in model.modules()
-        for name in (("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",))
-        if isinstance(getattr(module, name, None), float)
+        for name, value in vars(module).items()
+        if isinstance(value, float) and (name == "p" if isinstance(module, nn.Dropout) else "dropout" in name)
     ]
     for module, name, _ in saved:
         setattr(module, name, 0.0)

@@ -142,7 +142,15 @@ class RewardStageConfig(StageConfig):
         for name in ("policy_passes", "reward_passes", "reward_steps", "reward_batch_size", "holdout_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
-        for name in ("reward_replay_stages", "reward_warmup_stages", "beta", "reward_margin", "reward_centring"):
+        for name in (
+            "preference_weight",
+            "demonstration_weight",
+            "reward_replay_stages",
+            "reward_warmup_stages",
+            "beta",
+            "reward_margin",
+            "reward_centring",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"must not be below 0, but is {getattr(self, name):g}.", field=name)
         for name in ("reward_learning_rate", "reward_regularisation"):

@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import preference_group_from_row, tokenize_dataset
-from tutelage.errors import UserError
+from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.candidates import Candidates, Standing
 from tutelage.evaluation.holdout import hold_out
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
@@ -44,8 +44,8 @@ from tutelage.rewards.fitting import (
     RewardFitter,
     RewardObjective,
     contrast,
+    policy_rewards,
     reward_scale,
-    with_cut_floor,
 )
 from tutelage.stage_trainer import StageTrainer
 from tutelage.stages import StagePasses, write_json
@@ -90,11 +90,7 @@ class RewardStageTrainer(StageTrainer):
         if peft_config is None and isinstance(self.policy, PeftModel):
             peft_config = copy.deepcopy(self.policy.active_peft_config)
             peft_config.base_model_name_or_path = None
-        self.reward = self._make_reward(peft_config)
-        self.fitter = self._make_fitter(self._preferences(preference_dataset, preference_source))
-        self.selection: list[dict[str, Any]] = []
-        self._fitted = -1
-        self._initial_policy = fingerprint(self.policy.named_parameters())
+        kept_prompts: set[tuple[int, ...]] = set()
         if train_dataset is not None:
             self.holdout, self.train_dataset = hold_out(
                 train_dataset,
@@ -106,6 +102,14 @@ class RewardStageTrainer(StageTrainer):
                 verifier=args.verifier,
                 source=options.get("source", "training data"),
             )
+            kept_prompts = {group.prompt_ids for group in self.holdout.groups}
+        self.reward = self._make_reward(peft_config)
+        preferences = self._preferences(preference_dataset, preference_source)
+        self.fitter = self._make_fitter([pair for pair in preferences if pair.prompt_ids not in kept_prompts])
+        self.selection: list[dict[str, Any]] = []
+        self._fitted = -1
+        self._initial_policy = fingerprint(self.policy.named_parameters())
+        if train_dataset is not None:
             self.candidates = Candidates(self.store, self.holdout, self.policy, self._kept_rows_sampled)
             self.set_initial_training_values(args, self.get_train_dataloader())
 
@@ -163,6 +167,12 @@ class RewardStageTrainer(StageTrainer):
 
     def _preferences(self, dataset: Dataset | None, source: str) -> list[Group]:
         if dataset is None:
+            if self.args.preference_dataset:
+                raise UserError(
+                    "the trainer was given no preference data.",
+                    remedy="Load them (tutelage.data.load_dataset) and hand them over as preference_dataset.",
+                    field="preference_dataset",
+                )
             return []
         rows = tokenize_dataset(dataset, self.tokenization, turns=cast(Turns, self.args.turns), source=source)
         groups = [group for row in rows if (group := preference_group_from_row(cast(dict, row))) is not None]
@@ -173,7 +183,9 @@ class RewardStageTrainer(StageTrainer):
                 file=source,
                 field="preference_dataset",
             )
-        return groups
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        compared = [contrast(groups[index], self._cut_samples) for index in order]
+        return [group for group in compared if group is not None]
 
     @property
     def beta(self) -> float:
@@ -257,7 +269,9 @@ class RewardStageTrainer(StageTrainer):
                     self._save_reward()
                 self.took("reward", time.perf_counter() - begin)
             self.store.write_groups(self.stage, "scored", scored, self.tokenization.text)
+            begin = time.perf_counter()
             found = self._judge(scored, fit)
+            self.took("holdout", time.perf_counter() - begin)
             write_json(folder / "reward.json", found)
             self.log({name: value for name, value in found.items() if isinstance(value, (int, float))})
         else:
@@ -318,7 +332,9 @@ class RewardStageTrainer(StageTrainer):
         if stage >= 0:
             folder = self.store.path(stage)
             load_weights(self.reward.parameters, folder / "reward.safetensors")
-            self.fitter.load_state_dict(torch.load(folder / "reward-optimizer.pt", weights_only=True))
+            self.fitter.load_state_dict(
+                torch.load(folder / "reward-optimizer.pt", weights_only=True, map_location="cpu")
+            )
         self._fitted = self.stage
 
     def _standing_negatives(self, groups: list[Group]) -> list[Group]:
@@ -339,7 +355,10 @@ class RewardStageTrainer(StageTrainer):
     def _scored(self, groups: list[Group]) -> list[Group]:
         scores = self.reward.scores(groups)
         if not np.isfinite(np.concatenate(scores)).all():
-            raise self.non_finite("reward of a completion", float("nan"))
+            raise NonFiniteLossError(
+                f"the reward of a completion is not finite after the reward phase of stage {self.stage}.",
+                remedy="Lower --reward_learning_rate.",
+            )
         return [replace(group, rewards=values) for group, values in zip(groups, scores, strict=True)]
 
     def _judge(self, scored: list[Group], fit: dict[str, float]) -> dict[str, Any]:
@@ -361,7 +380,10 @@ class RewardStageTrainer(StageTrainer):
             "holdout/kl": candidate.kl,
             "holdout/demonstration_logp": candidate.demonstration_logp,
             "policy/entropy": _entropy(scored),
-            "scale": reward_scale([_policy_rewards(group, self._cut_samples) for group in scored]),
+            "scale": reward_scale([policy_rewards(group, self._cut_samples) for group in scored]),
+            "samples/left_out": float(
+                np.mean([r is None for g in scored for r in policy_rewards(g, self._cut_samples)])
+            ),
         }
         if standing.accuracy is not None:
             found |= {"holdout/accuracy": standing.accuracy.mean, "holdout/accuracy_low": standing.accuracy.low}
@@ -371,7 +393,7 @@ class RewardStageTrainer(StageTrainer):
             found["holdout/gold_gap"] = standing.gold_gap
         if self.fitter.preferences:
             found["preference/accuracy"] = preference_accuracy(self.reward, self.fitter.preferences[:256])
-        reason = self._obstacle(fit, standing, float(np.ptp(flat)))
+        reason = self._obstacle(fit, standing, max(float(np.ptp(row)) for row in samples))
         if reason and self.stage >= self.args.reward_warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", self.stage, reason)
         self.candidates.forget_all_but(0, self.candidates.best(standings), max(standings))
@@ -383,11 +405,12 @@ class RewardStageTrainer(StageTrainer):
             return "the reward is warming up"
         if not fit:
             return (
-                "no demonstration and sample differ by more than being cut, so the reward could not learn; start from an "
-                "SFT checkpoint, raise --max_completion_length or use --cut_samples score"
+                "no sample can be compared with its demonstration, so the reward could not learn: all are equal to it, or "
+                "differ from it by being cut; then start from an SFT checkpoint, raise --max_completion_length or use "
+                "--cut_samples score"
             )
         if spread < 1e-6:
-            return "the reward is the same for all samples of the stage"
+            return "the reward is the same for all samples of each prompt"
         accuracy = standing.accuracy
         if accuracy is None or accuracy.low <= 0.5:
             shown = f"{accuracy.mean:.2f} ({accuracy.low:.2f} to {accuracy.high:.2f})" if accuracy else "unknown"
@@ -400,12 +423,11 @@ class RewardStageTrainer(StageTrainer):
 
     def _for_policy(self, group: Group, scale: float) -> list[Group]:
         """The group with its rewards as the policy phase sees them; nothing where too few samples are left to compare."""
-        assert group.rewards is not None
-        samples = [reward / scale for reward in _policy_rewards(group, self._cut_samples)]
-        group = replace(group, rewards=(group.rewards[0] / scale, *samples))
-        if self.args.cut_samples == "drop":
-            group = group.select([0] + [i for i, c in enumerate(group.completions) if i > 0 and c.ended])
-        return [self.policy_group(group)] if len(group.completions) > 2 else []
+        rewards = policy_rewards(group, self._cut_samples)
+        kept = [index for index, reward in enumerate(rewards, start=1) if reward is not None]
+        scaled = tuple((reward or 0.0) / scale for reward in rewards)
+        group = replace(group, rewards=(0.0, *scaled)).select([0, *kept])
+        return [self.policy_group(group)] if len(kept) > 1 else []
 
     # --- the rows kept from training --------------------------------------------------------------------------------
 
@@ -463,13 +485,6 @@ def _read(path: Path) -> dict[str, Any]:
 def preference_accuracy(reward: ExplicitReward, pairs: Sequence[Group]) -> float:
     """How often the preferred answer has the higher reward; a tie counts half."""
     return float(np.mean([(np.sign(first - other) + 1) / 2 for first, other in reward.scores(pairs)]))
-
-
-def _policy_rewards(group: Group, cut_samples: CutSamples) -> list[float]:
-    """Rewards of a scored group's samples, with what is done about cut ones."""
-    assert group.rewards is not None
-    samples = list(group.rewards[1:])
-    return with_cut_floor(samples, [c.ended for c in group.completions[1:]]) if cut_samples == "floor" else samples
 
 
 def _entropy(groups: Sequence[Group]) -> float:

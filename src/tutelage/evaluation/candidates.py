@@ -13,11 +13,11 @@ from torch import nn
 
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
-from tutelage.evaluation.statistics import Interval, mean_interval
+from tutelage.evaluation.statistics import Interval, bounded_interval, mean_interval
 from tutelage.groups import Group
 from tutelage.models import fingerprint, load_weights, save_weights
 from tutelage.rewards.base import Reward
-from tutelage.rewards.fitting import CutSamples, contrast, reward_scale, with_cut_floor
+from tutelage.rewards.fitting import CutSamples, contrast, policy_rewards, reward_scale
 from tutelage.stages import StageStore, write_json
 
 __all__ = ["Candidate", "Candidates", "Standing", "compare"]
@@ -72,13 +72,12 @@ class Candidate:
         values = iter(reward.score(self.groups).tolist())
         return [[next(values) for _ in group.completions] for group in self.groups]
 
-    def samples(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> list[list[float]]:
-        """What ``rewards`` gives each row's samples, with what is done about cut ones."""
-        samples = [list(row[1:]) for row in rewards]
-        if cut_samples == "floor":
-            ended = [[c.ended for c in group.completions[1:]] for group in self.groups]
-            samples = [with_cut_floor(row, whole) for row, whole in zip(samples, ended, strict=True)]
-        return samples
+    def samples(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> list[list[float | None]]:
+        """What ``rewards`` gives each row's samples; None for one that is left out, see ``policy_rewards``."""
+        return [
+            policy_rewards(replace(group, rewards=tuple(values)), cut_samples)
+            for group, values in zip(self.groups, rewards, strict=True)
+        ]
 
     def accuracy(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> Interval | None:
         """How often the demonstration is over a sample, a row counting once; a tie counts half."""
@@ -88,7 +87,7 @@ class Candidate:
             if compared is not None:
                 gaps = compared.rewards[0] - np.array(compared.rewards[1:])  # type: ignore[index]
                 rows.append(float(np.mean((np.sign(gaps) + 1) / 2)))
-        return mean_interval(rows) if rows else None
+        return bounded_interval(rows) if rows else None
 
     def gold_gap(self, samples: Sequence[Sequence[float]]) -> float | None:
         """Mean reward of right samples minus that of wrong ones."""
@@ -130,7 +129,7 @@ class Standing:
             "reward_high": self.reward.high,
             "kl": self.candidate.kl,
             "objective": self.objective,
-            "gold": None if gold is None else float(np.mean(gold)),
+            **_gold(gold),
             "chosen": chosen,
         }
 
@@ -148,6 +147,10 @@ def compare(
     rewards = [candidate.rewards(reward) for candidate in candidates]
     samples = [c.samples(values, cut_samples) for c, values in zip(candidates, rewards, strict=True)]
     scale = reward_scale([row for rows in samples for row in rows])
+    told = [reward for rows in samples for row in rows for reward in row if reward is not None]
+    # A sample that is left out is one that was cut: a policy must not gain by cutting more.
+    lowest = min(told, default=0.0)
+    counted = [[[lowest if reward is None else reward for reward in row] for row in rows] for rows in samples]
     return [
         Standing(
             candidate=candidate,
@@ -156,8 +159,16 @@ def compare(
             objective=float(np.mean(rows)) / scale - beta * candidate.kl,
             gold_gap=candidate.gold_gap(rows),
         )
-        for candidate, values, rows in zip(candidates, rewards, samples, strict=True)
+        for candidate, values, rows in zip(candidates, rewards, counted, strict=True)
     ]
+
+
+def _gold(scores: list[list[float]] | None) -> dict[str, float | None]:
+    """Mean gold score with its 95% bounds over rows; None without a verifier."""
+    if scores is None:
+        return {"gold": None, "gold_low": None, "gold_high": None}
+    found = mean_interval([float(np.mean(row)) for row in scores])
+    return {"gold": found.mean, "gold_low": found.low, "gold_high": found.high}
 
 
 class Candidates:

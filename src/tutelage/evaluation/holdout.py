@@ -37,7 +37,7 @@ def hold_out(
         turns, verifier, source: as for ``EvaluationSet.of``.
 
     Returns:
-        the kept rows, and the tokenised data without them and without copies of them.
+        the kept rows, and the tokenised data without their prompts.
 
     Raises:
         UserError: more than half would be kept, or nothing would remain.
@@ -56,10 +56,10 @@ def hold_out(
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         raw = dataset.select(sorted(order[:wanted]))
     kept_rows = EvaluationSet.of(raw, tokenization, verifier=verifier, turns=turns, source=source)
-    kept = {(group.prompt_ids, group.completions[0].token_ids) for group in kept_rows.groups}
+    kept = {group.prompt_ids for group in kept_rows.groups}
 
-    def trains(row: Mapping[str, Any]) -> bool:  # by content: a stream may repeat, a file may hold a row twice
-        return (tuple(row["prompt_ids"]), tuple(row["demonstration_ids"])) not in kept
+    def trains(row: Mapping[str, Any]) -> bool:  # by content: a stream may repeat, a prompt may have several answers
+        return tuple(row["prompt_ids"]) not in kept
 
     if isinstance(dataset, IterableDataset):
         return kept_rows, tokenized.filter(trains)

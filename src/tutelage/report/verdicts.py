@@ -172,13 +172,13 @@ def _kept(run: Run) -> Verdict | None:
     start, *later = found
     if kept is not start:
         evidence = (
-            f"held-out learned reward {signed(kept['reward'])} at {signed(kept['kl'])} nats KL, objective (reward − β·KL) "
+            f"held-out learned reward {signed(kept['reward'])} at {signed(kept['kl'])} nats KL, objective (reward/scale − β·KL) "
             f"{signed(kept['objective'])} against {signed(start['objective'])} at the start"
         )
         if None not in (kept["gold"], start["gold"]):
             evidence += f", gold score {signed(kept['gold'])} against {signed(start['gold'])}"
         return Verdict(f"{run['name']} kept the policy after {_stages(kept)}", evidence, "note")
-    evidence = f"no stage beat it; its objective (held-out learned reward − β·KL) is {signed(kept['objective'])}"
+    evidence = f"no stage beat it; its objective (held-out learned reward/scale − β·KL) is {signed(kept['objective'])}"
     if later:
         best = max(later, key=lambda candidate: candidate["objective"])
         evidence += f", that of the best other, after {_stages(best)}, {signed(best['objective'])}"
@@ -191,7 +191,8 @@ def _hacked(run: Run) -> Verdict | None:
     if not found or None in (found[0]["gold"], found[-1]["gold"]):
         return None
     first, last = found[0], found[-1]
-    if not (last["reward_low"] > first["reward_high"] and last["gold"] < first["gold"]):
+    fell = last.get("gold_high", last["gold"]) < first.get("gold_low", first["gold"])
+    if not (last["reward_low"] > first["reward_high"] and fell):
         return None
     rewards = (
         f"{signed(each['reward'])} (95% interval {signed(each['reward_low'])} to {signed(each['reward_high'])})"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from tutelage.errors import UserError
 from tutelage.groups import Group
 from tutelage.logprobs import Layout, end_hidden_states, in_batches
-from tutelage.models import WeightSet, base_causal_lm, fingerprint, first_line, require_exists
+from tutelage.models import WeightSet, base_causal_lm, fingerprint, first_line, require_exists, run_part
 from tutelage.stages import write_json
 
 __all__ = ["ExplicitReward"]
@@ -156,36 +157,48 @@ class ExplicitReward:
     def load_adapter(self, folder: str | Path) -> None:
         """Start from a reward that an earlier run left.
 
+        Args:
+            folder: the run's, or its ``reward`` folder.
+
         Raises:
-            UserError: there is none, its base is another one, or its adapter has another shape.
+            UserError: there is none, it cannot be read, its base is another one, or its adapter is of another kind.
         """
-        folder = Path(folder)
-        where = {"file": str(folder), "field": "init_reward_from"}
+        folder = Path(run_part(str(folder), "reward"))
+
+        def refuse(problem: str, remedy: str) -> UserError:
+            return UserError(problem, remedy=remedy, file=str(folder), field="init_reward_from")
+
         if not (folder / _ADAPTER).exists() or not (folder / _FACTS).exists():
-            raise UserError("no reward adapter is there.", remedy="Give the reward folder of a run.", **where)  # type: ignore[arg-type]
+            raise refuse("no reward adapter is there.", "Give the reward folder of a run.")
         if not isinstance(self.model, PeftModel):
-            raise UserError(
-                "a reward adapter needs a model with an adapter.",
-                remedy="Add --use_peft.",
-                **where,  # type: ignore[arg-type]
-            )
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            raise refuse("a reward adapter needs a model with an adapter.", "Add --use_peft.")
+        try:
+            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            config = PeftConfig.from_pretrained(str(folder))
+            state = load_file(folder / _ADAPTER)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise refuse(f"the reward cannot be read: {first_line(error)}", "Copy the folder anew.") from error
         if facts.get("base_fingerprint") != fingerprint(frozen_parameters(self.model)):
-            raise UserError(
+            raise refuse(
                 f"the reward's base differs from {base_causal_lm(self.model).name_or_path}.",
-                remedy="Start from a reward that was learned on the same base.",
-                **where,  # type: ignore[arg-type]
+                "Start from a reward that was learned on the same base.",
             )
-        state = load_file(folder / _ADAPTER)
         head = state.pop(_HEAD)
+        own = self.model.active_peft_config
         with self.active():
             expected = get_peft_model_state_dict(self.model)
             if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in state.items()}:
-                raise UserError(
+                raise refuse(
                     "the reward's adapter has another shape than the policy's.",
-                    remedy="Use the same --lora_r and --lora_target_modules.",
-                    **where,  # type: ignore[arg-type]
+                    "Use the same --lora_r and --lora_target_modules.",
                 )
+            for name in ("peft_type", "lora_alpha", "use_rslora", "use_dora"):
+                if getattr(config, name, None) != getattr(own, name, None):
+                    raise refuse(
+                        f"the reward's adapter has {name} {getattr(config, name, None)}, the policy's "
+                        f"{getattr(own, name, None)}.",
+                        f"Use the same --{name}.",
+                    )
             set_peft_model_state_dict(self.model, state, adapter_name=str(self.model.active_adapter))
         with torch.no_grad():
             cast(Tensor, self.head.weight).copy_(head)
@@ -214,7 +227,7 @@ class ExplicitReward:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"the reward model cannot be loaded: {first_line(error)}",
                 remedy="Give the reward folder of a run, or a model for sequence classification with one label.",

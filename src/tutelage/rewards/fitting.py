@@ -21,8 +21,8 @@ __all__ = [
     "RewardObjective",
     "contrast",
     "pair_indices",
+    "policy_rewards",
     "reward_scale",
-    "with_cut_floor",
 ]
 
 CutSamples = Literal["floor", "score", "drop"]
@@ -71,8 +71,8 @@ class RewardFitter:
         micro_batch_size: groups a forward pass.
         preferences: preference pairs as groups; every step takes the next ``batch_size`` of them.
         max_grad_norm: longer gradients are shortened to it; 0 leaves them.
-        saturation: a phase stops when the accuracy over its last steps (at least ``batch_size`` · 4 pairs) reaches this;
-            None never stops.
+        saturation: a phase stops when the accuracy over its last steps reaches this; they are as many as it takes to see
+            4 · ``batch_size`` groups, since one batch's luck is no saturation. None never stops.
         seed: of the order of the groups.
     """
 
@@ -128,15 +128,9 @@ class RewardFitter:
             seen.append(self._step(next(batches), phase))
             self.steps_done += 1
             on_step(len(seen), seen[-1])
-            window, pairs = [], 0.0
-            while len(window) < len(seen) and pairs < 4 * self.batch_size:
-                window.append(seen[-1 - len(window)])
-                pairs += window[-1]["pairs"]
-            if self.saturation is not None and pairs >= 4 * self.batch_size:
-                accuracy = sum(facts["accuracy"] * facts["pairs"] for facts in window) / pairs
-                if accuracy >= self.saturation and len(seen) < wanted:
-                    saturated = True
-                    break
+            if self.saturation is not None and len(seen) < wanted and self._accuracy_of_late(seen) >= self.saturation:
+                saturated = True
+                break
         self.optimizer.zero_grad()  # nothing is kept that the policy phase has no use for
         total = sum(facts["pairs"] for facts in seen)
         means = {
@@ -144,6 +138,16 @@ class RewardFitter:
             for name in ("loss", "accuracy", "demonstrations", "samples")
         }
         return {**means, "steps": float(len(seen)), "saturated": float(saturated)}
+
+    def _accuracy_of_late(self, seen: list[dict[str, float]]) -> float:
+        """Accuracy over the last steps that hold 4 · ``batch_size`` groups; 0 before there are so many."""
+        groups = pairs = right = 0.0
+        for facts in reversed(seen):
+            groups, pairs = groups + facts["groups"], pairs + facts["pairs"]
+            right += facts["accuracy"] * facts["pairs"]
+            if groups >= 4 * self.batch_size:
+                return right / pairs
+        return 0.0
 
     def planned_steps(self, groups: int, passes: int = 1, steps: int | None = None) -> int:
         """Optimiser steps that a phase over so many groups takes if it does not stop early; none without a group."""
@@ -188,7 +192,10 @@ class RewardFitter:
         if self.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.reward.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
-        return {name: value / pairs for name, value in sums.items()} | {"pairs": float(pairs)}
+        return {name: value / pairs for name, value in sums.items()} | {
+            "pairs": float(pairs),
+            "groups": float(len(batch)),
+        }
 
     def _rewards(self, groups: Sequence[Group]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rewards of both sides of all pairs, micro-batch by micro-batch, and weights that make groups count alike."""
@@ -249,28 +256,39 @@ def contrast(group: Group, cut_samples: CutSamples) -> Group | None:
     return group.select([0, *keep]) if keep else None
 
 
-def with_cut_floor(rewards: Sequence[float], ended: Sequence[bool]) -> list[float]:
-    """Rewards of the samples of one prompt in which one that was cut is never better than the worst that ended.
+def policy_rewards(group: Group, cut_samples: CutSamples) -> list[float | None]:
+    """Rewards of a scored group's samples as a policy may be judged by them; None for one that is left out.
 
-    >>> with_cut_floor([1.0, 3.0, 2.0], [True, False, True])
-    [1.0, 1.0, 2.0]
+    ``floor``: a cut sample is never better than the worst of its prompt that ended; where none ended, all are left out,
+    because the reward has compared no cut answer with a whole one. ``drop``: cut samples are left out. ``score``: all as
+    they are.
+
+    Args:
+        group: its first completion is the demonstration; ``rewards`` are known.
     """
-    worst = min((reward for reward, whole in zip(rewards, ended, strict=True) if whole), default=math.inf)
-    return [reward if whole else min(reward, worst) for reward, whole in zip(rewards, ended, strict=True)]
+    assert group.rewards is not None
+    found = list(zip(group.rewards[1:], (c.ended for c in group.completions[1:]), strict=True))
+    if cut_samples == "score":
+        return [reward for reward, _ in found]
+    if cut_samples == "drop":
+        return [reward if ended else None for reward, ended in found]
+    worst = min((reward for reward, ended in found if ended), default=None)
+    return [None if worst is None else reward if ended else min(reward, worst) for reward, ended in found]
 
 
-def reward_scale(rewards: Sequence[Sequence[float]]) -> float:
+def reward_scale(rewards: Sequence[Sequence[float | None]]) -> float:
     """What rewards are divided by: their spread within a prompt where that is above 1, else 1.
 
     Rewards are scaled down, never up: while a reward can hardly tell samples apart, what it says stays quiet.
 
     Args:
-        rewards: of the samples of each prompt.
+        rewards: of the samples of each prompt; None for one that is left out.
 
     Returns:
         max(1, root of the mean variance within a prompt).
     """
-    variances = [torch.tensor(row).var().item() for row in rewards if len(row) > 1]
+    told = ([reward for reward in row if reward is not None] for row in rewards)
+    variances = [torch.tensor(row).var().item() for row in told if len(row) > 1]
     return max(1.0, (sum(variances) / len(variances)) ** 0.5) if variances else 1.0
 
 
