@@ -105,8 +105,8 @@ def candidates(run: Run) -> list[dict[str, Any]]:
     """The policies that the run chose from, by stage, the start first; empty where nothing was chosen.
 
     Of each: ``stage`` (how many made it), ``reward`` (mean of its samples on kept rows, by the last reward) with the 95% bounds
-    ``reward_low`` and ``reward_high``, ``kl`` to the start (nats a sequence), ``objective`` (reward − β·KL), ``gold``
-    (mean score, None without a verifier) and ``chosen``.
+    ``reward_low`` and ``reward_high``, ``kl`` to the start (nats a sequence), ``objective`` (reward/scale − β·KL), ``gold``
+    (mean score, with ``gold_low`` and ``gold_high``, None without a verifier) and ``chosen``.
     """
     return sorted(run["selection"], key=lambda candidate: candidate["stage"])
 
