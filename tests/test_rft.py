@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from conftest import Training
@@ -763,6 +763,21 @@ def test_the_exported_policy_is_the_trainers(exported):
     base, theirs = base_causal_lm(policy), base_causal_lm(trainer.policy)
     tied = theirs.config.tie_word_embeddings
     assert (base.get_input_embeddings().weight.data_ptr() == base.get_output_embeddings().weight.data_ptr()) == tied
+
+
+def test_a_merged_policy_is_the_same_one(exported, tmp_path):
+    """Merged into its base, saved and loaded without peft; embeddings that were tied still are."""
+    trainer, folder = exported
+    policy = load_model(str(folder / "policy"))
+    whole = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
+    whole.save_pretrained(tmp_path / "merged")
+    merged = load_model(str(tmp_path / "merged"))
+    assert not isinstance(merged, PeftModel)
+    groups = trainer.holdout.groups
+    found, expected = (torch.tensor(cached_logps(model, groups)) for model in (merged, trainer.policy))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    tied = merged.config.tie_word_embeddings
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
 
 
 def test_each_exported_adapter_names_its_base(exported):
