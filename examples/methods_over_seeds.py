@@ -7,7 +7,7 @@ demonstrations; SPIN, IRFT and RFT draw the same number of samples a prompt. Wha
 can be, stated where not. Answers to held-out rows, sampled at temperature 1, are judged by the task's verifier, which
 no method sees. Best-of-n: of n answers of the SFT policy to each held-out row, the one that RFT's reward likes best.
 
-Writes OUT/TASK.json anew after each seed and goes on from it when started again.
+Writes OUT/TASK.json anew after each run and goes on from it when started again, with other seeds or methods too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,15 @@ def task_rows(task: str, seed: int, train: int, test: int) -> tuple[Dataset, Dat
     return Dataset.from_list(rows[:train]), Dataset.from_list(rows[train:])
 
 
-def run_seed(options: argparse.Namespace, seed: int, console: Console) -> dict[str, Any]:
-    """Every method at one seed; what each scored and cost."""
+def run_seed(
+    options: argparse.Namespace, seed: int, found: dict[str, Any], console: Console, save: Callable[[], None]
+) -> None:
+    """Every method at one seed that ``found`` lacks; what each scored and cost goes there."""
     folder = Path(options.output_dir) / options.task / f"seed-{seed}"
     train, test = task_rows(options.task, seed, options.rows, options.test_rows)
-    tokenizer, found = load_tokenizer(options.model), {}
+    tokenizer = load_tokenizer(options.model)
     for name, (config, trainer_class, settings) in methods(options.num_samples).items():
-        if name not in ("sft", *options.methods):
+        if name in found or name not in ("sft", *options.methods):
             continue
         overrides = json.loads(options.settings).get(name, {})
         args = config(
@@ -122,8 +124,8 @@ def run_seed(options: argparse.Namespace, seed: int, console: Console) -> dict[s
                 found[name]["selection"] = trainer.selection
                 found[name]["history"] = [line for line in trainer.state.log_history if "reward/gap" in line]
                 found["best_of_n"] = best_of_n(trainer, rows, options.best_of)
+            save()
             console.print(f"seed {seed} {name}: {found[name]['sampled']:.3f} sampled", highlight=False)
-    return found
 
 
 def answers(trainer: Any, rows: EvaluationSet, n: int) -> tuple[np.ndarray, list[Group]]:
@@ -225,9 +227,7 @@ def main() -> None:
         raise SystemExit(f"{path} holds a run with other options: {stored['options']}. Give another --output_dir.")
     found = stored["seeds"]
     for seed in options.seeds:
-        if str(seed) not in found:
-            found[str(seed)] = run_seed(options, seed, console)
-            write_json(path, stored)
+        run_seed(options, seed, found.setdefault(str(seed), {}), console, lambda: write_json(path, stored))
     console.print(table(found, options.task))
     picks = [seed["best_of_n"] for seed in found.values() if "best_of_n" in seed]
     if picks:
