@@ -36,6 +36,7 @@ from tutelage.data import (
     preference_group_from_row,
     tokenize_dataset,
 )
+from tutelage.evaluation.policy import ranking
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.groups import Group
 from tutelage.models import load_model, load_tokenizer
@@ -55,8 +56,7 @@ def mixed_precision() -> torch.autocast:
 def ranked(reward: Reward, pairs: list[Group]) -> list[float]:
     """1 for each pair whose preferred answer has the higher reward, 0.5 for a tie."""
     with mixed_precision():
-        gaps = reward.score(pairs).view(-1, 2).numpy() @ np.array([1.0, -1.0])
-    return ((np.sign(gaps) + 1) / 2).tolist()
+        return ranking(reward, pairs)
 
 
 def fitted(start: str, groups: list[Group], options: argparse.Namespace, seed: int) -> ExplicitReward:

@@ -9,7 +9,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from tutelage.data import Tokenization
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.groups import Completion, Group, Kind
+from tutelage.groups import Completion, Group, Kind, pair_indices
 from tutelage.logprobs import cached_logps
 from tutelage.losses import reward_loss
 from tutelage.models import WeightSet, base_causal_lm, load_weights, save_weights, without_dropout
@@ -18,7 +18,6 @@ from tutelage.rewards.fitting import (
     RewardFitter,
     RewardObjective,
     contrast,
-    pair_indices,
     policy_rewards,
     reward_scale,
 )

@@ -15,7 +15,17 @@ from enum import StrEnum
 
 import torch
 
-__all__ = ["Batch", "Completion", "Group", "Kind", "collate_padded", "collate_tree"]
+__all__ = [
+    "PER_COMPLETION",
+    "Batch",
+    "Completion",
+    "Group",
+    "Kind",
+    "collate_padded",
+    "collate_tree",
+    "drop_copies",
+    "pair_indices",
+]
 
 
 class Kind(StrEnum):
@@ -46,7 +56,8 @@ class Completion:
             raise ValueError("a completion needs at least one token")
 
 
-_PER_COMPLETION = ("reference_logps", "old_logps", "rewards")
+PER_COMPLETION = ("reference_logps", "old_logps", "rewards")
+"""What may be known of each completion of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +85,14 @@ class Group:
             raise ValueError("a group needs a prompt of at least one token")
         if not self.completions:
             raise ValueError("a group needs at least one completion")
-        for name in _PER_COMPLETION:
+        for name in PER_COMPLETION:
             values = getattr(self, name)
             if values is not None and len(values) != len(self.completions):
                 raise ValueError(f"{len(values)} {name} for {len(self.completions)} completions")
 
     def select(self, indices: Sequence[int]) -> Group:
         """The group with the completions at ``indices`` and what is known about them."""
-        known = {name: values for name in _PER_COMPLETION if (values := getattr(self, name)) is not None}
+        known = {name: values for name in PER_COMPLETION if (values := getattr(self, name)) is not None}
         return replace(
             self,
             completions=tuple(self.completions[i] for i in indices),
@@ -91,6 +102,27 @@ class Group:
     def __len__(self) -> int:
         """Tokens: the prompt once and every completion."""
         return len(self.prompt_ids) + sum(len(completion.token_ids) for completion in self.completions)
+
+
+def drop_copies(group: Group) -> Group:
+    """The group without the samples that equal its demonstration.
+
+    Such a pair has a constant loss and no gradient, whatever the policy.
+    """
+    demonstration = group.completions[0]
+    return group.select(
+        [0] + [i for i, c in enumerate(group.completions) if i > 0 and c.token_ids != demonstration.token_ids]
+    )
+
+
+def pair_indices(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
+    """Where the two sides of every pair stand among the completions of a batch: each group's first, and each other."""
+    first, others, start = [], [], 0
+    for group in groups:
+        first += [start] * (len(group.completions) - 1)
+        others += range(start + 1, start + len(group.completions))
+        start += len(group.completions)
+    return first, others
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from tutelage.data.tokenization import preference_group_from_row, tokenize_datas
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.candidates import Candidates, Standing
 from tutelage.evaluation.holdout import hold_out
-from tutelage.evaluation.policy import Evaluation, EvaluationSet
+from tutelage.evaluation.policy import Evaluation, EvaluationSet, ranking
 from tutelage.groups import Group
 from tutelage.losses import RewardLossKind
 from tutelage.models import (
@@ -392,7 +392,7 @@ class RewardStageTrainer(StageTrainer):
         if standing.gold_gap is not None:
             found["holdout/gold_gap"] = standing.gold_gap
         if self.fitter.preferences:
-            found["preference/accuracy"] = preference_accuracy(self.reward, self.fitter.preferences[:256])
+            found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.fitter.preferences[:256])))
         reason = self._obstacle(fit, standing, max(float(np.ptp(row)) for row in samples))
         if reason and self.stage >= self.args.reward_warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", self.stage, reason)
@@ -480,11 +480,6 @@ class RewardStageTrainer(StageTrainer):
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def preference_accuracy(reward: ExplicitReward, pairs: Sequence[Group]) -> float:
-    """How often the preferred answer has the higher reward; a tie counts half."""
-    return float(np.mean([(np.sign(first - other) + 1) / 2 for first, other in reward.scores(pairs)]))
 
 
 def _entropy(groups: Sequence[Group]) -> float:

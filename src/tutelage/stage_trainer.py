@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tutelage.data.demonstrations import is_conversational
 from tutelage.errors import UserError
-from tutelage.groups import Group
+from tutelage.groups import Group, drop_copies
 from tutelage.logprobs import cached_logps
 from tutelage.models import WeightSet, fingerprint
 from tutelage.sampling import Sampler, SamplingParams, TransformersSampler
@@ -233,13 +233,13 @@ class StageTrainer(DemonstrationTrainer):
                 yield scored
                 advance(done + start + len(groups))
 
-    def with_samples(self, groups: list[Group], *, stage: int, num_samples: int | None = None) -> list[Group]:
+    def with_samples(self, groups: list[Group], *, stage: int) -> list[Group]:
         """The groups with completions of the policy added; ``stage`` names them in the random stream."""
         with self.compute_loss_context_manager():
             drawn = self.sampler.sample(
                 [group.prompt_ids for group in groups],
                 self.sampling_params,
-                num_samples=num_samples or self.args.num_samples,
+                num_samples=self.args.num_samples,
                 rows=[group.row for group in groups],
                 stage=stage,
             )
@@ -329,17 +329,6 @@ def _is_record(recorded: Group | None, group: Group) -> bool:
         recorded is not None
         and recorded.prompt_ids == group.prompt_ids
         and recorded.completions[:1] == group.completions
-    )
-
-
-def drop_copies(group: Group) -> Group:
-    """The group without the samples that equal its demonstration.
-
-    Such a pair has a constant loss and no gradient, whatever the policy.
-    """
-    demonstration = group.completions[0]
-    return group.select(
-        [0] + [i for i, c in enumerate(group.completions) if i > 0 and c.token_ids != demonstration.token_ids]
     )
 
 

@@ -12,12 +12,9 @@ from typing import IO, Any
 import torch
 
 from tutelage.errors import UserError
-from tutelage.groups import Completion, Group, Kind
+from tutelage.groups import PER_COMPLETION, Completion, Group, Kind
 
 __all__ = ["StagePasses", "StageSchedule", "StageStore", "write_json"]
-
-# What is known of each completion of a group; see ``Group``.
-_NUMBERS = ("reference_logps", "old_logps", "rewards")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +238,7 @@ def _append(file: IO[str], groups: Iterable[Group], text: Callable[[tuple[int, .
             "demonstration": text(demonstration.token_ids),
             "samples": [text(sample.token_ids) for sample in samples],
             "ended": [completion.ended for completion in group.completions],
-            **{name: getattr(group, name) for name in _NUMBERS if getattr(group, name) is not None},
+            **{name: getattr(group, name) for name in PER_COMPLETION if getattr(group, name) is not None},
             "prompt_ids": group.prompt_ids,
             "completion_ids": [completion.token_ids for completion in group.completions],
         }
@@ -261,5 +258,5 @@ def _read_groups(path: Path) -> Iterator[Group]:
                 prompt_ids=tuple(record["prompt_ids"]),
                 completions=tuple(Completion(tuple(ids), kind, ended) for ids, kind, ended in completions),
                 row=record["row"],
-                **{name: tuple(record[name]) for name in _NUMBERS if name in record},
+                **{name: tuple(record[name]) for name in PER_COMPLETION if name in record},
             )

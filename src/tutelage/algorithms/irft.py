@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from tutelage.errors import UserError
-from tutelage.groups import Group
+from tutelage.groups import Group, pair_indices
 from tutelage.losses import LossKind, implicit_reward, irft_loss, sft_loss
 from tutelage.stage_trainer import StageConfig, StageTrainer
 
@@ -87,12 +88,7 @@ class IRFTTrainer(StageTrainer):
         """The contrast, averaged over pairs, and the SFT term, averaged over demonstration tokens."""
         reference_C = torch.tensor([logp for group in groups for logp in group.reference_logps or ()]).to(logps_C)
         # Every sample forms a pair with the demonstration that leads its group.
-        leading, demonstrations, samples, first = [], [], [], 0
-        for group in groups:
-            leading.append(first)
-            demonstrations += [first] * (len(group.completions) - 1)
-            samples += range(first + 1, first + len(group.completions))
-            first += len(group.completions)
+        demonstrations, samples = pair_indices(groups)
         policy_P, policy_samples_P = logps_C[demonstrations], logps_C[samples]
         reference_P, reference_samples_P = reference_C[demonstrations], reference_C[samples]
         losses_P = irft_loss(
@@ -105,6 +101,7 @@ class IRFTTrainer(StageTrainer):
         )
         loss = losses_P.sum() / max(1, counts["pairs"])
         if self.args.sft_weight:
+            leading = [0, *accumulate(len(group.completions) for group in groups[:-1])]
             loss = loss + self.args.sft_weight * sft_loss(logps_C[leading]).sum() / counts["demonstration_tokens"]
         rewards_P = implicit_reward(policy_P, reference_P, beta=self.beta)
         sample_rewards_P = implicit_reward(policy_samples_P, reference_samples_P, beta=self.beta)

@@ -20,7 +20,7 @@ from tutelage.logprobs import Layout, cached_logps
 from tutelage.rewards.base import Reward
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 
-__all__ = ["Evaluation", "EvaluationSet"]
+__all__ = ["Evaluation", "EvaluationSet", "ranking"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +230,8 @@ class EvaluationSet:
             demonstration_rewards=rewards,
             preference_rewards=preference_rewards,
             preference_logps=np.array(pair_logps) if self.pairs else None,
-            reward_accuracy=_ranking(reward, self._against(sampled)) if reward and sampled else None,
-            preference_reward_accuracy=_ranking(reward, self.pairs) if reward else None,
+            reward_accuracy=ranking(reward, self._against(sampled)) if reward and sampled else None,
+            preference_reward_accuracy=ranking(reward, self.pairs) if reward else None,
             sampled=sampled,
             greedy=self._answers(sampler, 0.0, seed, count) if greedy else None,
             task=self.task,
@@ -287,7 +287,7 @@ class EvaluationSet:
         return Answers(samples, texts, scores)
 
 
-def _ranking(reward: Reward, pairs: list[Group]) -> list[float]:
+def ranking(reward: Reward, pairs: list[Group]) -> list[float]:
     """1 where the first of two completions has the higher reward, 0.5 for a tie."""
     rewards = reward.score(pairs).view(-1, 2)
     return ((rewards[:, 0] - rewards[:, 1]).sign().add(1) / 2).tolist()

@@ -186,7 +186,7 @@ def _kept(run: Run) -> Verdict | None:
 
 
 def _hacked(run: Run) -> Verdict | None:
-    """A warning where the learned reward of the last policy is surely above the start's while its gold score is below."""
+    """A warning where the learned reward of the last policy is surely above the start's and its gold score surely below."""
     found = candidates(run)
     if not found or None in (found[0]["gold"], found[-1]["gold"]):
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import NonFiniteLossError
-from tutelage.groups import Group
+from tutelage.groups import Group, drop_copies, pair_indices
 from tutelage.losses import RewardLossKind, reward_loss
 from tutelage.rewards.explicit import ExplicitReward
 
@@ -20,7 +20,6 @@ __all__ = [
     "RewardFitter",
     "RewardObjective",
     "contrast",
-    "pair_indices",
     "policy_rewards",
     "reward_scale",
 ]
@@ -228,16 +227,6 @@ class RewardFitter:
         self.steps_done, self.tokens_done = state["steps_done"], state["tokens_done"]
 
 
-def pair_indices(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    """Where the two sides of every pair stand among the completions of a batch: each group's first, and each other."""
-    first, others, start = [], [], 0
-    for group in groups:
-        first += [start] * (len(group.completions) - 1)
-        others += range(start + 1, start + len(group.completions))
-        start += len(group.completions)
-    return first, others
-
-
 def contrast(group: Group, cut_samples: CutSamples) -> Group | None:
     """The group as a reward should compare it, or None where nothing is left to compare.
 
@@ -245,14 +234,9 @@ def contrast(group: Group, cut_samples: CutSamples) -> Group | None:
     demonstration was cut or the other way round: telling them apart takes no more than a look at the last token, and a
     reward would learn that and little else.
     """
-    demonstration = group.completions[0]
-    keep = [
-        index
-        for index, completion in enumerate(group.completions)
-        if index > 0
-        and completion.token_ids != demonstration.token_ids
-        and (cut_samples == "score" or completion.ended == demonstration.ended)
-    ]
+    group = drop_copies(group)
+    ended = group.completions[0].ended
+    keep = [i for i, c in enumerate(group.completions) if i > 0 and (cut_samples == "score" or c.ended == ended)]
     return group.select([0, *keep]) if keep else None
 
 
