@@ -21,7 +21,8 @@ LAYERS = (
     ("evaluation",),
     ("rewards",),
     ("data", "sampling", "stages", "logprobs"),
-    ("models", "groups", "losses", "progress", "testing"),
+    ("head_logps",),
+    ("models", "groups", "losses", "progress", "memory", "testing"),
     ("errors",),
 )
 HEIGHT = {package: height for height, layer in enumerate(reversed(LAYERS)) for package in layer}

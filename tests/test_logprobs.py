@@ -7,7 +7,9 @@ from peft import LoraConfig, get_peft_model
 
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Kind
+from tutelage.head_logps import head_logps
 from tutelage.logprobs import cached_logps, completion_logps, probe_layout
+from tutelage.models import LMHead
 from tutelage.testing.models import tiny_model
 
 TREE_ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3", "gpt_neox", "opt"]
@@ -54,7 +56,7 @@ def test_tree_equals_padded_equals_one_by_one(architecture, attention):
     truth = one_by_one(model, groups)
     truth_gradients = gradients(model, truth)
     for layout in ("tree", "padded"):
-        logps = completion_logps(model, groups, layout=layout, chunk_size=4)
+        logps = completion_logps(model, groups, layout=layout, block_size=4)
         torch.testing.assert_close(logps, truth, atol=1e-5, rtol=1e-5)
         found = gradients(model, logps)
         assert found.keys() == truth_gradients.keys()
@@ -75,10 +77,33 @@ def test_frozen_head_gives_the_adapters_the_same_gradients(architecture):
     truth = one_by_one(model, groups)
     truth_gradients = gradients(model, truth)
     assert truth_gradients
-    logps = completion_logps(model, groups, chunk_size=4)
+    logps = completion_logps(model, groups, block_size=4)
     torch.testing.assert_close(logps, truth, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients(model, logps).items():
         torch.testing.assert_close(gradient, truth_gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("block_size", [1, 7, 1000])
+def test_log_probs_in_blocks_are_those_of_log_softmax(trained, softcap, bias, block_size):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 50, bias=bias).requires_grad_(trained)
+    linear.weight.data *= 20  # some targets are near certain, others hopeless
+    hidden = torch.randn(11, 8, requires_grad=True)
+    targets, upstream = torch.randint(50, (11,)), torch.randn(11)
+    logits = linear(hidden) * 0.7
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    truth = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    leaves = [hidden, *(p for p in linear.parameters() if trained)]
+    found = head_logps(LMHead(linear, 0.7, softcap), hidden, targets, block_size=block_size)
+    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(truth, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
 def test_a_recurrent_model_falls_to_padded_by_itself():
@@ -104,10 +129,10 @@ def test_unknown_step_after_the_head_is_an_error():
         probe_layout(model)
 
 
-def test_padding_token_and_chunk_size_change_nothing():
+def test_padding_token_and_block_size_change_nothing():
     model, groups = tiny_model("qwen3"), random_groups()
-    first = completion_logps(model, groups, pad_token_id=0, chunk_size=1)
-    second = completion_logps(model, groups, pad_token_id=50, chunk_size=1000)
+    first = completion_logps(model, groups, pad_token_id=0, block_size=1)
+    second = completion_logps(model, groups, pad_token_id=50, block_size=1000)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 

@@ -1,5 +1,7 @@
 """The sampler draws from the model's own distribution, reproducibly, and reports true log-probs."""
 
+import platform
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.groups import Group
 from tutelage.logprobs import completion_logps
+from tutelage.memory import keep_freed_memory
 from tutelage.sampling import SamplingParams, TransformersSampler
 from tutelage.sampling.base import uniforms
 from tutelage.sampling.transformers import draw_tokens
@@ -52,6 +55,18 @@ def test_batch_size_and_neighbours_change_no_sample():
     assert [s.token_ids for s in alone[0]] == tokens[64][40]
     assert len({row[0] for row in tokens[64]}) > 32, "different rows draw different samples"
     assert sum(row[0] != row[1] for row in tokens[64]) > 32, "different draws of a prompt differ"
+
+
+def test_prompts_that_run_a_few_at_a_time_change_no_sample(monkeypatch):
+    model, prompts = tiny_model("gemma3"), random_prompts(9)
+    together = TransformersSampler(model).sample(prompts, PARAMS, num_samples=2)
+    monkeypatch.setattr("tutelage.sampling.transformers._CPU_PREFILL_TOKENS", 30)  # two or three prompts
+    apart = TransformersSampler(model).sample(prompts, PARAMS, num_samples=2)
+    assert [[s.token_ids for s in drawn] for drawn in apart] == [[s.token_ids for s in drawn] for drawn in together]
+
+
+def test_freed_memory_is_kept_where_the_c_library_can():
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_seed_and_stage_change_the_samples():

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Kind, collate_padded, collate_tree
-from tutelage.models import LMHead, base_causal_lm, evaluation_mode
+from tutelage.head_logps import head_logps
+from tutelage.models import LMHead, adapters_under_autocast, base_causal_lm, evaluation_mode
 
 __all__ = [
     "Layout",
@@ -33,10 +33,6 @@ logger = logging.getLogger(__name__)
 
 Layout = Literal["auto", "tree", "padded"]
 
-# One chunk's logits hold about this many numbers, so that memory is flat in vocabulary × tokens: 128 tokens of
-# Gemma's 262,144, 1,024 tokens of a 32k vocabulary.
-_CHUNK_ELEMENTS = 2**25
-
 
 def completion_logps(
     model: nn.Module,
@@ -44,7 +40,7 @@ def completion_logps(
     *,
     layout: Layout = "auto",
     pad_token_id: int = 0,
-    chunk_size: int | None = None,
+    block_size: int | None = None,
 ) -> Tensor:
     """Log-prob of every completion given its prompt, log π(y|x) = Σ_i log π(y_i | x, y_<i).
 
@@ -54,7 +50,7 @@ def completion_logps(
         layout: "tree" runs the prompt once for all its completions, "padded" repeats it for each; "auto" takes the
             tree where a probe on this model found it to give the same numbers.
         pad_token_id: fills rows up; no result depends on it.
-        chunk_size: completion tokens that meet the head at once; by default as many as keep the logits under 2**25.
+        block_size: tokens of the vocabulary that the head reads at once; changes speed and memory alone.
 
     Returns:
         [C] float32 sums over tokens (nats a sequence), one a completion, groups in order and completions in order
@@ -64,7 +60,7 @@ def completion_logps(
         UserError: the model's logits are not its head applied to its hidden states.
     """
     batch = _collate(model, groups, layout, pad_token_id)
-    logps_N = token_logps(model, batch, chunk_size=chunk_size)
+    logps_N = token_logps(model, batch, block_size=block_size)
     sums_C = torch.zeros(batch.num_completions, dtype=torch.float32, device=logps_N.device)
     return sums_C.index_add(0, batch.completion_ids.to(logps_N.device), logps_N)
 
@@ -149,7 +145,7 @@ def end_hidden_states(
     return hidden_BLH[batch.end_rows.to(hidden_BLH.device), batch.end_columns.to(hidden_BLH.device)]
 
 
-def token_logps(model: nn.Module, batch: Batch, *, chunk_size: int | None = None) -> Tensor:
+def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None) -> Tensor:
     """Log-prob of every completion token of a batch.
 
     Args:
@@ -162,7 +158,7 @@ def token_logps(model: nn.Module, batch: Batch, *, chunk_size: int | None = None
     batch = batch.to(base.device)
     hidden_BLH = _hidden_states(base, batch)
     hidden_NH = hidden_BLH[batch.predictor_rows.to(hidden_BLH.device), batch.predictor_columns.to(hidden_BLH.device)]
-    return _head_logps(LMHead.of(base), hidden_NH, batch.targets.to(hidden_NH.device), chunk_size)
+    return head_logps(LMHead.of(base), hidden_NH, batch.targets.to(hidden_NH.device), block_size=block_size)
 
 
 def _hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
@@ -171,7 +167,8 @@ def _hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
     else:
         inputs = {"attention_mask": _tree_attention(base, batch), "position_ids": batch.position_ids}
     # A text-only base model never sees the prompt's logits: its body alone runs, the head is ours.
-    return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+    with adapters_under_autocast(base):
+        return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 def _tree_attention(base: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
@@ -191,71 +188,6 @@ def _tree_attention(base: PreTrainedModel, batch: Batch) -> Tensor | dict[str, T
     if kinds:
         return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
     return mask(window)
-
-
-def _head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, chunk_size: int | None) -> Tensor:
-    """[N] log-probs of the targets, chunk by chunk; logits never outlive their chunk."""
-    chunk_size = chunk_size or max(16, _CHUNK_ELEMENTS // head.vocab_size)
-    if head.is_frozen_linear:
-        return cast(Tensor, _FrozenHeadLogps.apply(hidden_NH, targets_N, head, chunk_size))
-
-    def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(head.logits(hidden), targets, reduction="none")
-
-    chunks = zip(hidden_NH.split(chunk_size), targets_N.split(chunk_size), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
-    return torch.cat([chunk_logps(*chunk) for chunk in chunks])
-
-
-class _FrozenHeadLogps(torch.autograd.Function):
-    """Target log-probs of a head that is not trained.
-
-    ∂ log p(y) / ∂h = Wᵀ(e_y − p) does not depend on the gradient from above but for a factor a token, so it is computed
-    while the logits are there: two matrix products instead of the three of recomputing in backward.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_NH: Tensor, targets_N: Tensor, head: LMHead, chunk_size: int) -> Tensor:  # type: ignore[override]
-        linear = cast(nn.Linear, head.module)
-        weight, bias = linear.weight, linear.bias
-        device = hidden_NH.device.type
-        if torch.is_autocast_enabled(device):  # cast once a batch, not once a chunk
-            weight = weight.to(torch.get_autocast_dtype(device))
-        logps_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
-        slopes_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        with torch.autocast(device, enabled=False):
-            for start in range(0, hidden_NH.shape[0], chunk_size):
-                chunk = slice(start, start + chunk_size)
-                targets = targets_N[chunk, None]
-                logits = F.linear(hidden_NH[chunk].to(weight.dtype), weight, bias).float()
-                if head.scale != 1.0:
-                    logits *= head.scale
-                if head.softcap is not None:
-                    logits = head.softcap * torch.tanh(logits / head.softcap)
-                damping = None
-                if head.softcap is not None and slopes_NH is not None:
-                    damping = 1 - (logits / head.softcap) ** 2
-                chosen = logits.gather(1, targets)
-                highest = logits.amax(1, keepdim=True)
-                weights = logits.sub_(highest).exp_()  # in place: one exponential serves log-prob and gradient
-                total = weights.sum(1, keepdim=True)
-                logps_N[chunk] = (chosen - highest - total.log())[:, 0]
-                if slopes_NH is None:
-                    continue
-                difference = weights.mul_(-1 / total)  # −p
-                difference.scatter_add_(1, targets, torch.ones_like(chosen))  # e_y − p
-                if damping is not None:
-                    difference *= damping
-                if head.scale != 1.0:
-                    difference *= head.scale
-                slopes_NH[chunk] = (difference.to(weight.dtype) @ weight).to(slopes_NH.dtype)
-        ctx.slopes_NH = slopes_NH
-        return logps_N
-
-    @staticmethod
-    def backward(ctx, grad_N: Tensor):  # type: ignore[override]
-        return (ctx.slopes_NH * grad_N[:, None]).to(ctx.slopes_NH.dtype), None, None, None
 
 
 @dataclass(frozen=True, slots=True)

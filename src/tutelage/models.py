@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from tutelage.errors import UserError
 __all__ = [
     "LMHead",
     "WeightSet",
+    "adapters_under_autocast",
     "add_adapter",
     "base_causal_lm",
     "check_vocabulary",
@@ -228,6 +230,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def adapters_under_autocast(model: nn.Module) -> Iterator[None]:
+    """Within, adapters take their input as it comes where autocast chooses the precision.
+
+    peft casts it to the adapter's float32, and autocast back: two copies of every activation for the same numbers.
+    """
+    active = torch.is_autocast_enabled(base_causal_lm(model).device.type)
+    with disable_input_dtype_casting(model, active=active):
+        yield
+
+
+@contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Within, the model drops nothing even in training mode, which activation checkpointing needs."""
     saved = [
@@ -266,9 +279,9 @@ class LMHead:
         return cast(Tensor, self.module.weight).shape[0]
 
     @property
-    def is_frozen_linear(self) -> bool:
-        """True for a plain linear layer without adapters that is not trained."""
-        return type(self.module) is nn.Linear and not self.module.weight.requires_grad
+    def is_linear(self) -> bool:
+        """True for a plain linear layer without adapters."""
+        return type(self.module) is nn.Linear
 
     def raw_logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V] what the linear layer gives, in the model's precision; ``transform`` makes logits of it."""
@@ -282,6 +295,10 @@ class LMHead:
         if self.softcap is not None:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
+
+    def damping(self, logits: Tensor) -> Tensor | None:
+        """∂ logits / ∂ (scale · raw), of the logits' shape; None where it is 1 everywhere."""
+        return None if self.softcap is None else 1 - (logits / self.softcap) ** 2
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V] float32."""

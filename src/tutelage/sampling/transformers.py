@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.models import LMHead, base_causal_lm, evaluation_mode
+from tutelage.memory import keep_freed_memory
+from tutelage.models import LMHead, adapters_under_autocast, base_causal_lm, evaluation_mode
 from tutelage.sampling.base import Sample, SamplingParams, uniforms
 
 __all__ = ["TransformersSampler", "draw_tokens"]
@@ -22,10 +24,14 @@ __all__ = ["TransformersSampler", "draw_tokens"]
 _DRAW_ELEMENTS = 2**21
 # The cumulative distribution is searched in two steps: over blocks of this many tokens, then inside one.
 _BLOCK = 512
+# Prompt tokens that run at once: enough for large products; on a CPU few enough that activations stay near the core.
+_CPU_PREFILL_TOKENS, _ACCELERATOR_PREFILL_TOKENS = 2**11, 2**14
 
 
 class TransformersSampler:
     """Draws completions from a causal language model of transformers, adapters included.
+
+    On a CPU it asks the process to keep freed memory (``tutelage.memory``).
 
     Args:
         model: sampled from as it stands at each call; put into evaluation mode meanwhile.
@@ -44,6 +50,8 @@ class TransformersSampler:
                 f"{type(body).__name__} cannot be sampled from: its forward takes no {' and no '.join(sorted(missing))}.",
                 remedy="Use a transformer with a key-value cache.",
             )
+        if base_causal_lm(model).device.type == "cpu":
+            keep_freed_memory()
         self.model, self.batch_size, self.pad_token_id = model, batch_size, pad_token_id
 
     @torch.no_grad()
@@ -62,7 +70,7 @@ class TransformersSampler:
         samples: list[list[Sample]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         prompts_a_batch = max(1, self.batch_size // num_samples)
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), adapters_under_autocast(self.model):
             for start in range(0, len(order), prompts_a_batch):
                 places = order[start : start + prompts_a_batch]
                 draws = range(num_samples)
@@ -82,21 +90,13 @@ class TransformersSampler:
     def _decode(self, batch: _Decoding, params: SamplingParams, stage: int) -> list[list[Sample]]:
         base = base_causal_lm(self.model)
         head, device = LMHead.of(base), base.device
-        cache = Cache(layer_class_to_replicate=_GrowingLayer)
-        input_ids, attention_mask = _left_padded(batch.prompts, self.pad_token_id)
-        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        hidden = base.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        hidden, cache, attention_mask = self._prefill(batch.prompts)
         # The prompt ran once; from here on each of its draws is a row of its own.
-        parents = torch.from_numpy(batch.parents).to(device)
-        cache.batch_select_indices(parents)
-        hidden, attention_mask, last = hidden[parents], attention_mask[parents], positions[parents, -1]
+        if len(batch.parents) > len(batch.prompts):
+            parents = torch.from_numpy(batch.parents).to(device)
+            cache.batch_select_indices(parents)
+            hidden, attention_mask = hidden[parents], attention_mask[parents]
+        last = attention_mask.sum(1) - 1
         live = np.arange(len(batch.rows))  # which draw each row of the tensors belongs to
         running = np.ones(len(live), dtype=bool)
         for position in range(params.max_completion_length):
@@ -121,6 +121,33 @@ class TransformersSampler:
                 use_cache=True,
             ).last_hidden_state[:, -1]
         return batch.samples()
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache, Tensor]:
+        """Run each prompt once: its last hidden state, the cache, and the mask of what is no padding.
+
+        A few prompts go at a time, so that what a layer hands to the next is small, and prompts of like length are padded
+        to each other alone.
+        """
+        base = base_causal_lm(self.model)
+        width = max(len(prompt) for prompt in prompts)
+        tokens = _CPU_PREFILL_TOKENS if base.device.type == "cpu" else _ACCELERATOR_PREFILL_TOKENS
+        rows = max(1, tokens // width)
+        hidden, caches = [], []
+        for start in range(0, len(prompts), rows):
+            input_ids, attention_mask = _left_padded(prompts[start : start + rows], self.pad_token_id)
+            attention_mask = attention_mask.to(base.device)
+            caches.append(Cache(layer_class_to_replicate=DynamicLayer))
+            outputs = base.base_model(
+                input_ids=input_ids.to(base.device),
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                past_key_values=caches[-1],
+                use_cache=True,
+            )
+            hidden.append(outputs.last_hidden_state[:, -1])
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        cache = Cache(layers=[_GrowingLayer.joined(parts, width) for parts in layers])
+        return torch.cat(hidden), cache, _left_padded(prompts, self.pad_token_id)[1].to(base.device)
 
 
 @dataclass(slots=True)
@@ -258,10 +285,18 @@ class _GrowingLayer(DynamicLayer):
     values: Tensor
     _buffers: tuple[Tensor, ...]
 
+    @staticmethod
+    def joined(layers: Sequence[DynamicLayer], width: int) -> _GrowingLayer:
+        """The rows of several layers below each other, each filled up at the left to ``width`` tokens."""
+        joined = _GrowingLayer()
+        joined.lazy_initialization(cast(Tensor, layers[0].keys), cast(Tensor, layers[0].values))
+        joined._buffers = tuple(
+            _stacked([cast(Tensor, getattr(layer, name)) for layer in layers], width) for name in ("keys", "values")
+        )
+        joined.keys, joined.values = (buffer[:, :, :width] for buffer in joined._buffers)
+        return joined
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
@@ -281,4 +316,13 @@ class _GrowingLayer(DynamicLayer):
 def _grown(states: Tensor, length: int) -> Tensor:
     buffer = states.new_empty(*states.shape[:2], length, states.shape[3])
     buffer[:, :, : states.shape[2]] = states
+    return buffer
+
+
+def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
+    rows, (_, heads, _, size) = sum(len(part) for part in parts), parts[0].shape
+    buffer, start = parts[0].new_zeros(rows, heads, width + 64, size), 0
+    for part in parts:
+        buffer[start : start + len(part), :, width - part.shape[2] : width] = part
+        start += len(part)
     return buffer

@@ -1,0 +1,134 @@
+"""Log-probs of targets under a linear head, a block of the vocabulary at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tutelage.models import LMHead
+
+__all__ = ["head_logps"]
+
+# Logits of one block hold about this many numbers. On a CPU they stay in the last-level cache between the products; an
+# accelerator wants products that are large.
+_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**21, 2**26
+
+
+def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size: int | None = None) -> Tensor:
+    """Log-prob of each target; nothing of size N × V is ever there.
+
+    Args:
+        hidden_NH: last hidden states.
+        targets_N: token ids.
+        block_size: tokens of the vocabulary that are read at once.
+
+    Returns:
+        [N] float32 (nats); differentiable with respect to the hidden states and the head.
+    """
+    elements = _CPU_ELEMENTS if hidden_NH.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    if head.is_linear:
+        linear, device = cast(nn.Linear, head.module), hidden_NH.device.type
+        if torch.is_autocast_enabled(device):
+            hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
+        block_size = block_size or max(256, elements // max(1, len(hidden_NH)))
+        return cast(Tensor, _HeadLogps.apply(hidden_NH, linear.weight, linear.bias, targets_N, head, block_size))
+
+    def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(head.logits(hidden), targets, reduction="none")
+
+    # A head with something on it, an adapter for example, runs as it is, on a few tokens and all of the vocabulary.
+    rows = max(16, 16 * elements // head.vocab_size)
+    chunks = zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([chunk_logps(*chunk) for chunk in chunks])
+
+
+class _HeadLogps(torch.autograd.Function):
+    """log p(y) = z_y − log Σ_v exp z_v with z = W h, as FlashAttention goes over keys (arXiv 2205.14135, algorithm 1).
+
+    Each block meets the largest logit so far and the sum of exponentials below it, and is forgotten. ∂ log p(y)/∂h =
+    W_y − Σ_v p_v W_v, but for the gradient from above, which is one factor a token: so the same pass sums Σ_v p_v W_v, and
+    a head that stays as it is costs two matrix products. One that is trained reads its blocks again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, head: LMHead, block_size: int) -> Tensor:  # type: ignore[override]
+        is_trained = any(ctx.needs_input_grad[1:3])
+        highest_N1 = hidden_NH.new_full((len(hidden_NH), 1), -torch.inf, dtype=torch.float32)
+        total_N1, chosen_N1 = torch.zeros_like(highest_N1), torch.zeros_like(highest_N1)
+        mean_NH = None
+        if ctx.needs_input_grad[0] and not is_trained:
+            mean_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            for block, weight, logits in _blocks(head, hidden_NH, weight_VH, bias_V, block_size):
+                inside_N1, places_N1 = _places(targets_N, block)
+                chosen_N1 = torch.where(inside_N1, logits.gather(1, places_N1), chosen_N1)
+                higher_N1 = torch.maximum(highest_N1, logits.amax(1, keepdim=True))
+                shrink_N1 = (highest_N1 - higher_N1).exp_()
+                damping = head.damping(logits)
+                exponentials = logits.sub_(higher_N1).exp_()
+                total_N1 = total_N1 * shrink_N1 + exponentials.sum(1, keepdim=True)
+                highest_N1 = higher_N1
+                if mean_NH is not None:
+                    if damping is not None:
+                        exponentials *= damping
+                    mean_NH.mul_(shrink_N1).add_(exponentials.to(hidden_NH.dtype) @ weight)
+        log_total_N1 = highest_N1 + total_N1.log()
+        ctx.head, ctx.block_size, ctx.slopes_NH = head, block_size, None
+        if mean_NH is not None:
+            own_NH = weight_VH[targets_N].float()
+            if (damping := head.damping(chosen_N1)) is not None:
+                own_NH *= damping
+            ctx.slopes_NH = mean_NH.div_(-total_N1).add_(own_NH).mul_(head.scale).to(hidden_NH.dtype)
+        elif is_trained:
+            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, log_total_N1)
+        return (chosen_N1 - log_total_N1)[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_N: Tensor):  # type: ignore[override]
+        if ctx.slopes_NH is not None:
+            return (ctx.slopes_NH * grad_N[:, None]).to(ctx.slopes_NH.dtype), None, None, None, None, None
+        hidden_NH, weight_VH, bias_V, targets_N, log_total_N1 = ctx.saved_tensors
+        hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
+        weight_grad_VH = torch.empty_like(weight_VH)
+        bias_grad_V = None if bias_V is None else torch.empty_like(bias_V)
+        factor_N1 = ctx.head.scale * grad_N[:, None]
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            for block, weight, logits in _blocks(ctx.head, hidden_NH, weight_VH, bias_V, ctx.block_size):
+                inside_N1, places_N1 = _places(targets_N, block)
+                damping = ctx.head.damping(logits)
+                probs = logits.sub_(log_total_N1).exp_()
+                slopes = probs.scatter_add_(1, places_N1, -inside_N1.float()).mul_(-factor_N1)
+                if damping is not None:
+                    slopes *= damping
+                if bias_grad_V is not None:
+                    bias_grad_V[block] = slopes.sum(0)
+                slopes = slopes.to(hidden_NH.dtype)
+                hidden_grad_NH += slopes @ weight
+                weight_grad_VH[block] = slopes.T @ hidden_NH
+        return hidden_grad_NH.to(hidden_NH.dtype), weight_grad_VH, bias_grad_V, None, None, None
+
+
+def _blocks(
+    head: LMHead, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, size: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """One block of the vocabulary after another: where it is, its weights, and its float32 logits [N, size]."""
+    for start in range(0, len(weight_VH), size):
+        block = slice(start, min(start + size, len(weight_VH)))
+        weight = weight_VH[block].to(hidden_NH.dtype)
+        bias = None if bias_V is None else bias_V[block].to(hidden_NH.dtype)
+        yield block, weight, head.transform(F.linear(hidden_NH, weight, bias))
+
+
+def _places(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """[N, 1] whether each target is in the block, and where (anywhere, if it is not)."""
+    places_N1 = (targets_N - block.start)[:, None]
+    last = block.stop - block.start - 1
+    return (places_N1 >= 0) & (places_N1 <= last), places_N1.clamp(0, last)
