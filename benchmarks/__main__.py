@@ -1,0 +1,273 @@
+"""Tutelage beside what one would use instead: time, memory, and how far from what the machine allows.
+
+    python -m benchmarks all
+    python -m benchmarks step sft_step --models qwen3-32k --json results.json
+
+Both sides of a row have the same model, tokens and precision, each in a fresh process, and take turns on the same machine; see
+``benchmarks.sides``. Targets are shown as met or missed; missing one is no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.floors import measured_floor
+from benchmarks.provenance import provenance
+from benchmarks.sides import Measured, compare
+from benchmarks.training import MOST_TURNS
+from benchmarks.workloads import MODELS, Work, prepare_model
+from tutelage.stages import write_json
+
+__all__ = ["ROWS", "Row", "add_common_options", "cache_folder", "cases", "main", "result"]
+
+_GEMMA, _SMALL = MODELS
+_TARGET_FLOOR_SHARE = 0.5
+_COLUMNS = {"row": 12, "model, trained": 22, "ours": 25, "peer": 25, "time": 18, "memory": 18, "of the floor": 18}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: on the command line.
+        about: what is compared with what, for a reader of the table.
+        sides: ours and the peer's, "module:function" below ``benchmarks``.
+        work: fields of ``Work`` that differ from its defaults.
+        parameters: "adapters", "full" or both.
+        time, memory: what ours over the peer's should be at the most, by model; a model without a target has none.
+        floor: of ``benchmarks.floors.FLOORS``, if there is one.
+    """
+
+    name: str
+    about: str
+    sides: tuple[str, str]
+    work: Mapping[str, Any] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ("adapters",)
+    time: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    floor: str | None = None
+
+
+def _both(target: float) -> dict[str, float]:
+    return dict.fromkeys(MODELS, target)
+
+
+ROWS = (
+    Row(
+        "step",
+        "an optimiser step on 8 prompts with demonstration and sample: IRFT, and TRL's DPO",
+        ("training:ours_step", "training:peer_step"),
+        parameters=("adapters", "full"),
+        time={_GEMMA: 1 / 5, _SMALL: 1 / 2},
+        memory={_GEMMA: 1 / 3},
+        floor="step",
+    ),
+    Row(
+        "step_n4",
+        "the same with 4 samples a prompt, which are 4 pairs for DPO",
+        ("training:ours_step", "training:peer_step"),
+        {"samples": 4},
+        time={_GEMMA: 1 / 8},
+        floor="step",
+    ),
+    Row(
+        "sft_step",
+        "an optimiser step on 8 demonstrations: our SFT, and TRL's",
+        ("training:ours_sft", "training:peer_sft"),
+        parameters=("adapters", "full"),
+        time={_GEMMA: 1 / 2},
+        floor="sft",
+    ),
+    Row(
+        "sampling",
+        "seconds a token, up to 64 tokens for 64 prompts of mixed lengths: our sampler, and transformers' generate",
+        ("stages:ours_sampling", "stages:peer_sampling"),
+        {"prompts": 64, "mixed": True},
+        time={_GEMMA: 1 / 4, _SMALL: 1 / 1.5},
+        floor="decoding",
+    ),
+    Row(
+        "irft_stage",
+        "a whole stage of IRFT on 64 prompts: ours, and generate with TRL's DPO",
+        ("stages:ours_irft_stage", "stages:peer_irft_stage"),
+        {"prompts": 64, "mixed": True},
+        time=_both(1 / 4),
+    ),
+    Row(
+        "rft_stage",
+        "a whole stage of RFT on 16 prompts with 4 samples: ours, and TRL's reward trainer with RLOO",
+        ("stages:ours_rft_stage", "stages:peer_rft_stage"),
+        {"prompts": 16, "samples": 4, "mixed": True},
+        time=_both(1 / 2.5),
+        memory=_both(1 / 2),
+    ),
+    Row(
+        "irft_vs_sft",
+        "our step of IRFT, and our step of SFT on as many completion tokens (16 demonstrations): the ratio is that of "
+        "seconds a trained token",
+        ("training:ours_step", "training:ours_sft_same_tokens"),
+        time=_both(1.15),
+    ),
+)
+"""The table, in its order."""
+
+
+def cases(names: Sequence[str], models: Sequence[str]) -> Iterator[tuple[Row, str, str]]:
+    """The rows asked for in the table's order, each with a model and which parameters are trained."""
+    for row in ROWS:
+        if row.name in names or "all" in names:
+            for model in models:
+                for parameters in row.parameters:
+                    yield row, model, parameters
+
+
+def result(
+    row: Row, model: str, parameters: str, ours: Measured, peer: Measured, floor: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A line of the table, as it stands in the JSON file; ratios are ours over the peer's.
+
+    ``median_s``, ``min_s`` and ``max_s`` are seconds of a repetition, or of a token where ``tokens`` are known.
+    """
+    return {
+        "name": row.name,
+        "about": row.about,
+        "model": model,
+        "parameters": parameters,
+        "ratio_time": ours.median / peer.median,
+        "target_time": row.time.get(model),
+        "ratio_memory": ours.peak_bytes / peer.peak_bytes,
+        "target_memory": row.memory.get(model),
+        "floor_share": floor and floor["seconds"] / (ours.median * (floor["tokens"] or 1)),
+        "target_floor_share": _TARGET_FLOOR_SHARE if floor else None,
+        "ours": _side(ours),
+        "peer": _side(peer),
+        "floor": floor,
+    }
+
+
+def _side(measured: Measured) -> dict[str, Any]:
+    times = _times(measured)
+    return {
+        "median_s": measured.median,
+        "min_s": min(times),
+        "max_s": max(times),
+        **dataclasses.asdict(measured),
+    }
+
+
+def _times(measured: Measured) -> list[float]:
+    """Seconds a token where tokens are known, else a repetition, as ``Measured.median``."""
+    if measured.tokens:
+        return [seconds / tokens for seconds, tokens in zip(measured.seconds, measured.tokens, strict=True)]
+    return measured.seconds
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def _show(console: Console, line: Mapping[str, Any]) -> None:
+    """A line of the table and the peer's settings; it is shown as soon as it is known, so it is a table of its own."""
+    cells = (
+        Text(line["name"]),
+        Text(f"{line['model']}, {line['parameters']}"),
+        _spread(line["ours"]),
+        _spread(line["peer"]),
+        _against(line["ratio_time"], "≤", line["target_time"]),
+        _against(line["ratio_memory"], "≤", line["target_memory"]),
+        _against(line["floor_share"], "≥", line["target_floor_share"]),
+    )
+    console.print(_table(cells))
+    settings = ", ".join(f"{name} {value}" for name, value in line["peer"]["settings"].items())
+    console.print(Text(f"{line['about']}\npeer: {settings}", style="dim"))
+
+
+def _table(cells: Iterable[Text]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for width in _COLUMNS.values():
+        table.add_column(width=width)
+    table.add_row(*cells)
+    return table
+
+
+def _spread(side: Mapping[str, Any]) -> Text:
+    """Median, least and most."""
+    factor, unit = (1000, "ms/token") if side["tokens"] else (1, "s")
+    median, least, most = (_short(side[key] * factor) for key in ("median_s", "min_s", "max_s"))
+    return Text(f"{median} {unit} [{least}–{most}]")
+
+
+def _short(value: float) -> str:
+    """Three digits that count, and no exponent."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def _against(value: float | None, sign: str, target: float | None) -> Text:
+    """A value, its target, and whether it is met."""
+    if value is None:
+        return Text("")
+    if target is None:
+        return Text(f"{value:.2f}")
+    met = value <= target if sign == "≤" else value >= target
+    return Text(f"{value:.2f} {sign} {target:.2f} {'met' if met else 'missed'}", style="green" if met else "red")
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, repeats: int) -> None:
+    """What every measurement with ``compare`` takes."""
+    parser.add_argument("--repeats", type=int, default=repeats, help="repetitions that count (default %(default)s)")
+    parser.add_argument("--warmups", type=int, default=1, help="repetitions before them (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every row")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="keeps the models; by default in the user's cache"
+    )
+
+
+def cache_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path:
+    """Where the models are kept; stops with a message where the options make no sense."""
+    if options.repeats < 1 or not 0 <= options.warmups <= MOST_TURNS - options.repeats:
+        parser.error(f"--repeats must be at least 1, and {MOST_TURNS} together with --warmups at the most")
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return options.cache or root / "tutelage" / "benchmarks"
+
+
+def main() -> None:
+    """Measure the rows asked for, one after the other."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [row.name for row in ROWS]
+    parser.add_argument(
+        "rows", nargs="+", choices=["all", *names], metavar="NAME", help=f"all, or of {', '.join(names)}"
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    add_common_options(parser, repeats=5)
+    options = parser.parse_args()
+    cache = cache_folder(parser, options)
+    console = Console(width=None if sys.stdout.isatty() else sum(_COLUMNS.values()) + len(_COLUMNS))
+    console.print(_table(Text(name, style="bold") for name in _COLUMNS))
+    written = provenance("benchmarks") | {"rows": []}
+    for row, model, parameters in cases(options.rows, options.models):
+        work = Work(str(prepare_model(model, cache)), adapters=parameters == "adapters", **row.work)
+        ours, peer = compare(row.sides, work, repeats=options.repeats, warmups=options.warmups)
+        tokens = statistics.median(ours.tokens) if ours.tokens else 0
+        floor = measured_floor(row.floor, work, tokens) if row.floor else None
+        written["rows"].append(result(row, model, parameters, ours, peer, floor))
+        _show(console, written["rows"][-1])
+        if options.json:
+            write_json(options.json, written)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""Sides of the rows on sampling and on whole stages.
+
+A repetition is one call of the sampler, or one stage of training as a user's loop pays for it: our trainers go from stage to
+stage by themselves, and so does TRL's RLOOTrainer; a DPOTrainer or RewardTrainer has its data from its constructor, so each
+stage makes a new one. Every stage takes the same prompts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+    set_seed,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+
+from benchmarks.sides import Turns
+from benchmarks.workloads import Work, adapter, groups, rows, stop_ids
+from tutelage.algorithms import IRFTConfig, IRFTTrainer, RFTConfig, RFTTrainer
+from tutelage.models import add_adapter, base_causal_lm, evaluation_mode, load_model
+from tutelage.sampling import SamplingParams, TransformersSampler
+
+__all__ = [
+    "ours_irft_stage",
+    "ours_rft_stage",
+    "ours_sampling",
+    "peer_irft_stage",
+    "peer_rft_stage",
+    "peer_sampling",
+]
+
+_BATCH = 8
+"""Pairs of an IRFT or DPO step; completions of an RFT or RLOO step."""
+
+_SHARED = {
+    "bf16": True,
+    "use_cpu": True,
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+_PEER = _SHARED | {"gradient_checkpointing": False}
+_PEER_PAIRS = 1
+"""Sequences or pairs that TRL runs at once: on a CPU smaller was never slower, and takes less memory."""
+_ENDLESS = 1000  # epochs; the turns end before
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def ours_sampling(work: Work, turns: Turns) -> None:
+    """Our sampler, in the trainers' mixed precision."""
+    model = _our_model(work)
+    turns.weights_loaded(batch_size=64)
+    prompts = [group.prompt_ids for group in groups(work)]
+    params = SamplingParams(
+        max_completion_length=work.completion_tokens,
+        stop_ids=frozenset(stop_ids(base_causal_lm(model).config.vocab_size)),
+    )
+    sampler = TransformersSampler(model, batch_size=64)
+    while turns.begin():
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = sampler.sample(prompts, params)
+        turns.end(tokens=sum(len(sample.token_ids) for samples in drawn for sample in samples))
+        params = replace(params, seed=params.seed + 1)
+
+
+def peer_sampling(work: Work, turns: Turns) -> None:
+    """transformers' ``generate`` in the batch size and precision that were fastest here."""
+    stops = stop_ids(AutoConfig.from_pretrained(work.model_path).vocab_size)
+    settings = _fastest_generation(work, stops)
+    model, prompts = _peer_model(work), [group.prompt_ids for group in groups(work)]
+    turns.weights_loaded(**settings)
+    while turns.begin():
+        drawn = _generate(model, prompts, stops=stops, most=work.completion_tokens, **settings)
+        turns.end(tokens=sum(map(len, drawn)))
+
+
+@torch.no_grad()
+def _generate(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, stops: list[int], most: int, batch_size: int, autocast: bool
+) -> list[list[int]]:
+    """A completion of each prompt, up to and with its first stop token; prompts of like length side by side."""
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    with evaluation_mode(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            inputs = _padded([prompts[place] for place in places], side="left")
+            drawn = model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=stops,
+                pad_token_id=0,
+                max_new_tokens=most,
+            )[:, inputs["input_ids"].shape[1] :]
+            stopped = torch.isin(drawn, torch.tensor(stops)).int()
+            lengths = (stopped.cumsum(1) - stopped == 0).sum(1).tolist()
+            for place, row, length in zip(places, drawn.tolist(), lengths, strict=True):
+                completions[place] = row[:length]
+    return completions
+
+
+def _fastest_generation(work: Work, stops: list[int]) -> dict[str, Any]:
+    """The batch size, and then with or without autocast, that let ``_generate`` draw most tokens a second.
+
+    Found in a process of its own, whose memory is none of the side's.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_try_generation, work, stops).result()
+
+
+def _try_generation(work: Work, stops: list[int]) -> dict[str, Any]:
+    model, prompts = _peer_model(work), [group.prompt_ids for group in groups(work)]
+    draw = partial(_generate, model, stops=stops)
+    draw(prompts[:2], most=2, batch_size=2, autocast=True)  # the first call of all is slow
+
+    def seconds_per_token(settings: dict[str, Any]) -> float:
+        begin = time.perf_counter()
+        drawn = draw(prompts, most=work.completion_tokens, **settings)
+        return (time.perf_counter() - begin) / sum(map(len, drawn))
+
+    tried = [{"batch_size": size, "autocast": True} for size in (16, 32, 64)]
+    times = [seconds_per_token(settings) for settings in tried]
+    tried.append(tried[times.index(min(times))] | {"autocast": False})
+    times.append(seconds_per_token(tried[-1]))
+    return tried[times.index(min(times))]
+
+
+# --- IRFT -----------------------------------------------------------------------------------------------------------
+
+
+def ours_irft_stage(work: Work, turns: Turns) -> None:
+    """A stage of ours: sampling, reference log-probs, and steps of 8 prompts."""
+    model = _our_model(work)
+    turns.weights_loaded(sampling_batch_size=64)
+    args = IRFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        learning_rate=IRFTConfig.adapter_learning_rate,
+        stages_per_epoch=work.stages,
+        num_train_epochs=_ENDLESS,
+        per_device_train_batch_size=_BATCH,
+        max_prompt_length=work.prompt_tokens,
+        max_completion_length=work.completion_tokens,
+        **_SHARED,
+    )
+    stages = _Stages(turns, steps=work.prompts // _BATCH)
+    IRFTTrainer(model, args, Dataset.from_list(rows(work)), callbacks=[stages]).train()
+
+
+def peer_irft_stage(work: Work, turns: Turns) -> None:
+    """``generate``, then a DPOTrainer on its samples."""
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(work.model_path)
+    generation = {"stops": [tokenizer.eos_token_id], "most": work.completion_tokens}
+    settings = _fastest_generation(work, generation["stops"])
+    model, given, prompts = _peer_model(work), rows(work), [group.prompt_ids for group in groups(work)]
+    own = {"per_device_train_batch_size": _PEER_PAIRS, "precompute_ref_log_probs": True}
+    turns.weights_loaded(**settings, **own, gradient_checkpointing=False)
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        learning_rate=IRFTConfig.adapter_learning_rate,
+        num_train_epochs=1,
+        gradient_accumulation_steps=_BATCH // own["per_device_train_batch_size"],
+        max_length=None,
+        beta=0.1,
+        **_PEER,
+        **own,
+    )
+    while turns.begin():
+        samples = [_text(ids, tokenizer.eos_token_id) for ids in _generate(model, prompts, **generation, **settings)]
+        pairs = [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": sample}
+            for row, sample in zip(given, samples, strict=True)
+        ]
+        if "ref" in model.peft_config:  # the trainer's copy of the policy as the last stage began
+            model.delete_adapter("ref")
+        DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
+        turns.end()
+
+
+def _text(token_ids: Sequence[int], eos_id: int) -> str:
+    """What the tokenizer reads as as many tokens; TRL adds the end-of-sequence token. The model knows more ids than the
+    tokenizer has words: the others are read as unknown."""
+    return "".join(f" w{token_id}" for token_id in token_ids if token_id != eos_id)
+
+
+# --- RFT ------------------------------------------------------------------------------------------------------------
+
+
+class _OpenGate(RFTTrainer):
+    """Random words teach a reward nothing, and the policy phase would wait for it: here it always follows."""
+
+    def _obstacle(self, *_: Any) -> None:
+        return None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        assert len(inputs) == self.args.per_device_train_batch_size, "the policy phase left prompts out"
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def ours_rft_stage(work: Work, turns: Turns) -> None:
+    """A stage of ours: sampling, one pass of the reward phase, one of the policy phase, and a look at the kept row."""
+    model = _our_model(work)
+    own = {"holdout_rows": 1, "cut_samples": "score", "reward_batch_size": 8}
+    turns.weights_loaded(**own, sampling_batch_size=64)
+    args = RFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        learning_rate=RFTConfig.adapter_learning_rate,
+        num_samples=work.samples,
+        stages_per_epoch=1,
+        num_train_epochs=_ENDLESS,
+        per_device_train_batch_size=_BATCH // work.samples,
+        max_prompt_length=work.prompt_tokens,
+        max_completion_length=work.completion_tokens,
+        reward_passes=1,
+        reward_warmup_stages=0,
+        early_stopping="never",
+        **_SHARED,
+        **own,
+    )
+    data = Dataset.from_list(rows(replace(work, prompts=work.prompts + 1)))
+    stages = _Stages(turns, steps=work.prompts * work.samples // _BATCH)
+    _OpenGate(model, args, data, callbacks=[stages]).train()
+
+
+def peer_rft_stage(work: Work, turns: Turns) -> None:
+    """A RewardTrainer on the samples of the last round, then a round of an RLOOTrainer that goes on from stage to stage."""
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(work.model_path)
+    policy = _touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=torch.bfloat16))
+    reward_base = AutoModelForSequenceClassification.from_pretrained(
+        work.model_path, num_labels=1, dtype=torch.bfloat16
+    )
+    reward = get_peft_model(
+        _touched(reward_base), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    )
+    optimizer = torch.optim.AdamW([p for p in reward.parameters() if p.requires_grad], lr=3e-4, fused=True)
+    own = {"reward_micro_batch": 8, "generation_batch_size": work.prompts * work.samples}
+    turns.weights_loaded(**own, weights="policy and reward model", gradient_checkpointing=False)
+    reward_args = RewardConfig(
+        output_dir=tempfile.mkdtemp(),
+        num_train_epochs=1,
+        per_device_train_batch_size=own["reward_micro_batch"],
+        gradient_accumulation_steps=8 * work.samples // own["reward_micro_batch"],
+        center_rewards_coefficient=0.01,
+        max_length=None,
+        **_PEER,
+    )
+    args = RLOOConfig(
+        output_dir=tempfile.mkdtemp(),
+        learning_rate=RFTConfig.adapter_learning_rate,
+        num_train_epochs=_ENDLESS,
+        per_device_train_batch_size=_PEER_PAIRS,
+        gradient_accumulation_steps=_BATCH // _PEER_PAIRS,
+        generation_batch_size=own["generation_batch_size"],
+        num_generations=work.samples,
+        max_completion_length=work.completion_tokens,
+        beta=0.1,
+        **_PEER,
+    )
+    given = groups(work)
+    demonstrations = [(*group.prompt_ids, *group.completions[0].token_ids) for group in given]
+    pairs = [  # before the first round there are the samples that came with the data
+        {"chosen_ids": demonstration, "rejected_ids": (*group.prompt_ids, *sample.token_ids)}
+        for group, demonstration in zip(given, demonstrations, strict=True)
+        for sample in group.completions[1:]
+    ]
+
+    def fit_reward() -> None:
+        RewardTrainer(
+            reward,
+            reward_args,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+        ).train()
+
+    @torch.no_grad()
+    def score(prompt_ids, demonstration, completion_ids, **_) -> list[float]:
+        sampled = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        pairs[:] = [
+            {"chosen_ids": chosen, "rejected_ids": rejected}
+            for chosen, rejected in zip(demonstration, sampled, strict=True)
+        ]
+        with evaluation_mode(reward), torch.autocast("cpu", torch.bfloat16):
+            return reward(**_padded(sampled, side="right")).logits[:, 0].tolist()
+
+    data = [
+        {"prompt": row["prompt"], "prompt_ids": group.prompt_ids, "demonstration": demonstration}
+        for row, group, demonstration in zip(rows(work), given, demonstrations, strict=True)
+    ]
+    stages = _Stages(turns, steps=work.prompts * work.samples // _BATCH, at_start=fit_reward)
+    RLOOTrainer(
+        policy,
+        score,
+        args,
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+        callbacks=[stages],
+        peft_config=adapter(),
+    ).train()
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+class _Stages(TrainerCallback):
+    """Makes so many optimiser steps, a stage, a repetition; ``at_start`` is the first thing of it."""
+
+    def __init__(self, turns: Turns, *, steps: int, at_start: Callable[[], None] = lambda: None):
+        self.turns, self.steps, self.at_start = turns, steps, at_start
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.turns.begin()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0:
+            self.at_start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0:
+            self.turns.end()
+            control.should_training_stop = not self.turns.begin()
+
+
+def _our_model(work: Work) -> nn.Module:
+    model = _touched(load_model(work.model_path, dtype=torch.bfloat16))
+    set_seed(work.seed)
+    return add_adapter(model, adapter()) if work.adapters else model
+
+
+def _peer_model(work: Work) -> Any:
+    model = _touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=torch.bfloat16))
+    set_seed(work.seed)
+    return get_peft_model(model, adapter()) if work.adapters else model
+
+
+def _touched(model: Any) -> Any:
+    """The model with all its weights read: those of a mapped file are in memory only then."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    return model
+
+
+def _padded(sequences: Sequence[Sequence[int]], *, side: str) -> dict[str, Tensor]:
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_side=side),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side),
+    }

@@ -1,0 +1,232 @@
+"""Sides of the rows on training: a repetition is one optimiser step over all prompts of the work.
+
+Both sides of a row train on the same tokens, which each asserts of its own data, with the same optimiser and in the same
+precision. The peers have the fastest settings that were found.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import DPOConfig, DPOTrainer
+from trl import SFTConfig as PeerSFTConfig
+from trl import SFTTrainer as PeerSFTTrainer
+
+from benchmarks.sides import Turns
+from benchmarks.workloads import Work, adapter, groups, rows
+from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer
+from tutelage.groups import Group
+from tutelage.models import load_model
+from tutelage.sampling import Sample, SamplingParams
+
+__all__ = [
+    "MOST_TURNS",
+    "GivenSamples",
+    "ours_sft",
+    "ours_sft_same_tokens",
+    "ours_step",
+    "ours_streamed_sft",
+    "peer_sft",
+    "peer_step",
+]
+
+MOST_TURNS = 16
+"""The most repetitions of a side, warm-ups included."""
+
+_SHARED: dict[str, Any] = {
+    "train_sampling_strategy": "sequential",  # every step takes the same rows
+    "bf16": True,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+_PEER = {"torch_compile": True, "gradient_checkpointing": False}
+"""What makes TRL's steps faster; the batches are all of one shape, so compiling happens once, in the first of them."""
+
+
+class GivenSamples:
+    """A sampler that hands back the samples which the groups hold for their prompts."""
+
+    def __init__(self, step: Sequence[Group]):
+        self._samples = {
+            group.prompt_ids: [Sample(c.token_ids, (0.0,) * len(c.token_ids), c.ended) for c in group.completions[1:]]
+            for group in step
+        }
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, **_: Any) -> list[list[Sample]]:
+        """As every sampler's."""
+        return [self._samples[tuple(prompt)] for prompt in prompts]
+
+
+def ours_step(work: Work, turns: Turns) -> None:
+    """A step of IRFT on given samples. The first repetition also scores the reference, of all steps at once."""
+    step = groups(work)
+    settings = {"per_device_train_batch_size": work.prompts}
+    model = load_model(work.model_path, dtype=_dtype(work))
+    _touch(model)
+    turns.weights_loaded(**settings)
+    trainer = IRFTTrainer(
+        model,
+        IRFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            stages_per_epoch=1,
+            num_train_epochs=1,
+            num_samples=work.samples,
+            **_limits(work),
+            **settings,
+            **_SHARED,
+        ),
+        Dataset.from_list(_demonstrations(work) * MOST_TURNS),
+        peft_config=adapter() if work.adapters else None,
+        callbacks=[turns.callback()],
+        sampler=GivenSamples(step),
+    )
+    assert _trained(trainer, "demonstration_ids") == _completions(step, 0) * MOST_TURNS
+    trainer.train()
+
+
+def peer_step(work: Work, turns: Turns) -> None:
+    """A step of TRL's DPO: chosen is the demonstration, rejected a sample, and the reference is scored beforehand."""
+    step = groups(work)
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["samples"][index]}
+        for index in range(work.samples)
+        for row in rows(work)
+    ]
+    # A step of 32 pairs takes as long in one batch as in four, which need little more than half the memory.
+    batch = max(size for size in range(1, 9) if len(pairs) % size == 0)
+    settings = _PEER | {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": len(pairs) // batch,
+        "precompute_ref_log_probs": True,
+    }
+    model = AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work))
+    _touch(model)
+    turns.weights_loaded(**settings)
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(output_dir=tempfile.mkdtemp(), max_steps=MOST_TURNS, max_length=None, **settings, **_SHARED),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=AutoTokenizer.from_pretrained(work.model_path),
+        peft_config=adapter() if work.adapters else None,
+        callbacks=[turns.callback()],
+    )
+    assert _trained(trainer, "chosen_ids") == _completions(step, 0) * work.samples
+    assert _trained(trainer, "rejected_ids")[: len(step)] == _completions(step, 1)
+    trainer.train()
+
+
+def ours_sft(work: Work, turns: Turns) -> None:
+    """A step of SFT."""
+    settings = {"per_device_train_batch_size": work.prompts}
+    model = load_model(work.model_path, dtype=_dtype(work))
+    _touch(model)
+    turns.weights_loaded(**settings)
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(output_dir=tempfile.mkdtemp(), max_steps=MOST_TURNS, **_limits(work), **settings, **_SHARED),
+        Dataset.from_list(_demonstrations(work)),
+        peft_config=adapter() if work.adapters else None,
+        callbacks=[turns.callback()],
+    )
+    assert _trained(trainer, "demonstration_ids") == _completions(groups(work), 0)
+    trainer.train()
+
+
+def ours_sft_same_tokens(work: Work, turns: Turns) -> None:
+    """A step of SFT on as many completion tokens as a step of IRFT: a demonstration more for each sample."""
+    ours_sft(replace(work, prompts=work.prompts * (1 + work.samples)), turns)
+
+
+def ours_streamed_sft(work: Work, turns: Turns) -> None:
+    """SFT on a stream of the rows, 32 a step; a repetition is a whole pass."""
+    model = load_model(work.model_path, dtype=_dtype(work))
+    _touch(model)
+    turns.weights_loaded(per_device_train_batch_size=32)
+
+    def stream() -> Iterator[dict[str, str]]:
+        for start in range(0, work.prompts, 32):
+            yield from _demonstrations(replace(work, prompts=32, seed=start))
+
+    while turns.begin():
+        SFTTrainer(
+            model,
+            SFTConfig(
+                output_dir=tempfile.mkdtemp(),
+                max_steps=work.prompts // 32,
+                per_device_train_batch_size=32,
+                **_limits(work),
+                **_SHARED,
+            ),
+            IterableDataset.from_generator(stream),
+        ).train()
+        turns.end()
+
+
+def peer_sft(work: Work, turns: Turns) -> None:
+    """A step of TRL's SFT, on the completions alone."""
+    settings = _PEER | {
+        "per_device_train_batch_size": work.prompts,
+        "padding_free": False,
+    }
+    model = AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work))
+    _touch(model)
+    turns.weights_loaded(**settings)
+    trainer = PeerSFTTrainer(
+        model,
+        args=PeerSFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            max_steps=MOST_TURNS,
+            max_length=None,
+            completion_only_loss=True,
+            **settings,
+            **_SHARED,
+        ),
+        train_dataset=Dataset.from_list(_demonstrations(work)),
+        processing_class=AutoTokenizer.from_pretrained(work.model_path),
+        peft_config=adapter() if work.adapters else None,
+        callbacks=[turns.callback()],
+    )
+    completions = [[token for token in labels if token != -100] for labels in _trained(trainer, "labels")]
+    assert completions == _completions(groups(work), 0)
+    trainer.train()
+
+
+def _dtype(work: Work) -> torch.dtype:
+    """Weights that stay frozen are kept in bfloat16, weights that are trained in float32."""
+    return torch.bfloat16 if work.adapters else torch.float32
+
+
+@torch.no_grad()
+def _touch(model: nn.Module) -> None:
+    """Bring all weights into memory: loading may have mapped them from their file only."""
+    for parameter in model.parameters():
+        parameter.sum()
+
+
+def _limits(work: Work) -> dict[str, int]:
+    return {"max_prompt_length": work.prompt_tokens, "max_completion_length": work.completion_tokens}
+
+
+def _demonstrations(work: Work) -> list[dict[str, str]]:
+    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows(work)]
+
+
+def _trained(trainer: Trainer, column: str) -> list[list[int]]:
+    """What a trainer made of its rows."""
+    return cast(Dataset, trainer.train_dataset)[column][:]
+
+
+def _completions(step: Sequence[Group], index: int) -> list[list[int]]:
+    """The tokens of each group's completion of that place: 0 is the demonstration."""
+    return [list(group.completions[index].token_ids) for group in step]

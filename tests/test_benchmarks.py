@@ -1,0 +1,210 @@
+"""The benchmarks: both sides meet the same tokens, floors count what is computed, the table says what was measured."""
+
+import io
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from benchmarks import __main__ as table
+from benchmarks import floors, training, workloads
+from benchmarks.sides import Measured, Turns
+from benchmarks.workloads import Work
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from tutelage.data.tokenization import Tokenization
+from tutelage.groups import Completion, Group, Kind, collate_tree
+from tutelage.logprobs import completion_logps
+from tutelage.models import load_tokenizer
+from tutelage.testing.models import tiny_model
+
+GEMMA, SMALL = workloads.MODELS
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """The smaller of the models that are measured; it is random, so nothing is downloaded."""
+    return str(workloads.prepare_model(SMALL, tmp_path_factory.mktemp("models")))
+
+
+def tree(prompt, *completions):
+    """A group of so many tokens."""
+    return Group((3,) * prompt, tuple(Completion((3,) * length, Kind.SAMPLE, ended=False) for length in completions))
+
+
+# --- what both sides work on -----------------------------------------------------------------------------------------
+
+
+def test_texts_become_the_tokens_that_groups_say(model_path):
+    work = Work(model_path, prompts=5, prompt_tokens=12, completion_tokens=8, samples=2, mixed=True)
+    tokenization = Tokenization(load_tokenizer(model_path), max_completion_length=work.completion_tokens)
+    groups = workloads.groups(work)
+    for row, group in zip(workloads.rows(work), groups, strict=True):
+        assert tokenization.prompt_ids(row["prompt"]) == group.prompt_ids
+        found = [tokenization.completion(row["prompt"], row["completion"], Kind.DEMONSTRATION)]
+        found += [tokenization.completion(row["prompt"], sample, Kind.SAMPLE) for sample in row["samples"]]
+        assert tuple(found) == group.completions
+    assert len({len(group.prompt_ids) for group in groups}) > 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_our_step_trains_on_the_given_samples_once_a_turn(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(training, "MOST_TURNS", 3)
+    work = Work(model_path, prompts=2, prompt_tokens=6, completion_tokens=4, samples=2)
+    reports = io.StringIO()
+    training.ours_step(work, Turns(io.StringIO("go\ngo\n"), reports))
+    told = [json.loads(line) for line in reports.getvalue().splitlines()]
+    assert [report["event"] for report in told] == ["ready", "done", "ready", "done", "ready"]
+    assert told[1]["seconds"] > 0
+    assert told[1]["settings"] == {"per_device_train_batch_size": 2}
+    (samples,) = tmp_path.rglob("samples.jsonl")
+    recorded = [json.loads(line)["completion_ids"] for line in samples.read_text().splitlines()]
+    assert recorded == 3 * [[list(c.token_ids) for c in group.completions] for group in workloads.groups(work)]
+
+
+# --- floors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("rank", [4, None], ids=["adapters", "full"])
+def test_operations_of_a_step_are_those_that_torch_counts(architecture, rank):
+    """torch counts no fused attention on a CPU; ``attention_pairs`` has a test of its own."""
+    step = [tree(20, 9, 7), tree(20, 8, 8)]  # of one length: padding is computed too, and is not in the floor
+    model = tiny_model(architecture)
+    expected = floors.training_operations(model.config, step, rank=rank)
+    if rank:
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with FlopCounterMode(display=False) as counter:
+        completion_logps(model, step, layout="tree").sum().backward()
+    recomputed = 0 if rank else expected.head // 3  # a trained head meets its logits again in backward
+    assert counter.get_total_flops() == expected.body + expected.head + recomputed
+
+
+@pytest.mark.parametrize("window", [None, 6, 3])
+def test_attention_pairs_are_those_of_the_trees_mask(window):
+    group = tree(8, 5, 1, 3)
+    assert floors.attention_pairs(group, window) == collate_tree([group]).tree_mask(window).sum()
+
+
+def test_sequences_run_on_until_their_tokens_are_used_up():
+    assert floors.running(8, most=3, tokens=14) == pytest.approx([8, 4, 2])
+    assert floors.running(8, most=3, tokens=24) == pytest.approx([8, 8, 8])
+
+
+LAYERS = 4 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)  # weights: query, output; key, value; the gated MLP
+HEAD = 512 * 32_000
+PAIR = 4 * 8 * 64 * 4  # operations of a pair of tokens in all layers: 8 heads of 64
+CACHED = 2 * 4 * 64 * 2 * 4  # bytes of a token's keys and values in all layers: 4 heads of 64
+
+
+@pytest.mark.parametrize(
+    ("rates", "read", "expected"),
+    [
+        # every step reads all weights, and the keys and values of 2 completions after 5 and then 6 tokens
+        ({"body": math.inf, "head": math.inf}, 1.0, 2 * 2 * (LAYERS + HEAD) + 2 * (5 + 6) * CACHED),
+        # 2 prompts of 4 tokens, then 2 steps of 2 tokens
+        ({"body": 1.0, "head": math.inf}, math.inf, 2 * LAYERS * (8 + 4) + PAIR * 2 * (1 + 2 + 3 + 4 + 5 + 6)),
+        ({"body": math.inf, "head": 1.0}, math.inf, 2 * HEAD * 6),
+    ],
+    ids=["reading", "body", "head"],
+)
+def test_decoding_floor_by_hand(model_path, monkeypatch, rates, read, expected):
+    monkeypatch.setattr(floors, "_rates", lambda *_, **__: rates)
+    monkeypatch.setattr(floors, "bandwidth", lambda: {"read": read})
+    work = Work(model_path, prompts=2, prompt_tokens=4, completion_tokens=3)
+    assert floors.decoding_floor(work, tokens=6)["seconds"] == pytest.approx(expected)
+
+
+def test_rates_are_measured():
+    assert 1e6 < floors.matmul_rate(64, 64, 64) < 1e16
+    assert all(1e6 < rate < 1e15 for rate in floors.bandwidth(2**20).values())
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_in_the_tables_order_with_each_model_and_choice_of_parameters():
+    cases = [(row.name, *choice) for row, *choice in table.cases(["sampling", "all"], workloads.MODELS)]
+    names = ["step", "step_n4", "sft_step", "sampling", "irft_stage", "rft_stage", "irft_vs_sft"]
+    assert list(dict.fromkeys(name for name, *_ in cases)) == names
+    choices = [[model, parameters] for model in workloads.MODELS for parameters in ("adapters", "full")]
+    for name in names:
+        both = name in ("step", "sft_step")
+        expected = choices if both else [choice for choice in choices if choice[1] == "adapters"]
+        assert [choice for case, *choice in cases if case == name] == expected
+    assert [row.name for row, *_ in table.cases(["sft_step", "step"], [SMALL])] == 2 * ["step"] + 2 * ["sft_step"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """``python -m benchmarks``, with two sides' measurements and a floor that are given."""
+
+    def run(*arguments, ours, peer, floor=None):
+        asked = []
+        monkeypatch.setattr(table, "prepare_model", lambda name, folder: folder / name)
+        monkeypatch.setattr(table, "compare", lambda sides, work, **turns: asked.append((sides, work)) or [ours, peer])
+        monkeypatch.setattr(table, "measured_floor", lambda kind, work, tokens: {**floor, "tokens": tokens})
+        file = tmp_path / "results.json"
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--json", str(file), "--cache", str(tmp_path)])
+        table.main()
+        return asked, json.loads(file.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_a_row_says_what_was_measured_and_whether_targets_are_met(run):
+    ours = Measured([1.0, 3.0, 2.0], [], 500, {})
+    peer = Measured([9.0, 12.0, 10.0], [], 1000, {"padding_free": False})
+    asked, written, shown = run("step", "--models", GEMMA, ours=ours, peer=peer, floor={"seconds": 1.2})
+    assert [work.adapters for _, work in asked] == [True, False]
+    assert {"machine", "versions", "commit", "command", "rows"} == set(written)
+    row = written["rows"][0]
+    assert (row["name"], row["model"], row["parameters"]) == ("step", GEMMA, "adapters")
+    assert (row["ratio_time"], row["ratio_memory"], row["floor_share"]) == pytest.approx((0.2, 0.5, 0.6))
+    assert row["peer"] == {
+        "median_s": 10.0,
+        "min_s": 9.0,
+        "max_s": 12.0,
+        "seconds": [9.0, 12.0, 10.0],
+        "tokens": [],
+        "peak_bytes": 1000,
+        "settings": {"padding_free": False},
+    }
+    for words in (
+        "2 s [1–3]",
+        "10 s [9–12]",
+        "0.20 ≤ 0.20 met",
+        "0.50 ≤ 0.33 missed",
+        "0.60 ≥ 0.50 met",
+        "padding_free",
+    ):
+        assert words in shown
+
+
+def test_where_tokens_are_known_times_are_of_a_token(run):
+    ours, peer = Measured([2.0, 8.0], [10, 20], 1, {}), Measured([9.0, 9.0], [10, 10], 1, {})
+    _, written, shown = run("sampling", "--models", SMALL, ours=ours, peer=peer, floor={"seconds": 1.5})
+    (row,) = written["rows"]
+    assert row["ours"]["median_s"] == pytest.approx(0.3)
+    assert row["ratio_time"] == pytest.approx(1 / 3)
+    assert row["floor_share"] == pytest.approx(1.5 / (15 * 0.3))  # 15 tokens, of which each took 0.3 seconds
+    assert "300 ms/token [200–400]" in shown
+
+
+def test_an_unknown_row_is_one_error_that_lists_them(run, capsys):
+    with pytest.raises(SystemExit):
+        run("stepp", ours=None, peer=None)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "stepp" in message
+    assert all(row.name in message for row in table.ROWS)
+
+
+@pytest.mark.parametrize("turns", [["--repeats", "0"], ["--repeats", "16"], ["--warmups", "-1"]])
+def test_more_turns_than_a_side_takes_are_refused(run, capsys, turns):
+    with pytest.raises(SystemExit):
+        run("step", *turns, ours=None, peer=None)
+    assert "at least 1, and 16" in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""The GPU benchmark on a CPU: its checks pass, and each of them fails when what it watches is broken."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmarks import gpu
+from torch.nn.attention.flex_attention import create_mask
+from torch.utils.flop_counter import FlopCounterMode
+
+from tutelage.groups import collate_tree
+from tutelage.models import base_causal_lm
+
+TINY = ["--device", "cpu", "--tiny"]
+RAGGED = gpu.random_groups(gpu.Shape(3, 9, 3, 7), 97, ragged=True)
+
+
+@pytest.fixture
+def run():
+    return gpu.Run(torch.device("cpu"), gpu.TINY, None, deadline=time.monotonic() + 60)
+
+
+def failed(path, part="correctness"):
+    """The exit status of one part, and which of its checks failed."""
+    status = gpu.main([*TINY, "--parts", part, "--json", str(path)])
+    return status, [check["name"] for check in json.loads(path.read_text())["checks"] if not check["passed"]]
+
+
+def test_the_checks_pass_and_every_side_is_timed(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    assert gpu.main([*TINY, "--parts", "correctness", "training", "sampling", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert all(check["passed"] for check in found["checks"])
+    names = " ".join(check["name"] for check in found["checks"])
+    assert all(word in names for word in ("tree", "padded", "sampler", "gradient", "loss of plain", "loss of TRL"))
+    sides = [(row["part"], row["side"]) for row in found["rows"]]
+    training = [("training", side) for side in ("tutelage", "plain", "TRL")]
+    assert sides == [*training, *training, ("sampling", "tutelage"), ("sampling", "generate")]
+    assert all(row["tokens_per_s"] > 0 for row in found["rows"])
+    assert {"machine", "versions", "model"} <= found.keys()
+    assert f"0 of {len(found['checks'])} checks failed" in capsys.readouterr().out
+
+
+def test_log_probs_that_are_off_fail(tmp_path, monkeypatch):
+    true = gpu.completion_logps
+    monkeypatch.setattr(gpu, "completion_logps", lambda *args, **kwargs: 1.01 * true(*args, **kwargs))
+    status, names = failed(tmp_path / "gpu.json")
+    assert status == 1
+    assert "float32, tree: log-probs off by (nats a token)" in names
+    assert "bfloat16, padded: log-probs off by (nats a token)" in names
+
+
+def test_a_gradient_that_is_off_fails(tmp_path, monkeypatch):
+    true = gpu.completion_logps
+
+    def steeper(*args, **kwargs):
+        logps = true(*args, **kwargs)
+        return logps + 0.2 * (logps - logps.detach())
+
+    monkeypatch.setattr(gpu, "completion_logps", steeper)
+    status, names = failed(tmp_path / "gpu.json")
+    assert status == 1
+    assert names == [
+        f"{precision}, {layout}: gradient of the adapters off by (relative)"
+        for precision in ("float32", "bfloat16")
+        for layout in ("tree", "padded")
+    ]
+
+
+def test_a_sampler_that_reports_other_log_probs_fails(tmp_path, monkeypatch):
+    class Wrong(gpu.TransformersSampler):
+        def sample(self, *args, **kwargs):
+            drawn = super().sample(*args, **kwargs)
+            return [[replace(s, token_logps=(0.0, *s.token_logps[1:])) for s in samples] for samples in drawn]
+
+    monkeypatch.setattr(gpu, "TransformersSampler", Wrong)
+    status, names = failed(tmp_path / "gpu.json")
+    assert status == 1
+    assert len(names) == 4
+    assert all("sampler" in name for name in names)
+
+
+def test_a_part_that_breaks_off_fails_and_the_others_run(tmp_path, monkeypatch, capsys):
+    def broken(run):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(gpu.PARTS, "training", broken)
+    path = tmp_path / "gpu.json"
+    assert gpu.main([*TINY, "--parts", "training", "sampling", "--json", str(path)]) == 1
+    assert "no such kernel" in capsys.readouterr().out
+    assert {row["part"] for row in json.loads(path.read_text())["rows"]} == {"sampling"}
+
+
+def test_what_does_not_fit_into_the_time_is_skipped(capsys):
+    assert gpu.main([*TINY, "--parts", "sampling", "--minutes", "0"]) == 0
+    assert "skipped: sampling" in capsys.readouterr().out
+
+
+def test_an_attempt_that_takes_too_long_ends_alone(run):
+    with run.attempt("a compiler", seconds=0.05):
+        time.sleep(5)
+    assert run.rows == [{"part": "not measured", "what": "a compiler", "error": "TimeoutError: not done after 0 s"}]
+
+
+def test_nan_passes_no_check(run):
+    run.check("a number", float("nan"), 1.0)
+    assert not run.checks[0]["passed"]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_block_mask_is_the_tree_mask(window):
+    batch = collate_tree(RAGGED)
+    B, L = batch.input_ids.shape
+    found = create_mask(gpu.tree_block_mask(batch, window).mask_mod, B, 1, L, L, device="cpu")
+    assert torch.equal(found, batch.tree_mask(window))
+
+
+def test_flex_attention_with_a_wrong_mask_fails(run, monkeypatch):
+    gpu.check_attention(run)
+    assert all(check["passed"] for check in run.checks)
+    true = gpu.tree_block_mask
+    monkeypatch.setattr(
+        gpu, "tree_block_mask", lambda batch: true(replace(batch, branch_ids=batch.branch_ids.clamp(max=0)))
+    )
+    gpu.check_attention(run)
+    assert [check["passed"] for check in run.checks] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attended_pairs_are_those_of_the_mask(window):
+    for group in RAGGED:  # alone in its row, a group has no padding
+        assert gpu.attended_pairs(group, window) == collate_tree([group]).tree_mask(window).sum()
+
+
+def test_needed_operations_are_those_that_pytorch_counts(run):
+    """All parameters trained: matrix products of the body as counted; head and attention by their formulae."""
+    model = gpu.policy(run, full=True)
+    config = base_causal_lm(model).config
+    batch = collate_tree(RAGGED[:1])
+    with FlopCounterMode(display=False) as counter:
+        gpu.body_states(gpu.body_of(model), batch, batch.tree_mask()).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "attention" not in str(op))
+    head = 6 * config.vocab_size * config.hidden_size * len(batch.targets)
+    pairs = int(batch.tree_mask().sum()) * config.num_hidden_layers
+    scores = 12 * config.num_attention_heads * config.head_dim * pairs
+    assert gpu.needed_operations(model, RAGGED[:1]) == products + head + scores
+
+
+def test_frozen_weights_need_no_gradient_of_their_own(run):
+    """With adapters: 4 operations a frozen weight, 6 an adapter's, and the same for head and attention."""
+    frozen, full = gpu.policy(run), gpu.policy(run, full=True)
+    lora = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
+    body = gpu.body_of(full)
+    matrices = sum(p.numel() for p in body.parameters() if p.ndim == 2) - body.get_input_embeddings().weight.numel()
+    tokens = sum(map(len, RAGGED))
+    completion_tokens = sum(len(c.token_ids) for group in RAGGED for c in group.completions)
+    head = body.get_input_embeddings().weight.numel() * completion_tokens
+    saved = gpu.needed_operations(full, RAGGED) - gpu.needed_operations(frozen, RAGGED)
+    assert saved == 2 * matrices * tokens + 2 * head - 6 * lora * tokens
