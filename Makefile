@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quickstart clean
+.PHONY: help install test quickstart benchmark clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: install ## run the linter, the formatter's check, the type checker and the
 
 quickstart: install ## train, compare and report on this machine, no model hub needed (ARGS goes to it)
 	.venv/bin/tutelage quickstart $(ARGS)
+
+benchmark: install ## measure speed and memory beside TRL and transformers, an hour on two cores (ARGS: rows, by default all)
+	.venv/bin/python -m benchmarks $(or $(ARGS),all)
 
 clean: ## remove .venv, caches and builds; runs and reports stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist
