@@ -37,8 +37,11 @@ __all__ = [
     "peer_step",
 ]
 
-MOST_TURNS = 16
+MOST_TURNS = 8
 """The most repetitions of a side, warm-ups included."""
+
+_MICRO_BATCH = 2
+"""Prompts, or pairs, that either side runs at once: no slower than all of them, in a fraction of the memory."""
 
 _SHARED: dict[str, Any] = {
     "train_sampling_strategy": "sequential",  # every step takes the same rows
@@ -71,7 +74,7 @@ class GivenSamples:
 def ours_step(work: Work, turns: Turns) -> None:
     """A step of IRFT on given samples. The first repetition also scores the reference, of all steps at once."""
     step = groups(work)
-    settings = {"per_device_train_batch_size": work.prompts}
+    settings = _micro_batches(work)
     model = load_model(work.model_path, dtype=_dtype(work))
     _touch(model)
     turns.weights_loaded(**settings)
@@ -103,11 +106,9 @@ def peer_step(work: Work, turns: Turns) -> None:
         for index in range(work.samples)
         for row in rows(work)
     ]
-    # A step of 32 pairs takes as long in one batch as in four, which need little more than half the memory.
-    batch = max(size for size in range(1, 9) if len(pairs) % size == 0)
     settings = _PEER | {
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": len(pairs) // batch,
+        "per_device_train_batch_size": _MICRO_BATCH,
+        "gradient_accumulation_steps": len(pairs) // _MICRO_BATCH,
         "precompute_ref_log_probs": True,
     }
     model = AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work))
@@ -128,7 +129,7 @@ def peer_step(work: Work, turns: Turns) -> None:
 
 def ours_sft(work: Work, turns: Turns) -> None:
     """A step of SFT."""
-    settings = {"per_device_train_batch_size": work.prompts}
+    settings = _micro_batches(work)
     model = load_model(work.model_path, dtype=_dtype(work))
     _touch(model)
     turns.weights_loaded(**settings)
@@ -176,7 +177,7 @@ def ours_streamed_sft(work: Work, turns: Turns) -> None:
 def peer_sft(work: Work, turns: Turns) -> None:
     """A step of TRL's SFT, on the completions alone."""
     settings = _PEER | {
-        "per_device_train_batch_size": work.prompts,
+        **_micro_batches(work),
         "padding_free": False,
     }
     model = AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work))
@@ -200,6 +201,13 @@ def peer_sft(work: Work, turns: Turns) -> None:
     completions = [[token for token in labels if token != -100] for labels in _trained(trainer, "labels")]
     assert completions == _completions(groups(work), 0)
     trainer.train()
+
+
+def _micro_batches(work: Work) -> dict[str, int]:
+    return {
+        "per_device_train_batch_size": _MICRO_BATCH,
+        "gradient_accumulation_steps": work.prompts // _MICRO_BATCH,
+    }
 
 
 def _dtype(work: Work) -> torch.dtype:
