@@ -6,14 +6,16 @@ import ctypes
 
 __all__ = ["keep_freed_memory"]
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST = 32 * 2**20  # bytes; glibc takes no larger threshold
 
 
 def keep_freed_memory() -> bool:
     """Have glibc keep what one tensor freed for the next, instead of handing it to the kernel and asking for it again.
 
-    A decoding step on a CPU takes and frees tens of megabytes some hundred times; with glibc's defaults up to a third of its time
-    is page faults. No result changes, and no peak; the process holds its memory until it ends.
+    A decoding step on a CPU takes and frees megabytes some hundred times; with glibc's defaults up to a third of its time is page
+    faults. No result changes; the process holds what it freed until it ends. Pieces of over 32 MiB are still mapped one by one:
+    among small ones they would leave holes that the next of them does not fit in, and the heap would grow without end.
 
     Returns:
         whether the C library took it: True with glibc, False elsewhere.
@@ -22,4 +24,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
