@@ -41,7 +41,7 @@ MOST_TURNS = 8
 """The most repetitions of a side, warm-ups included."""
 
 _MICRO_BATCH = 2
-"""Prompts, or pairs, that either side runs at once: no slower than all of them, in a fraction of the memory."""
+"""Prompts, or pairs, that either side runs at once: a fraction of the memory, and on Gemma no slower than all of them."""
 
 _SHARED: dict[str, Any] = {
     "train_sampling_strategy": "sequential",  # every step takes the same rows
