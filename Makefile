@@ -28,7 +28,7 @@ test: install ## run the linter, the formatter's check, the type checker and the
 quickstart: install ## train, compare and report on this machine, no model hub needed (ARGS goes to it)
 	.venv/bin/tutelage quickstart $(ARGS)
 
-benchmark: install ## measure speed and memory beside TRL and transformers, an hour on two cores (ARGS: rows, by default all)
+benchmark: install ## measure speed and memory beside TRL and transformers, an hour and a half on two cores (ARGS: rows, by default all)
 	.venv/bin/python -m benchmarks $(or $(ARGS),all)
 
 clean: ## remove .venv, caches and builds; runs and reports stay

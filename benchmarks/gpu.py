@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.floors import attention_pairs
 from tutelage.groups import Batch, Completion, Group, Kind, collate_tree, pair_indices
 from tutelage.logprobs import cached_logps, completion_logps
 from tutelage.losses import irft_loss
@@ -520,15 +521,8 @@ def needed_operations(model: nn.Module, groups: Sequence[Group]) -> float:
     top = (6 if head.requires_grad else 4) * head.numel() * completion_tokens
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attended = {kind: sum(attended_pairs(group, _window(config, kind)) for group in groups) for kind in set(kinds)}
+    attended = {kind: sum(attention_pairs(group, _window(config, kind)) for group in groups) for kind in set(kinds)}
     return body + top + 12 * config.num_attention_heads * head_dim * sum(attended[kind] for kind in kinds)
-
-
-def attended_pairs(group: Group, window: int | None) -> int:
-    """Pairs of a token and one that it attends to, in the tree; ``window`` as in ``Batch.tree_mask``."""
-    prompt = len(group.prompt_ids)
-    branches = [range(prompt), *(range(prompt, prompt + len(c.token_ids)) for c in group.completions)]
-    return sum(min(position + 1, window or position + 1) for branch in branches for position in branch)
 
 
 def _window(config: Any, kind: str) -> int | None:

@@ -32,7 +32,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from benchmarks.sides import Turns
-from benchmarks.workloads import Work, adapter, groups, rows, stop_ids
+from benchmarks.workloads import Work, adapter, groups, rows, stop_ids, touched
 from tutelage.algorithms import IRFTConfig, IRFTTrainer, RFTConfig, RFTTrainer
 from tutelage.memory import keep_freed_memory
 from tutelage.models import add_adapter, base_causal_lm, evaluation_mode, load_model
@@ -252,7 +252,7 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
     """A RewardTrainer on the samples of the last round, then a round of an RLOOTrainer that goes on from stage to stage."""
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(work.model_path)
-    policy = _touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=torch.bfloat16))
+    policy = touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=torch.bfloat16))
     own = {"reward_micro_batch": 8, "generation_batch_size": work.prompts * work.samples}
     # The reward model counts as memory over the weights: ours does with the policy's.
     turns.weights_loaded(**own, per_device_train_batch_size=_PEER_PAIRS, gradient_checkpointing=False)
@@ -260,7 +260,7 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
         work.model_path, num_labels=1, dtype=torch.bfloat16
     )
     reward = get_peft_model(
-        _touched(reward_base), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+        touched(reward_base), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     )
     optimizer = torch.optim.AdamW([p for p in reward.parameters() if p.requires_grad], lr=3e-4, fused=True)
     reward_args = RewardConfig(
@@ -350,22 +350,15 @@ class _Stages(TrainerCallback):
 
 
 def _our_model(work: Work) -> nn.Module:
-    model = _touched(load_model(work.model_path, dtype=torch.bfloat16))
+    model = touched(load_model(work.model_path, dtype=torch.bfloat16))
     set_seed(work.seed)
     return add_adapter(model, adapter()) if work.adapters else model
 
 
 def _peer_model(work: Work) -> Any:
-    model = _touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=torch.bfloat16))
+    model = touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=torch.bfloat16))
     set_seed(work.seed)
     return get_peft_model(model, adapter()) if work.adapters else model
-
-
-def _touched(model: Any) -> Any:
-    """The model with all its weights read: those of a mapped file are in memory only then."""
-    for parameter in model.parameters():
-        parameter.detach().sum()
-    return model
 
 
 def _padded(sequences: Sequence[Sequence[int]], *, side: str) -> dict[str, Tensor]:

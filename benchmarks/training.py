@@ -13,14 +13,13 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import DPOConfig, DPOTrainer
 from trl import SFTConfig as PeerSFTConfig
 from trl import SFTTrainer as PeerSFTTrainer
 
 from benchmarks.sides import Turns
-from benchmarks.workloads import Work, adapter, groups, rows
+from benchmarks.workloads import Work, adapter, groups, rows, touched
 from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer
 from tutelage.groups import Group
 from tutelage.models import load_model
@@ -75,8 +74,7 @@ def ours_step(work: Work, turns: Turns) -> None:
     """A step of IRFT on given samples. The first repetition also scores the reference, of all steps at once."""
     step = groups(work)
     settings = _micro_batches(work)
-    model = load_model(work.model_path, dtype=_dtype(work))
-    _touch(model)
+    model = touched(load_model(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(**settings)
     trainer = IRFTTrainer(
         model,
@@ -111,8 +109,7 @@ def peer_step(work: Work, turns: Turns) -> None:
         "gradient_accumulation_steps": len(pairs) // _MICRO_BATCH,
         "precompute_ref_log_probs": True,
     }
-    model = AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work))
-    _touch(model)
+    model = touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(**settings)
     trainer = DPOTrainer(
         model,
@@ -130,8 +127,7 @@ def peer_step(work: Work, turns: Turns) -> None:
 def ours_sft(work: Work, turns: Turns) -> None:
     """A step of SFT."""
     settings = _micro_batches(work)
-    model = load_model(work.model_path, dtype=_dtype(work))
-    _touch(model)
+    model = touched(load_model(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(**settings)
     trainer = SFTTrainer(
         model,
@@ -151,8 +147,7 @@ def ours_sft_same_tokens(work: Work, turns: Turns) -> None:
 
 def ours_streamed_sft(work: Work, turns: Turns) -> None:
     """SFT on a stream of the rows, 32 a step; a repetition is a whole pass."""
-    model = load_model(work.model_path, dtype=_dtype(work))
-    _touch(model)
+    model = touched(load_model(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(per_device_train_batch_size=32)
 
     def stream() -> Iterator[dict[str, str]]:
@@ -180,8 +175,7 @@ def peer_sft(work: Work, turns: Turns) -> None:
         **_micro_batches(work),
         "padding_free": False,
     }
-    model = AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work))
-    _touch(model)
+    model = touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(**settings)
     trainer = PeerSFTTrainer(
         model,
@@ -213,13 +207,6 @@ def _micro_batches(work: Work) -> dict[str, int]:
 def _dtype(work: Work) -> torch.dtype:
     """Weights that stay frozen are kept in bfloat16, weights that are trained in float32."""
     return torch.bfloat16 if work.adapters else torch.float32
-
-
-@torch.no_grad()
-def _touch(model: nn.Module) -> None:
-    """Bring all weights into memory: loading may have mapped them from their file only."""
-    for parameter in model.parameters():
-        parameter.sum()
 
 
 def _limits(work: Work) -> dict[str, int]:

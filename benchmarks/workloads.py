@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from tutelage.groups import Completion, Group, Kind
 from tutelage.testing.gemma import gemma_3_270m
 
-__all__ = ["MODELS", "STOP_EVERY", "Work", "adapter", "groups", "prepare_model", "rows", "stop_ids"]
+__all__ = ["MODELS", "STOP_EVERY", "Work", "adapter", "groups", "prepare_model", "rows", "stop_ids", "touched"]
 
 MODELS = ("gemma-3-270m", "qwen3-32k")
 _PAD, _EOS, _FIRST_WORD, _WORDS = 0, 1, 4, 30_000
@@ -100,6 +100,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right"
     )
+
+
+def touched(model: Any) -> Any:
+    """The model with all its weights read: loading may have mapped them from their file only, and memory counts from here."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    return model
 
 
 def adapter() -> PeftConfig:

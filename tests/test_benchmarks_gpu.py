@@ -129,9 +129,9 @@ def test_flex_attention_with_a_wrong_mask_fails(run, monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_attended_pairs_are_those_of_the_mask(window):
+def test_attention_pairs_are_those_of_the_mask(window):
     for group in RAGGED:  # alone in its row, a group has no padding
-        assert gpu.attended_pairs(group, window) == collate_tree([group]).tree_mask(window).sum()
+        assert gpu.attention_pairs(group, window) == collate_tree([group]).tree_mask(window).sum()
 
 
 def test_needed_operations_are_those_that_pytorch_counts(run):

@@ -17,6 +17,8 @@ __all__ = ["head_logps"]
 # Logits of one block hold about this many numbers. On a CPU they stay in the last-level cache between the products; an
 # accelerator wants products that are large.
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**21, 2**26
+# Logits of a few tokens over all of the vocabulary, for a head that cannot be read in blocks.
+_WHOLE_ELEMENTS = 2**25
 
 
 def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size: int | None = None) -> Tensor:
@@ -30,11 +32,11 @@ def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size
     Returns:
         [N] float32 (nats); differentiable with respect to the hidden states and the head.
     """
-    elements = _CPU_ELEMENTS if hidden_NH.device.type == "cpu" else _ACCELERATOR_ELEMENTS
     if head.is_linear:
         linear, device = cast(nn.Linear, head.module), hidden_NH.device.type
         if torch.is_autocast_enabled(device):
             hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
+        elements = _CPU_ELEMENTS if device == "cpu" else _ACCELERATOR_ELEMENTS
         block_size = block_size or max(256, elements // max(1, len(hidden_NH)))
         return cast(Tensor, _HeadLogps.apply(hidden_NH, linear.weight, linear.bias, targets_N, head, block_size))
 
@@ -42,7 +44,7 @@ def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size
         return -F.cross_entropy(head.logits(hidden), targets, reduction="none")
 
     # A head with something on it, an adapter for example, runs as it is, on a few tokens and all of the vocabulary.
-    rows = max(16, 16 * elements // head.vocab_size)
+    rows = max(16, _WHOLE_ELEMENTS // head.vocab_size)
     chunks = zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
