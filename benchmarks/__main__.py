@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.allocator import ALLOCATORS
 from benchmarks.floors import measured_floor
 from benchmarks.provenance import provenance
 from benchmarks.sides import Measured, compare
@@ -49,6 +50,7 @@ class Row:
         parameters: "adapters", "full" or both.
         time, memory: what ours over the peer's should be at the most, by model; a model without a target has none.
         floor: of ``benchmarks.floors.FLOORS``, if there is one.
+        peer_allocator: of ``benchmarks.allocator``, what the peer is fastest with and stays within memory.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Row:
     time: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
     floor: str | None = None
+    peer_allocator: str = "kept"
 
 
 def _both(target: float) -> dict[str, float]:
@@ -74,6 +77,7 @@ ROWS = (
         time={_GEMMA: 1 / 5, _SMALL: 1 / 2},
         memory={_GEMMA: 1 / 3},
         floor="step",
+        peer_allocator="unmapped",
     ),
     Row(
         "step_n4",
@@ -82,6 +86,7 @@ ROWS = (
         {"samples": 4},
         time={_GEMMA: 1 / 8},
         floor="step",
+        peer_allocator="unmapped",
     ),
     Row(
         "sft_step",
@@ -90,6 +95,7 @@ ROWS = (
         parameters=("adapters", "full"),
         time={_GEMMA: 1 / 2},
         floor="sft",
+        peer_allocator="unmapped",
     ),
     Row(
         "sampling",
@@ -252,6 +258,11 @@ def main() -> None:
         "rows", nargs="+", choices=["all", *names], metavar="NAME", help=f"all, or of {', '.join(names)}"
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument(
+        "--peer_allocator",
+        choices=ALLOCATORS,
+        help="of the peers' processes; by default what each row is fastest with",
+    )
     add_common_options(parser, repeats=5)
     options = parser.parse_args()
     cache = cache_folder(parser, options)
@@ -260,7 +271,11 @@ def main() -> None:
     written = provenance("benchmarks") | {"rows": []}
     for row, model, parameters in cases(options.rows, options.models):
         work = Work(str(prepare_model(model, cache)), adapters=parameters == "adapters", **row.work)
-        ours, peer = compare(row.sides, work, repeats=options.repeats, warmups=options.warmups)
+        allocator = options.peer_allocator or row.peer_allocator
+        ours, peer = compare(
+            row.sides, work, repeats=options.repeats, warmups=options.warmups, allocators=("kept", allocator)
+        )
+        peer = dataclasses.replace(peer, settings=peer.settings | {"allocator": allocator})
         tokens = statistics.median(ours.tokens) if ours.tokens else 0
         floor = measured_floor(row.floor, work, tokens) if row.floor else None
         written["rows"].append(result(row, model, parameters, ours, peer, floor))

@@ -31,8 +31,8 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback
 
+from benchmarks.allocator import use_allocator
 from benchmarks.workloads import Work
-from tutelage.memory import keep_freed_memory
 
 __all__ = ["Measured", "Turns", "compare"]
 
@@ -117,18 +117,24 @@ class _StepByStep(TrainerCallback):
         control.should_training_stop = not self.turns.begin()
 
 
-def compare(sides: Sequence[str], work: Work, *, repeats: int, warmups: int) -> list[Measured]:
+def compare(
+    sides: Sequence[str], work: Work, *, repeats: int, warmups: int, allocators: Sequence[str] | None = None
+) -> list[Measured]:
     """Run sides against each other, A B A B …, each in a fresh process.
 
     Args:
         sides: "module:function" below ``benchmarks``.
         repeats, warmups: repetitions that count, and those before them that do not.
+        allocators: of ``benchmarks.allocator``, one a side; all "kept" by default.
 
     Raises:
         RuntimeError: a side stopped early; its own words are above.
     """
     with contextlib.ExitStack() as stack:
-        running = [stack.enter_context(_process(side, work)) for side in sides]
+        running = [
+            stack.enter_context(_process(side, work, allocator))
+            for side, allocator in zip(sides, allocators or ["kept"] * len(sides), strict=True)
+        ]
         for process in running:
             _next(process, "ready")
         rounds = []
@@ -153,11 +159,11 @@ def compare(sides: Sequence[str], work: Work, *, repeats: int, warmups: int) -> 
 
 
 @contextlib.contextmanager
-def _process(side: str, work: Work) -> Iterator[subprocess.Popen]:
+def _process(side: str, work: Work, allocator: str) -> Iterator[subprocess.Popen]:
     with tempfile.TemporaryDirectory() as folder:
         order = json.dumps(dataclasses.asdict(work))
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.sides", side, order],
+            [sys.executable, "-m", "benchmarks.sides", side, order, allocator],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -196,7 +202,7 @@ def main() -> None:
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module, function = sys.argv[1].split(":")
-    keep_freed_memory()  # our sampler asks for it anyway, and the peers should have it too
+    use_allocator(sys.argv[3])
     side = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     side(Work(**json.loads(sys.argv[2])), Turns(sys.stdin, reports))
 

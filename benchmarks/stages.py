@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -31,10 +32,10 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
+from benchmarks.allocator import use_allocator
 from benchmarks.sides import Turns
 from benchmarks.workloads import Work, adapter, groups, rows, stop_ids, touched
 from tutelage.algorithms import IRFTConfig, IRFTTrainer, RFTConfig, RFTTrainer
-from tutelage.memory import keep_freed_memory
 from tutelage.models import add_adapter, base_causal_lm, evaluation_mode, load_model
 from tutelage.sampling import SamplingParams, TransformersSampler
 
@@ -134,7 +135,7 @@ def _fastest_generation(work: Work, stops: list[int]) -> dict[str, Any]:
 
 
 def _try_generation(work: Work, stops: list[int]) -> dict[str, Any]:
-    keep_freed_memory()  # as the sides do, so that what is fastest here is fastest there
+    use_allocator("kept")  # as the sides do, so that what is fastest here is fastest there
     model, prompts = _peer_model(work), [group.prompt_ids for group in groups(work)]
     draw = partial(_generate, model, stops=stops)
     draw(prompts[:2], most=2, batch_size=2, autocast=True)  # the first call of all is slow
@@ -199,7 +200,8 @@ def peer_irft_stage(work: Work, turns: Turns) -> None:
         ]
         if "ref" in model.peft_config:  # the trainer's copy of the policy as the last stage began
             model.delete_adapter("ref")
-        DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
+        with _for_training():
+            DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
         turns.end()
 
 
@@ -293,6 +295,7 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
     ]
 
     def fit_reward() -> None:
+        use_allocator("kept")  # until this stage's samples are drawn
         RewardTrainer(
             reward,
             reward_args,
@@ -303,6 +306,7 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
 
     @torch.no_grad()
     def score(prompt_ids, demonstration, completion_ids, **_) -> list[float]:
+        use_allocator("unmapped")
         sampled = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         pairs[:] = [
             {"chosen_ids": chosen, "rejected_ids": rejected}
@@ -347,6 +351,16 @@ class _Stages(TrainerCallback):
         if state.global_step % self.steps == 0:
             self.turns.end()
             control.should_training_stop = not self.turns.begin()
+
+
+@contextmanager
+def _for_training() -> Iterator[None]:
+    """TRL's losses are fastest with an allocator that ``generate`` would grow under without end."""
+    use_allocator("unmapped")
+    try:
+        yield
+    finally:
+        use_allocator("kept")
 
 
 def _our_model(work: Work) -> nn.Module:

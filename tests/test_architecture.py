@@ -21,7 +21,7 @@ LAYERS = (
     ("evaluation",),
     ("rewards",),
     ("data", "sampling", "stages", "logprobs"),
-    ("head_logps",),
+    ("head_logps", "attention"),
     ("models", "groups", "losses", "progress", "memory", "testing"),
     ("errors",),
 )

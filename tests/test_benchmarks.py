@@ -15,6 +15,7 @@ from benchmarks.workloads import Work
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from tutelage import attention
 from tutelage.data.tokenization import Tokenization
 from tutelage.groups import Completion, Group, Kind, collate_tree
 from tutelage.logprobs import completion_logps
@@ -71,8 +72,9 @@ def test_our_step_trains_on_the_given_samples_once_a_turn(model_path, tmp_path, 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("rank", [4, None], ids=["adapters", "full"])
-def test_operations_of_a_step_are_those_that_torch_counts(architecture, rank):
+def test_operations_of_a_step_are_those_that_torch_counts(architecture, rank, monkeypatch):
     """torch counts no fused attention on a CPU; ``attention_pairs`` has a test of its own."""
+    monkeypatch.setattr(attention, "_LONGEST", 0)
     step = [tree(20, 9, 7), tree(20, 8, 8)]  # of one length: padding is computed too, and is not in the floor
     model = tiny_model(architecture)
     expected = floors.training_operations(model.config, step, rank=rank)
@@ -144,13 +146,22 @@ def run(tmp_path, monkeypatch, capsys):
     """``python -m benchmarks``, with two sides' measurements and a floor that are given."""
 
     def run(*arguments, ours, peer, floor=None):
-        asked = []
+        asked, allocators = [], []
+
+        def compare(sides, work, **how):
+            asked.append((sides, work))
+            allocators.append(how["allocators"])
+            return [ours, peer]
+
         monkeypatch.setattr(table, "prepare_model", lambda name, folder: folder / name)
-        monkeypatch.setattr(table, "compare", lambda sides, work, **turns: asked.append((sides, work)) or [ours, peer])
+        monkeypatch.setattr(table, "compare", compare)
         monkeypatch.setattr(table, "measured_floor", lambda kind, work, tokens: {**floor, "tokens": tokens})
         file = tmp_path / "results.json"
         monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--json", str(file), "--cache", str(tmp_path)])
         table.main()
+        assert [
+            ("kept", row["peer"]["settings"]["allocator"]) for row in json.loads(file.read_text())["rows"]
+        ] == allocators
         return asked, json.loads(file.read_text()), capsys.readouterr().out
 
     return run
@@ -172,7 +183,7 @@ def test_a_row_says_what_was_measured_and_whether_targets_are_met(run):
         "seconds": [9.0, 12.0, 10.0],
         "tokens": [],
         "peak_bytes": 1000,
-        "settings": {"padding_free": False},
+        "settings": {"padding_free": False, "allocator": "unmapped"},
     }
     for words in (
         "2 s [1–3]",
@@ -183,6 +194,14 @@ def test_a_row_says_what_was_measured_and_whether_targets_are_met(run):
         "padding_free",
     ):
         assert words in shown
+
+
+def test_peers_can_be_shown_as_installed(run):
+    side = Measured([1.0], [], 1, {})
+    _, written, _ = run(
+        "irft_vs_sft", "step", "--peer_allocator", "installed", ours=side, peer=side, floor={"seconds": 1}
+    )
+    assert {row["peer"]["settings"]["allocator"] for row in written["rows"]} == {"installed"}
 
 
 def test_where_tokens_are_known_times_are_of_a_token(run):

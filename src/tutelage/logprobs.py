@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tutelage.attention import attention_by_products
 from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Kind, collate_padded, collate_tree
 from tutelage.head_logps import head_logps
@@ -162,12 +163,12 @@ def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None
 
 
 def _hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
-    if batch.attention_mask is not None:
-        inputs = {"attention_mask": batch.attention_mask.long()}
-    else:
-        inputs = {"attention_mask": _tree_attention(base, batch), "position_ids": batch.position_ids}
     # A text-only base model never sees the prompt's logits: its body alone runs, the head is ours.
-    with adapters_under_autocast(base):
+    with adapters_under_autocast(base), attention_by_products(base, batch.input_ids.shape[1]):
+        if batch.attention_mask is not None:
+            inputs = {"attention_mask": batch.attention_mask.long()}
+        else:
+            inputs = {"attention_mask": _tree_attention(base, batch), "position_ids": batch.position_ids}
         return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 

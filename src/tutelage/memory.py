@@ -13,8 +13,8 @@ _LARGEST = 32 * 2**20  # bytes; glibc takes no larger threshold
 def keep_freed_memory() -> bool:
     """Have glibc keep what one tensor freed for the next, instead of handing it to the kernel and asking for it again.
 
-    A decoding step on a CPU takes and frees megabytes some hundred times; with glibc's defaults up to a third of its time is page
-    faults. No result changes; the process holds what it freed until it ends. Pieces of over 32 MiB are still mapped one by one:
+    Decoding and training on a CPU take and free megabytes some hundred times a step; with glibc's defaults a third to a half of
+    their time is page faults. No result changes; the process holds what it freed until it ends. Pieces of over 32 MiB are still mapped one by one:
     among small ones they would leave holes that the next of them does not fit in, and the heap would grow without end.
 
     Returns:

@@ -37,6 +37,7 @@ from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
 from tutelage.logprobs import Layout, completion_logps, probe_layout
+from tutelage.memory import keep_freed_memory
 from tutelage.models import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.progress import Progress, Silent
 from tutelage.results import model_card, run_record, run_settings
@@ -165,6 +166,8 @@ class DemonstrationConfig(TrainingArguments):
 class DemonstrationTrainer(Trainer):
     """Trains a policy from demonstrations; subclasses say with which loss.
 
+    On a CPU it asks the process to keep freed memory (``tutelage.memory``).
+
     Args:
         model: a causal language model, with or without an adapter, or its name or path.
         args: the algorithm's config.
@@ -198,6 +201,8 @@ class DemonstrationTrainer(Trainer):
         source: str = "training data",
         eval_source: str = "held-out data",
     ):
+        if args.device.type == "cpu":
+            keep_freed_memory()
         policy = load_model(model, dtype=None, whole=peft_config is None) if isinstance(model, str) else model
         tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
         check_vocabulary(policy, tokenizer)

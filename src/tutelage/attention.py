@@ -1,0 +1,87 @@
+"""Attention over short rows on a CPU: two matrix products and a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+__all__ = ["attention_by_products", "product_attention"]
+
+_NAME = "tutelage_products"
+_LONGEST = 512  # tokens of a row
+_has_its_own: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@contextmanager
+def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
+    """Within, a model on a CPU that attends by SDPA does so by ``product_attention``, if its rows are short.
+
+    torch's fused kernel for CPUs runs at a fraction of the rate of matrix products. What it spares is the probabilities, heads ×
+    L² numbers a row and layer that a backward pass needs, so rows of over 512 tokens stay with it; and so does a model
+    that recomputes its activations, because it does that outside.
+
+    Args:
+        length: L, tokens of the longest row.
+    """
+    config = base.config.get_text_config()
+    applies = base.device.type == "cpu" and length <= _LONGEST and config._attn_implementation == "sdpa"
+    recomputes = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
+    if not applies or base in _has_its_own or next(recomputes, False):
+        yield
+        return
+    base.set_attn_implementation(_NAME)
+    if config._attn_implementation != _NAME:  # the architecture has one kind of attention, as transformers now said
+        _has_its_own.add(base)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation("sdpa")
+
+
+def product_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """softmax(Q Kᵀ · scaling) V under a mask, in the form of transformers' ``AttentionInterface``.
+
+    Heads that share a key and a value are rows of one product, so neither is repeated.
+
+    Args:
+        query: [B, heads, L, D].
+        key, value: [B, shared heads, S, D].
+        attention_mask: [B, 1, L, S], True where a token is seen. Anything else, and dropout, is left to SDPA.
+
+    Returns:
+        [B, L, heads, D], and no probabilities.
+    """
+    if dropout or attention_mask is None or attention_mask.dtype != torch.bool:
+        return sdpa_attention_forward(  # type: ignore[return-value]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    batch, heads, length, size = query.shape
+    shared, seen = key.shape[1:3]
+    rows = query.reshape(batch, shared, heads // shared * length, size)
+    scores = (rows @ key.transpose(2, 3)).mul_(size**-0.5 if scaling is None else scaling)
+    by_head = scores.view(batch, shared, heads // shared, length, seen)
+    # The lowest number and not −∞: a row of padding that sees nothing should come out finite.
+    by_head.masked_fill_(~attention_mask[:, :, None], torch.finfo(scores.dtype).min)
+    mixed = scores.softmax(-1) @ value
+    return mixed.view(batch, heads, length, size).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, product_attention)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
