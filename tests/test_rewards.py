@@ -241,14 +241,14 @@ def test_from_pretrained_refuses_what_holds_no_reward(base, tmp_path):
         ExplicitReward.from_pretrained(tmp_path / "empty")
 
 
-def test_load_adapter_continues_a_reward_beside_another_policy(base, tmp_path):
+def test_start_from_continues_a_reward_beside_another_policy(base, tmp_path):
     reward = learned(adapted(base()))
     reward.save_pretrained(tmp_path, TOKENIZER)
     policy = adapted(base(), seed=5)
     before = values(policy.parameters())
     continued = ExplicitReward.fresh(policy, shared=True)
     assert (continued.score(GROUPS) - reward.score(GROUPS)).abs().max() > 1e-2
-    continued.load_adapter(tmp_path)
+    continued.start_from(tmp_path)
     torch.testing.assert_close(continued.score(GROUPS), reward.score(GROUPS), atol=1e-5, rtol=1e-5)
     assert_same(values(policy.parameters()), before)
 
@@ -261,22 +261,47 @@ def test_load_adapter_continues_a_reward_beside_another_policy(base, tmp_path):
         (0, {"target_modules": ["q_proj"]}, "another shape.*--lora_target_modules"),
     ],
 )
-def test_load_adapter_refuses_another_base_and_another_shape(base_seed, lora, problem, base, tmp_path):
+def test_start_from_refuses_another_base_and_another_shape(base_seed, lora, problem, base, tmp_path):
     learned(adapted(base())).save_pretrained(tmp_path / "reward", TOKENIZER)
     policy = adapted(base(seed=base_seed), **lora)
     before = values(policy.parameters())
     reward = ExplicitReward.fresh(policy, shared=True)
     with pytest.raises(UserError, match=f"reward, field 'init_reward_from'.*{problem}"):
-        reward.load_adapter(tmp_path / "reward")
+        reward.start_from(tmp_path / "reward")
     assert_same(values(policy.parameters()), before)
 
 
-def test_load_adapter_needs_an_adapter_on_both_sides(base, tmp_path):
+def test_start_from_needs_an_adapter_on_both_sides(base, tmp_path):
     learned(adapted(base())).save_pretrained(tmp_path / "reward", TOKENIZER)
     with pytest.raises(UserError, match=r"reward, field.*needs a model with an adapter"):
-        ExplicitReward.fresh(tiny_model(), shared=True).load_adapter(tmp_path / "reward")
-    with pytest.raises(UserError, match=r"nothing, field.*no reward adapter is there"):
-        ExplicitReward.fresh(adapted(base()), shared=True).load_adapter(tmp_path / "nothing")
+        ExplicitReward.fresh(tiny_model(), shared=True).start_from(tmp_path / "reward")
+    with pytest.raises(UserError, match=r"nothing, field.*no reward is there"):
+        ExplicitReward.fresh(adapted(base()), shared=True).start_from(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_whole_reward_goes_on_from_a_whole_one(shared, tmp_path):
+    earlier = learned(tiny_model(), shared=False)
+    earlier.save_pretrained(tmp_path / "reward", TOKENIZER)
+    policy = tiny_model(seed=3)
+    before = values(policy.parameters())
+    later = ExplicitReward.fresh(policy, shared=shared)
+    assert not torch.allclose(later.score(GROUPS), earlier.score(GROUPS), atol=1e-3)
+    later.start_from(tmp_path)  # the run's folder
+    assert_close(later.score(GROUPS), earlier.score(GROUPS))
+    if shared:  # the policy beside it has not moved
+        assert_same(values(policy.parameters()), before)
+
+
+def test_a_whole_reward_of_another_shape_or_for_an_adapter_is_refused(base, tmp_path):
+    learned(tiny_model(), shared=False).save_pretrained(tmp_path / "reward", TOKENIZER)
+    with pytest.raises(UserError, match=r"reward, field 'init_reward_from'.*other layers"):
+        ExplicitReward.fresh(tiny_model(num_hidden_layers=1), shared=True).start_from(tmp_path / "reward")
+    with pytest.raises(UserError, match=r"reward, field 'init_reward_from'.*reward is an adapter.*--use_peft"):
+        ExplicitReward.fresh(adapted(base()), shared=True).start_from(tmp_path / "reward")
+    tiny_model().save_pretrained(tmp_path / "no-reward")
+    with pytest.raises(UserError, match=r"no-reward, field 'init_reward_from'.*no head that gives a reward"):
+        ExplicitReward.fresh(tiny_model(), shared=True).start_from(tmp_path / "no-reward")
 
 
 def test_an_exported_reward_scores_the_same_tokens_alike_in_trl(training):
@@ -703,7 +728,7 @@ def test_an_adapter_of_another_scale_is_refused(base, tmp_path):
     """Its weights have the same shapes, and would mean something else."""
     ExplicitReward.fresh(adapted(base(), lora_alpha=8), shared=True).save_pretrained(tmp_path, TOKENIZER)
     with pytest.raises(UserError, match="lora_alpha 8, the policy's 64"):
-        ExplicitReward.fresh(adapted(base(), lora_alpha=64), shared=True).load_adapter(tmp_path)
+        ExplicitReward.fresh(adapted(base(), lora_alpha=64), shared=True).start_from(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "reward.json"])
@@ -713,7 +738,7 @@ def test_a_torn_reward_is_one_clear_error(name, base, tmp_path):
     torn = tmp_path / name
     torn.write_bytes(torn.read_bytes()[:20])
     with pytest.raises(UserError, match="cannot be read"):
-        reward.load_adapter(tmp_path)
+        reward.start_from(tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox"])

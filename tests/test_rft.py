@@ -653,7 +653,7 @@ def test_too_few_rows(training):
     [
         ("base", "the reward's base differs"),
         ("rank", r"another shape.*--lora_r"),
-        ("missing", "no reward adapter is there"),
+        ("missing", "no reward is there"),
         ("full", "needs a model with an adapter"),
     ],
 )

@@ -138,7 +138,7 @@ class RewardStageTrainer(StageTrainer):
                 model = add_adapter(model, peft_config)
             reward = ExplicitReward.fresh(cast(nn.Module, model).to(args.device), shared=False, **options)
         if args.init_reward_from:
-            reward.load_adapter(args.init_reward_from)
+            reward.start_from(args.init_reward_from)
         return reward
 
     def _make_fitter(self, preferences: list[Group]) -> RewardFitter:

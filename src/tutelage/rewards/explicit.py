@@ -154,22 +154,49 @@ class ExplicitReward:
         scalar_head(whole).weight = nn.Parameter(cast(Tensor, self.head.weight).detach().to(body.dtype))
         whole.save_pretrained(folder)
 
-    def load_adapter(self, folder: str | Path) -> None:
-        """Start from a reward that an earlier run left.
+    def start_from(self, folder: str | Path) -> None:
+        """Take over the weights of a reward that an earlier run left, an adapter or a whole model as this one is.
 
         Args:
             folder: the run's, or its ``reward`` folder.
 
         Raises:
-            UserError: there is none, it cannot be read, its base is another one, or its adapter is of another kind.
+            UserError: there is none, it cannot be read, its base is another one, or it is of another kind or shape.
         """
         folder = Path(run_part(str(folder), "reward"))
+        if (folder / _ADAPTER).exists() and (folder / _FACTS).exists():
+            self._start_from_adapter(folder)
+        elif (folder / "config.json").exists():
+            self._start_from_whole(folder)
+        else:
+            raise _refuse(folder, "no reward is there.", "Give the reward folder of a run.")
 
+    def _start_from_whole(self, folder: Path) -> None:
+        if isinstance(self.model, PeftModel):
+            raise _refuse(
+                folder,
+                "a whole model is there, and this run's reward is an adapter.",
+                "Leave out --use_peft, or start from a reward with an adapter.",
+            )
+        earlier = ExplicitReward.from_pretrained(folder, field="init_reward_from")
+        body = base_causal_lm(self.model).base_model
+        found = dict(cast(PreTrainedModel, earlier.model).base_model.named_parameters())
+        own = dict(body.named_parameters())
+        if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in found.items()}:
+            raise _refuse(
+                folder,
+                f"the reward's model has other layers than {base_causal_lm(self.model).name_or_path}.",
+                "Start from a reward that was learned on the same model.",
+            )
+        with self.active(), torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(found[name])
+            cast(Tensor, self.head.weight).copy_(cast(Tensor, earlier.head.weight))
+
+    def _start_from_adapter(self, folder: Path) -> None:
         def refuse(problem: str, remedy: str) -> UserError:
-            return UserError(problem, remedy=remedy, file=str(folder), field="init_reward_from")
+            return _refuse(folder, problem, remedy)
 
-        if not (folder / _ADAPTER).exists() or not (folder / _FACTS).exists():
-            raise refuse("no reward adapter is there.", "Give the reward folder of a run.")
         if not isinstance(self.model, PeftModel):
             raise refuse("a reward adapter needs a model with an adapter.", "Add --use_peft.")
         try:
@@ -210,19 +237,21 @@ class ExplicitReward:
         dtype: torch.dtype | str = "auto",
         trust_remote_code: bool = False,
         layout: Layout = "padded",
+        field: str = "reward",
         **options: Any,
     ) -> ExplicitReward:
         """Load a reward model: a run's ``reward`` folder, or any causal model for sequence classification with one label.
 
         Args:
             layout: not "auto", whose probe compares log-probs, which a reward model has none of.
+            field: what errors call the setting that named the folder.
             options: ``batch_size``, ``pad_token_id``, ``autocast`` of the constructor.
 
         Raises:
             UserError: there is none, or it has no single scalar head.
         """
         name = str(folder)
-        require_exists(name, field="reward")
+        require_exists(name, field=field)
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -232,7 +261,7 @@ class ExplicitReward:
                 f"the reward model cannot be loaded: {first_line(error)}",
                 remedy="Give the reward folder of a run, or a model for sequence classification with one label.",
                 file=name,
-                field="reward",
+                field=field,
             ) from error
         head = scalar_head(model)
         headless_adapter = hasattr(model, "peft_config") and not isinstance(head, ModulesToSaveWrapper)
@@ -241,9 +270,13 @@ class ExplicitReward:
                 "a language model is there, or its adapter, and no reward model: it has no head that gives a reward.",
                 remedy="Give the reward folder of a run, or a model for sequence classification with one label.",
                 file=name,
-                field="reward",
+                field=field,
             )
         return ExplicitReward(model.eval(), head, layout=layout, **options)
+
+
+def _refuse(folder: Path, problem: str, remedy: str) -> UserError:
+    return UserError(problem, remedy=remedy, file=str(folder), field="init_reward_from")
 
 
 def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
