@@ -65,14 +65,14 @@ SWEEPS = (
 )
 
 
-def measured(sweep: Sweep, start: Work, *, repeats: int, warmups: int) -> list[dict[str, Any]]:
+def measured(sweep: Sweep, start: Work, *, peers: bool, repeats: int, warmups: int) -> list[dict[str, Any]]:
     """A point for each value and side: seconds a repetition and peak memory."""
     points = []
+    sides = {name: side for name, side in sweep.sides.items() if peers or name == "ours"}
+    turns = {"repeats": repeats, "warmups": warmups, "allocators": ["kept", "unmapped"][: len(sides)]}
     for value in sweep.values:
         work = replace(start, **(sweep.work or {}), **{sweep.field: value})
-        for name, found in zip(
-            sweep.sides, compare(list(sweep.sides.values()), work, repeats=repeats, warmups=warmups), strict=True
-        ):
+        for name, found in zip(sides, compare(list(sides.values()), work, **turns), strict=True):
             point = {"value": value, "side": name, "seconds": found.median, "mebibytes": found.peak_bytes / 2**20}
             points.append(point)
             print(json.dumps({"sweep": sweep.field, **point}), flush=True)
@@ -113,11 +113,12 @@ def main() -> None:
     add_common_options(parser, repeats=3)
     parser.add_argument("--model", default="qwen3-32k", help="(default %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
+    parser.add_argument("--peers", action="store_true", help="TRL's steps too, which takes three times as long")
     options = parser.parse_args()
     start = Work(str(prepare_model(options.model, cache_folder(parser, options))))
     written = provenance("benchmarks.growth") | {"model": options.model, "sweeps": []}
     for sweep in SWEEPS:
-        points = measured(sweep, start, repeats=options.repeats, warmups=options.warmups)
+        points = measured(sweep, start, peers=options.peers, repeats=options.repeats, warmups=options.warmups)
         written["sweeps"].append(asdict(replace(sweep, sides=dict(sweep.sides))) | {"points": points})
         if options.json:
             write_json(options.json, written)

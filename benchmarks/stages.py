@@ -64,6 +64,9 @@ _PEER = _SHARED | {"gradient_checkpointing": False}
 _PEER_PAIRS = 2
 """Pairs or completions that TRL runs at once: as fast as 1 and 8 on a CPU, and in less memory than 8."""
 _ENDLESS = 1000  # epochs; the turns end before
+_LAST = torch.tensor([-1])
+"""The last position as an index and not, as ``generate`` takes it by default, as a slice: for a slice of several rows torch's product
+on a CPU copies the head once a row, 335 MB each on Gemma."""
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -117,9 +120,7 @@ def _generate(
                 eos_token_id=stops,
                 pad_token_id=0,
                 max_new_tokens=most,
-                # The last position as an index and not, as by default, as a slice: of a slice of several rows torch's
-                # product on a CPU copies the head once a row, 335 MB on Gemma.
-                logits_to_keep=torch.tensor([-1]),
+                logits_to_keep=_LAST,
             )[:, inputs["input_ids"].shape[1] :]
             stopped = torch.isin(drawn, torch.tensor(stops)).int()
             lengths = (stopped.cumsum(1) - stopped == 0).sum(1).tolist()
@@ -129,7 +130,7 @@ def _generate(
 
 
 def _fastest_generation(work: Work, stops: list[int]) -> dict[str, Any]:
-    """The batch size, and then with or without autocast, that let ``_generate`` draw most tokens a second.
+    """The batch size, and then with or without autocast, that let ``_generate`` draw most tokens a second, 16 for each prompt.
 
     Found in a process of its own, whose memory is none of the side's.
     """
@@ -145,7 +146,7 @@ def _try_generation(work: Work, stops: list[int]) -> dict[str, Any]:
 
     def seconds_per_token(settings: dict[str, Any]) -> float:
         begin = time.perf_counter()
-        drawn = draw(prompts, most=work.completion_tokens, **settings)
+        drawn = draw(prompts, most=min(16, work.completion_tokens), **settings)
         return (time.perf_counter() - begin) / sum(map(len, drawn))
 
     tried = [{"batch_size": size, "autocast": True} for size in (16, 32, 64)]
@@ -258,7 +259,10 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(work.model_path)
     policy = touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=torch.bfloat16))
-    own = {"reward_micro_batch": 8, "generation_batch_size": work.prompts * work.samples}
+    completions = work.prompts * work.samples
+    # RLOO cannot be told of ``_LAST``: with all rows at once its copies of a large head would not fit into memory.
+    together = completions if policy.config.vocab_size < 100_000 else min(completions, 16)
+    own = {"reward_micro_batch": 8, "generation_batch_size": together}
     # The reward model counts as memory over the weights: ours does with the policy's.
     turns.weights_loaded(**own, per_device_train_batch_size=_PEER_PAIRS, gradient_checkpointing=False)
     reward_base = AutoModelForSequenceClassification.from_pretrained(
@@ -298,11 +302,10 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
     ]
 
     def fit_reward() -> None:
-        use_allocator("kept")  # until this stage's samples are drawn
         RewardTrainer(
             reward,
             reward_args,
-            train_dataset=Dataset.from_list(pairs),
+            train_dataset=Dataset.from_list(pairs[-completions:]),
             processing_class=tokenizer,
             optimizers=(optimizer, None),
         ).train()
@@ -311,10 +314,10 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
     def score(prompt_ids, demonstration, completion_ids, **_) -> list[float]:
         use_allocator("unmapped")
         sampled = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        pairs[:] = [
+        pairs.extend(
             {"chosen_ids": chosen, "rejected_ids": rejected}
             for chosen, rejected in zip(demonstration, sampled, strict=True)
-        ]
+        )
         with evaluation_mode(reward), torch.autocast("cpu", torch.bfloat16):
             return reward(**_padded(sampled, side="right")).logits[:, 0].tolist()
 
@@ -322,14 +325,14 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
         {"prompt": row["prompt"], "prompt_ids": group.prompt_ids, "demonstration": demonstration}
         for row, group, demonstration in zip(rows(work), given, demonstrations, strict=True)
     ]
-    stages = _Stages(turns, steps=work.prompts * work.samples // _BATCH, at_start=fit_reward)
+    stages = _Stages(turns, steps=completions // _BATCH, at_start=fit_reward)
     RLOOTrainer(
         policy,
         score,
         args,
         train_dataset=Dataset.from_list(data),
         processing_class=tokenizer,
-        callbacks=[stages],
+        callbacks=[stages, _BeforeGeneration(steps=together // _BATCH)],
         peft_config=adapter(),
     ).train()
 
@@ -354,6 +357,17 @@ class _Stages(TrainerCallback):
         if state.global_step % self.steps == 0:
             self.turns.end()
             control.should_training_stop = not self.turns.begin()
+
+
+class _BeforeGeneration(TrainerCallback):
+    """RLOO draws samples within the first of so many optimiser steps; see ``_for_training``."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0:
+            use_allocator("kept")
 
 
 @contextmanager

@@ -31,8 +31,11 @@ def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
     Args:
         length: L, tokens of the longest row.
     """
-    config = base.config.get_text_config()
-    applies = base.device.type == "cpu" and length <= _LONGEST and config._attn_implementation == "sdpa"
+    config = base.config
+    is_text_alone = config.get_text_config() is config  # other parts of a model would be switched along
+    applies = (
+        base.device.type == "cpu" and length <= _LONGEST and config._attn_implementation == "sdpa" and is_text_alone
+    )
     recomputes = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
     if not applies or base in _has_its_own or next(recomputes, False):
         yield
