@@ -67,6 +67,7 @@ def calls(monkeypatch):
         seen.append(query.shape[2])
         return product_attention(module, query, *args, **kwargs)
 
+    monkeypatch.setattr(attention, "_PRECISIONS", (torch.float32,))
     attention.AttentionInterface.register(attention._NAME, counted)
     yield seen
     attention.AttentionInterface.register(attention._NAME, product_attention)
@@ -104,8 +105,23 @@ def test_recomputed_activations_meet_one_kind_of_attention(calls):
     torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
 
 
-def test_an_error_inside_gives_the_models_attention_back():
+def test_only_low_precision_goes_by_products(calls, monkeypatch):
+    monkeypatch.undo()
     model = tiny_model("llama")
-    with pytest.raises(ZeroDivisionError), attention_by_products(model, 4):
+    truth = completion_logps(model, GROUPS, layout="tree")
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        found = completion_logps(model, GROUPS, layout="tree")
+    assert calls
+    torch.testing.assert_close(found, truth, atol=0.5, rtol=0.05)
+    calls.clear()
+    completion_logps(model.to(torch.bfloat16), GROUPS, layout="tree")
+    assert calls
+
+
+def test_an_error_inside_gives_the_models_attention_back():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    with pytest.raises(ZeroDivisionError), attention_by_products(model, 4):  # noqa: PT012
+        assert model.config._attn_implementation == attention._NAME
         raise ZeroDivisionError
     assert model.config._attn_implementation == "sdpa"

@@ -15,7 +15,6 @@ from benchmarks.workloads import Work
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from tutelage import attention
 from tutelage.data.tokenization import Tokenization
 from tutelage.groups import Completion, Group, Kind, collate_tree
 from tutelage.logprobs import completion_logps
@@ -72,9 +71,8 @@ def test_our_step_trains_on_the_given_samples_once_a_turn(model_path, tmp_path, 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("rank", [4, None], ids=["adapters", "full"])
-def test_operations_of_a_step_are_those_that_torch_counts(architecture, rank, monkeypatch):
+def test_operations_of_a_step_are_those_that_torch_counts(architecture, rank):
     """torch counts no fused attention on a CPU; ``attention_pairs`` has a test of its own."""
-    monkeypatch.setattr(attention, "_LONGEST", 0)
     step = [tree(20, 9, 7), tree(20, 8, 8)]  # of one length: padding is computed too, and is not in the floor
     model = tiny_model(architecture)
     expected = floors.training_operations(model.config, step, rank=rank)

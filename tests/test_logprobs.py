@@ -50,8 +50,8 @@ def gradients(model, logps):
 @pytest.mark.parametrize("architecture", TREE_ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["sdpa", "eager", "products"])
 def test_tree_equals_padded_equals_one_by_one(architecture, kind, monkeypatch):
-    if kind == "sdpa":  # on a CPU, only rows longer than this are left to it
-        monkeypatch.setattr(attention, "_LONGEST", 0)
+    if kind == "products":
+        monkeypatch.setattr(attention, "_PRECISIONS", (torch.float32,))
     model = tiny_model(architecture)
     model.set_attn_implementation("eager" if kind == "eager" else "sdpa")
     groups = random_groups()

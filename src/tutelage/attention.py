@@ -13,16 +13,19 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tutelage.models import precision
+
 __all__ = ["attention_by_products", "product_attention"]
 
 _NAME = "tutelage_products"
 _LONGEST = 512  # tokens of a row
+_PRECISIONS = (torch.bfloat16, torch.float16)
 _has_its_own: WeakSet[PreTrainedModel] = WeakSet()
 
 
 @contextmanager
 def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
-    """Within, a model on a CPU that attends by SDPA does so by ``product_attention``, if its rows are short.
+    """Within, a model on a CPU that attends by SDPA does so by ``product_attention``, if rows are short and precision low.
 
     torch's fused kernel for CPUs runs at a fraction of the rate of matrix products. What it spares is the probabilities, heads ×
     L² numbers a row and layer that a backward pass needs, so rows of over 512 tokens stay with it; and so does a model
@@ -33,11 +36,9 @@ def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
     """
     config = base.config
     is_text_alone = config.get_text_config() is config  # other parts of a model would be switched along
-    applies = (
-        base.device.type == "cpu" and length <= _LONGEST and config._attn_implementation == "sdpa" and is_text_alone
-    )
+    is_slow = base.device.type == "cpu" and config._attn_implementation == "sdpa" and precision(base) in _PRECISIONS
     recomputes = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
-    if not applies or base in _has_its_own or next(recomputes, False):
+    if not (is_slow and is_text_alone and length <= _LONGEST) or base in _has_its_own or next(recomputes, False):
         yield
         return
     base.set_attn_implementation(_NAME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ from tutelage.attention import attention_by_products
 from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Kind, collate_padded, collate_tree
 from tutelage.head_logps import head_logps
-from tutelage.models import LMHead, adapters_under_autocast, base_causal_lm, evaluation_mode
+from tutelage.models import LMHead, adapters_under_autocast, base_causal_lm, evaluation_mode, precision
 
 __all__ = [
     "Layout",
@@ -142,7 +143,10 @@ def end_hidden_states(
     """
     base = base_causal_lm(model)
     batch = _collate(model, groups, layout, pad_token_id).to(base.device)
-    hidden_BLH = _hidden_states(base, batch)
+    # A score is to be what the exported model gives in plain transformers, rounding included; training may be faster.
+    attention = attention_by_products(base, batch.input_ids.shape[1]) if torch.is_grad_enabled() else nullcontext()
+    with attention:
+        hidden_BLH = _hidden_states(base, batch)
     return hidden_BLH[batch.end_rows.to(hidden_BLH.device), batch.end_columns.to(hidden_BLH.device)]
 
 
@@ -157,18 +161,19 @@ def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None
     """
     base = base_causal_lm(model)
     batch = batch.to(base.device)
-    hidden_BLH = _hidden_states(base, batch)
+    with attention_by_products(base, batch.input_ids.shape[1]):
+        hidden_BLH = _hidden_states(base, batch)
     hidden_NH = hidden_BLH[batch.predictor_rows.to(hidden_BLH.device), batch.predictor_columns.to(hidden_BLH.device)]
     return head_logps(LMHead.of(base), hidden_NH, batch.targets.to(hidden_NH.device), block_size=block_size)
 
 
 def _hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
     # A text-only base model never sees the prompt's logits: its body alone runs, the head is ours.
-    with adapters_under_autocast(base), attention_by_products(base, batch.input_ids.shape[1]):
-        if batch.attention_mask is not None:
-            inputs = {"attention_mask": batch.attention_mask.long()}
-        else:
-            inputs = {"attention_mask": _tree_attention(base, batch), "position_ids": batch.position_ids}
+    if batch.attention_mask is not None:
+        inputs = {"attention_mask": batch.attention_mask.long()}
+    else:
+        inputs = {"attention_mask": _tree_attention(base, batch), "position_ids": batch.position_ids}
+    with adapters_under_autocast(base):
         return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 
@@ -233,7 +238,7 @@ def _probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
         for prompt, lengths in ((max(longest, 8) - 4, (3, 4, 2)), (3, (2, 4)))
     ]
     # Low precision rounds differently in each layout; a wrong mask or a wrong head moves random tokens by nats.
-    tolerance = 1e-3 if base.dtype in (torch.float32, torch.float64) else 0.15
+    tolerance = 1e-3 if precision(base) in (torch.float32, torch.float64) else 0.15
 
     def disagreement(batch: Batch, truth_N: Tensor) -> float:
         return (token_logps(model, batch) - truth_N).abs().mean().item()

@@ -36,6 +36,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_weights",
+    "precision",
     "require_exists",
     "run_part",
 ]
@@ -203,6 +204,12 @@ def load_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside adapters."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def precision(base: PreTrainedModel) -> torch.dtype:
+    """What the model computes in: autocast's precision where that is on, else its weights'."""
+    device = base.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
 
 
 def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
