@@ -39,9 +39,6 @@ __all__ = [
 MOST_TURNS = 8
 """The most repetitions of a side, warm-ups included."""
 
-_MICRO_BATCH = 2
-"""Prompts, or pairs, that either side runs at once: a fraction of the memory, and on Gemma no slower than all of them."""
-
 _SHARED: dict[str, Any] = {
     "train_sampling_strategy": "sequential",  # every step takes the same rows
     "bf16": True,
@@ -104,11 +101,7 @@ def peer_step(work: Work, turns: Turns) -> None:
         for index in range(work.samples)
         for row in rows(work)
     ]
-    settings = _PEER | {
-        "per_device_train_batch_size": _MICRO_BATCH,
-        "gradient_accumulation_steps": len(pairs) // _MICRO_BATCH,
-        "precompute_ref_log_probs": True,
-    }
+    settings = _PEER | {**_micro_batches(work, len(pairs)), "precompute_ref_log_probs": True}
     model = touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(**settings)
     trainer = DPOTrainer(
@@ -197,11 +190,15 @@ def peer_sft(work: Work, turns: Turns) -> None:
     trainer.train()
 
 
-def _micro_batches(work: Work) -> dict[str, int]:
-    return {
-        "per_device_train_batch_size": _MICRO_BATCH,
-        "gradient_accumulation_steps": work.prompts // _MICRO_BATCH,
-    }
+def _micro_batches(work: Work, rows: int = 0) -> dict[str, int]:
+    """How many prompts, or pairs, of a step either side runs at once.
+
+    With adapters 2: a fraction of the memory, and on Gemma hardly slower than all. Where all parameters are trained 8, for each
+    micro-batch has a gradient of every weight to add to the last one's, 671 MB of it the head's alone.
+    """
+    rows = rows or work.prompts
+    size = min(rows, 2 if work.adapters else 8)
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size}
 
 
 def _dtype(work: Work) -> torch.dtype:
