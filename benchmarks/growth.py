@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,17 @@ def measured(sweep: Sweep, start: Work, *, peers: bool, repeats: int, warmups: i
 
 def draw(found: Sequence[Mapping[str, Any]], path: Path, model: str) -> None:
     """All sweeps as small charts: time above, memory below."""
-    charts = [
-        (sweep, quantity) for quantity in ("seconds", "mebibytes") for sweep in found if quantity in sweep["shows"]
+    rows = [
+        [(sweep, quantity) for sweep in found if quantity in sweep["shows"]] for quantity in ("seconds", "mebibytes")
     ]
-    columns = (len(charts) + 1) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(3.4 * columns, 6), layout="constrained")
-    for ax, (sweep, quantity) in zip(axes.flat, charts, strict=True):
-        _chart(ax, sweep, quantity)
+    columns = max(map(len, rows))
+    figure, axes = plt.subplots(2, columns, figsize=(3.4 * columns, 6), layout="constrained", squeeze=False)
+    for row, charts in zip(axes, rows, strict=True):
+        for ax, chart in zip_longest(row, charts):
+            if chart is None:
+                ax.set_axis_off()
+            else:
+                _chart(ax, *chart)
     figure.suptitle(
         f"One training step of {model} on 8 prompts, adapters, CPU" + "\n(defaults: 128, 1 sample, 64 tokens)"
     )
@@ -113,11 +118,15 @@ def main() -> None:
     add_common_options(parser, repeats=3)
     parser.add_argument("--model", default="qwen3-32k", help="(default %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
+    fields = [sweep.field for sweep in SWEEPS]
+    parser.add_argument(
+        "--only", nargs="+", choices=fields, default=fields, metavar="SWEEP", help=f"of {', '.join(fields)}"
+    )
     parser.add_argument("--peers", action="store_true", help="TRL's steps too, which takes three times as long")
     options = parser.parse_args()
     start = Work(str(prepare_model(options.model, cache_folder(parser, options))))
     written = provenance("benchmarks.growth") | {"model": options.model, "sweeps": []}
-    for sweep in SWEEPS:
+    for sweep in (sweep for sweep in SWEEPS if sweep.field in options.only):
         points = measured(sweep, start, peers=options.peers, repeats=options.repeats, warmups=options.warmups)
         written["sweeps"].append(asdict(replace(sweep, sides=dict(sweep.sides))) | {"points": points})
         if options.json:

@@ -1,5 +1,6 @@
 """The benchmarks: both sides meet the same tokens, floors count what is computed, the table says what was measured."""
 
+import dataclasses
 import io
 import json
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import __main__ as table
-from benchmarks import floors, training, workloads
+from benchmarks import floors, growth, training, workloads
 from benchmarks.sides import Measured, Turns
 from benchmarks.workloads import Work
 from peft import LoraConfig, get_peft_model
@@ -200,6 +201,19 @@ def test_peers_can_be_shown_as_installed(run):
         "irft_vs_sft", "step", "--peer_allocator", "installed", ours=side, peer=side, floor={"seconds": 1}
     )
     assert {row["peer"]["settings"]["allocator"] for row in written["rows"]} == {"installed"}
+
+
+@pytest.mark.parametrize("measured", [1, 4, 5])
+def test_growth_is_drawn_after_every_sweep(measured, tmp_path):
+    found = [
+        {
+            **dataclasses.asdict(dataclasses.replace(sweep, sides=dict(sweep.sides))),
+            "points": [{"value": v, "side": "ours", "seconds": v, "mebibytes": v} for v in sweep.values],
+        }
+        for sweep in growth.SWEEPS[:measured]
+    ]
+    growth.draw(found, tmp_path / "growth.png", SMALL)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_where_tokens_are_known_times_are_of_a_token(run):
