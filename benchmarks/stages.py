@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -204,8 +203,9 @@ def peer_irft_stage(work: Work, turns: Turns) -> None:
         ]
         if "ref" in model.peft_config:  # the trainer's copy of the policy as the last stage began
             model.delete_adapter("ref")
-        with _for_training():
-            DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
+        use_allocator("unmapped")  # best for TRL's losses; ``generate`` grew under it
+        DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
+        use_allocator("kept")
         turns.end()
 
 
@@ -360,7 +360,7 @@ class _Stages(TrainerCallback):
 
 
 class _BeforeGeneration(TrainerCallback):
-    """RLOO draws samples within the first of so many optimiser steps; see ``_for_training``."""
+    """RLOO draws samples within the first of so many optimiser steps, and ``generate`` grew under what is best for training."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -368,16 +368,6 @@ class _BeforeGeneration(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
             use_allocator("kept")
-
-
-@contextmanager
-def _for_training() -> Iterator[None]:
-    """TRL's losses are fastest with an allocator that ``generate`` would grow under without end."""
-    use_allocator("unmapped")
-    try:
-        yield
-    finally:
-        use_allocator("kept")
 
 
 def _our_model(work: Work) -> nn.Module:
