@@ -83,7 +83,7 @@ ROWS = (
         "step_n4",
         "the same with 4 samples a prompt, which are 4 pairs for DPO",
         ("training:ours_step", "training:peer_step"),
-        {"samples": 4},
+        {"samples": 4, "micro_batch": 8},
         time={_GEMMA: 1 / 8},
         floor="step",
         peer_allocator="unmapped",
@@ -92,6 +92,7 @@ ROWS = (
         "sft_step",
         "an optimiser step on 8 demonstrations: our SFT, and TRL's",
         ("training:ours_sft", "training:peer_sft"),
+        {"micro_batch": 8},
         parameters=("adapters", "full"),
         time={_GEMMA: 1 / 2},
         floor="sft",
@@ -263,6 +264,13 @@ def main() -> None:
         choices=ALLOCATORS,
         help="of the peers' processes; by default what each row is fastest with",
     )
+    parser.add_argument(
+        "--micro_batch",
+        type=int,
+        choices=(1, 2, 4, 8),
+        metavar="N",
+        help="prompts, or pairs, of a step at once; by default the row's own",
+    )
     add_common_options(parser, repeats=5)
     options = parser.parse_args()
     cache = cache_folder(parser, options)
@@ -270,7 +278,8 @@ def main() -> None:
     console.print(_table(Text(name, style="bold") for name in _COLUMNS))
     written = provenance("benchmarks") | {"rows": []}
     for row, model, parameters in cases(options.rows, options.models):
-        work = Work(str(prepare_model(model, cache)), adapters=parameters == "adapters", **row.work)
+        given = {"micro_batch": options.micro_batch} if options.micro_batch else {}
+        work = Work(str(prepare_model(model, cache)), adapters=parameters == "adapters", **{**row.work, **given})
         allocator = options.peer_allocator or row.peer_allocator
         ours, peer = compare(
             row.sides, work, repeats=options.repeats, warmups=options.warmups, allocators=("kept", allocator)

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.floors import attention_pairs
+from benchmarks.floors import training_operations
 from tutelage.groups import Batch, Completion, Group, Kind, collate_tree, pair_indices
 from tutelage.logprobs import cached_logps, completion_logps
 from tutelage.losses import irft_loss
@@ -54,6 +54,7 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e1
 PEAKS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 MFU_TARGET = 0.4  # of an H100's or H200's peak
 BETA = 0.1
+_RANK = 16
 
 
 class Shape(NamedTuple):
@@ -210,7 +211,7 @@ def _random_llama(run: Run, fields: Mapping[str, int], dtype: torch.dtype, **mor
 
 
 def _adapted(model: nn.Module, **more: Any) -> nn.Module:
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+    config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules="all-linear", task_type="CAUSAL_LM", **more)
     return add_adapter(model, config)
 
 
@@ -434,7 +435,7 @@ def training_step(run: Run, trained: str, *, full: bool, rate: float) -> None:
     with _autocast(run):
         logps = cached_logps(model, groups, batch_size=2, layout="tree")
     groups = with_references(groups, [logp for values in logps for logp in values])
-    needed = needed_operations(model, groups)
+    needed = needed_operations(model, groups, full=full)
     # At learning rate 0 an optimiser works as ever, and all sides meet the same weights.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=run.on_cuda)
     losses: dict[str, Callable[[Sequence[Group]], Tensor]] = {
@@ -502,27 +503,11 @@ def best_micro_batch(run: Run, step: Callable[[int], object]) -> int:
     return min(seconds, key=seconds.__getitem__)
 
 
-def needed_operations(model: nn.Module, groups: Sequence[Group]) -> float:
-    """Floating-point operations that one training step on the groups needs, however it is computed.
-
-    A weight matrix of P numbers costs 2·P a token forward, 2·P for the gradient of its input and, if it is trained,
-    2·P for its own: 4·P_body + 6·P_lora with adapters, 6·P_body without. Each prompt counts once. The head meets the
-    completion tokens alone: 4·V·H each, 6·V·H if it is trained. Attention costs 4·heads·head_dim forward and twice
-    that backward, a layer, for each pair of a token and one it attends to. What is recomputed is not needed.
-    """
-    base = base_causal_lm(model)
-    config = base.config.get_text_config()
-    embedding, head = (
-        cast(Any, module).weight for module in (base.get_input_embeddings(), base.get_output_embeddings())
-    )
-    matrices = [p for p in base.base_model.parameters() if p.ndim == 2 and p is not embedding]
-    body = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices) * sum(map(len, groups))
-    completion_tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-    top = (6 if head.requires_grad else 4) * head.numel() * completion_tokens
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attended = {kind: sum(attention_pairs(group, _window(config, kind)) for group in groups) for kind in set(kinds)}
-    return body + top + 12 * config.num_attention_heads * head_dim * sum(attended[kind] for kind in kinds)
+def needed_operations(model: nn.Module, groups: Sequence[Group], *, full: bool) -> int:
+    """Floating-point operations that one training step on the groups needs, however it is computed."""
+    config = base_causal_lm(model).config.get_text_config()
+    operations = training_operations(config, groups, rank=None if full else _RANK)
+    return operations.body + operations.attention + operations.head
 
 
 def _window(config: Any, kind: str) -> int | None:

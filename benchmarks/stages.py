@@ -62,6 +62,8 @@ _SHARED = {
 _PEER = _SHARED | {"gradient_checkpointing": False}
 _PEER_PAIRS = 2
 """Pairs or completions that TRL runs at once: as fast as 1 and 8 on a CPU, and in less memory than 8."""
+_REWARD_BATCH = 8
+"""Of a reward phase: groups a step for ours, pairs at once for TRL's, whose steps have as many prompts."""
 _ENDLESS = 1000  # epochs; the turns end before
 _LAST = torch.tensor([-1])
 """The last position as an index and not, as ``generate`` takes it by default, as a slice: for a slice of several rows torch's product
@@ -232,7 +234,7 @@ class _OpenGate(RFTTrainer):
 def ours_rft_stage(work: Work, turns: Turns) -> None:
     """A stage of ours: sampling, one pass of the reward phase, one of the policy phase, and a look at the kept row."""
     model = _our_model(work)
-    own = {"holdout_rows": 1, "cut_samples": "score", "reward_batch_size": 8}
+    own = {"holdout_rows": 1, "cut_samples": "score", "reward_batch_size": _REWARD_BATCH}
     turns.weights_loaded(**own, sampling_batch_size=64)
     args = RFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -262,79 +264,88 @@ def peer_rft_stage(work: Work, turns: Turns) -> None:
     completions = work.prompts * work.samples
     # RLOO cannot be told of ``_LAST``: with all rows at once its copies of a large head would not fit into memory.
     together = completions if policy.config.vocab_size < 100_000 else min(completions, 16)
-    own = {"reward_micro_batch": 8, "generation_batch_size": together}
+    own = {"per_device_train_batch_size": _PEER_PAIRS, "generation_batch_size": together}
     # The reward model counts as memory over the weights: ours does with the policy's.
-    turns.weights_loaded(**own, per_device_train_batch_size=_PEER_PAIRS, gradient_checkpointing=False)
-    reward_base = AutoModelForSequenceClassification.from_pretrained(
-        work.model_path, num_labels=1, dtype=torch.bfloat16
-    )
-    reward = get_peft_model(
-        touched(reward_base), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
-    )
-    optimizer = torch.optim.AdamW([p for p in reward.parameters() if p.requires_grad], lr=3e-4, fused=True)
-    reward_args = RewardConfig(
-        output_dir=tempfile.mkdtemp(),
-        num_train_epochs=1,
-        per_device_train_batch_size=own["reward_micro_batch"],
-        gradient_accumulation_steps=8 * work.samples // own["reward_micro_batch"],
-        center_rewards_coefficient=0.01,
-        max_length=None,
-        **_PEER,
-    )
+    turns.weights_loaded(**own, reward_micro_batch=_REWARD_BATCH, gradient_checkpointing=False)
+    reward = _AlternatedReward(work, tokenizer)
     args = RLOOConfig(
         output_dir=tempfile.mkdtemp(),
         learning_rate=RFTConfig.adapter_learning_rate,
         num_train_epochs=_ENDLESS,
-        per_device_train_batch_size=_PEER_PAIRS,
         gradient_accumulation_steps=_BATCH // _PEER_PAIRS,
-        generation_batch_size=own["generation_batch_size"],
         num_generations=work.samples,
         max_completion_length=work.completion_tokens,
         beta=0.1,
         **_PEER,
+        **own,
     )
-    given = groups(work)
-    demonstrations = [(*group.prompt_ids, *group.completions[0].token_ids) for group in given]
-    pairs = [  # before the first round there are the samples that came with the data
-        {"chosen_ids": demonstration, "rejected_ids": (*group.prompt_ids, *sample.token_ids)}
-        for group, demonstration in zip(given, demonstrations, strict=True)
-        for sample in group.completions[1:]
-    ]
-
-    def fit_reward() -> None:
-        RewardTrainer(
-            reward,
-            reward_args,
-            train_dataset=Dataset.from_list(pairs[-completions:]),
-            processing_class=tokenizer,
-            optimizers=(optimizer, None),
-        ).train()
-
-    @torch.no_grad()
-    def score(prompt_ids, demonstration, completion_ids, **_) -> list[float]:
-        use_allocator("unmapped")
-        sampled = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        pairs.extend(
-            {"chosen_ids": chosen, "rejected_ids": rejected}
-            for chosen, rejected in zip(demonstration, sampled, strict=True)
-        )
-        with evaluation_mode(reward), torch.autocast("cpu", torch.bfloat16):
-            return reward(**_padded(sampled, side="right")).logits[:, 0].tolist()
-
-    data = [
-        {"prompt": row["prompt"], "prompt_ids": group.prompt_ids, "demonstration": demonstration}
-        for row, group, demonstration in zip(rows(work), given, demonstrations, strict=True)
-    ]
-    stages = _Stages(turns, steps=completions // _BATCH, at_start=fit_reward)
+    stages = _Stages(turns, steps=completions // _BATCH, at_start=reward.fit)
     RLOOTrainer(
         policy,
-        score,
+        reward.score,
         args,
-        train_dataset=Dataset.from_list(data),
+        train_dataset=Dataset.from_list(reward.prompts()),
         processing_class=tokenizer,
         callbacks=[stages, _BeforeGeneration(steps=together // _BATCH)],
         peft_config=adapter(),
     ).train()
+
+
+class _AlternatedReward:
+    """A reward model that a RewardTrainer fits to the samples of the last round, and that scores the next round's."""
+
+    def __init__(self, work: Work, tokenizer: Any):
+        base = AutoModelForSequenceClassification.from_pretrained(work.model_path, num_labels=1, dtype=torch.bfloat16)
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+        self.model = get_peft_model(touched(base), config)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)  # goes on from round to round
+        self.tokenizer, self.work = tokenizer, work
+        self.groups = groups(work)
+        self.demonstrations = [(*group.prompt_ids, *group.completions[0].token_ids) for group in self.groups]
+        self.pairs = [  # before the first round there are the samples that came with the data
+            {"chosen_ids": demonstration, "rejected_ids": (*group.prompt_ids, *sample.token_ids)}
+            for group, demonstration in zip(self.groups, self.demonstrations, strict=True)
+            for sample in group.completions[1:]
+        ]
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """The rows of an RLOOTrainer, with what ``score`` reads beside the prompt."""
+        return [
+            {"prompt": row["prompt"], "prompt_ids": group.prompt_ids, "demonstration": demonstration}
+            for row, group, demonstration in zip(rows(self.work), self.groups, self.demonstrations, strict=True)
+        ]
+
+    def fit(self) -> None:
+        """One pass over the pairs of the last round."""
+        args = RewardConfig(
+            output_dir=tempfile.mkdtemp(),
+            num_train_epochs=1,
+            per_device_train_batch_size=_REWARD_BATCH,
+            gradient_accumulation_steps=8 * self.work.samples // _REWARD_BATCH,
+            center_rewards_coefficient=0.01,
+            max_length=None,
+            **_PEER,
+        )
+        RewardTrainer(
+            self.model,
+            args,
+            train_dataset=Dataset.from_list(self.pairs[-self.work.prompts * self.work.samples :]),
+            processing_class=self.tokenizer,
+            optimizers=(self.optimizer, None),
+        ).train()
+
+    @torch.no_grad()
+    def score(self, prompt_ids, demonstration, completion_ids, **_) -> list[float]:
+        """The reward of each completion, in TRL's form; each makes a pair with its demonstration."""
+        use_allocator("unmapped")
+        sampled = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        self.pairs += [
+            {"chosen_ids": chosen, "rejected_ids": rejected}
+            for chosen, rejected in zip(demonstration, sampled, strict=True)
+        ]
+        with evaluation_mode(self.model), torch.autocast("cpu", torch.bfloat16):
+            return self.model(**_padded(sampled, side="right")).logits[:, 0].tolist()
 
 
 # --- what they share ------------------------------------------------------------------------------------------------

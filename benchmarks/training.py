@@ -193,11 +193,11 @@ def peer_sft(work: Work, turns: Turns) -> None:
 def _micro_batches(work: Work, rows: int = 0) -> dict[str, int]:
     """How many prompts, or pairs, of a step either side runs at once.
 
-    With adapters 2: a fraction of the memory, and on Gemma hardly slower than all. Where all parameters are trained 8, for each
-    micro-batch has a gradient of every weight to add to the last one's, 671 MB of it the head's alone.
+    With adapters 2 by default: a fraction of the memory, and hardly slower than all. Where all parameters are trained 8, for
+    each micro-batch has a gradient of every weight to add to the last one's, 671 MB of it the head's alone on Gemma.
     """
     rows = rows or work.prompts
-    size = min(rows, 2 if work.adapters else 8)
+    size = min(rows, work.micro_batch or (2 if work.adapters else 8))
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size}
 
 

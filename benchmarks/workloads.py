@@ -39,6 +39,8 @@ class Work:
         samples: a prompt, besides the demonstration.
         stages: of a whole pass over the prompts; T.
         mixed: prompts and demonstrations of different lengths.
+        micro_batch: prompts, or pairs, of a step that either side of a row on training runs at once; by default what
+            ``benchmarks.training`` chooses.
         seed: of the rows.
     """
 
@@ -50,6 +52,7 @@ class Work:
     samples: int = 1
     stages: int = 1
     mixed: bool = False
+    micro_batch: int | None = None
     seed: int = 0
 
 

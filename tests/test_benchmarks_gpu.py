@@ -8,10 +8,8 @@ import pytest
 import torch
 from benchmarks import gpu
 from torch.nn.attention.flex_attention import create_mask
-from torch.utils.flop_counter import FlopCounterMode
 
 from tutelage.groups import collate_tree
-from tutelage.models import base_causal_lm
 
 TINY = ["--device", "cpu", "--tiny"]
 RAGGED = gpu.random_groups(gpu.Shape(3, 9, 3, 7), 97, ragged=True)
@@ -126,37 +124,3 @@ def test_flex_attention_with_a_wrong_mask_fails(run, monkeypatch):
     )
     gpu.check_attention(run)
     assert [check["passed"] for check in run.checks] == [True, True, True, False]
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_attention_pairs_are_those_of_the_mask(window):
-    for group in RAGGED:  # alone in its row, a group has no padding
-        assert gpu.attention_pairs(group, window) == collate_tree([group]).tree_mask(window).sum()
-
-
-def test_needed_operations_are_those_that_pytorch_counts(run):
-    """All parameters trained: matrix products of the body as counted; head and attention by their formulae."""
-    model = gpu.policy(run, full=True)
-    config = base_causal_lm(model).config
-    batch = collate_tree(RAGGED[:1])
-    with FlopCounterMode(display=False) as counter:
-        gpu.body_states(gpu.body_of(model), batch, batch.tree_mask()).sum().backward()
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(count for op, count in counts.items() if "attention" not in str(op))
-    head = 6 * config.vocab_size * config.hidden_size * len(batch.targets)
-    pairs = int(batch.tree_mask().sum()) * config.num_hidden_layers
-    scores = 12 * config.num_attention_heads * config.head_dim * pairs
-    assert gpu.needed_operations(model, RAGGED[:1]) == products + head + scores
-
-
-def test_frozen_weights_need_no_gradient_of_their_own(run):
-    """With adapters: 4 operations a frozen weight, 6 an adapter's, and the same for head and attention."""
-    frozen, full = gpu.policy(run), gpu.policy(run, full=True)
-    lora = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
-    body = gpu.body_of(full)
-    matrices = sum(p.numel() for p in body.parameters() if p.ndim == 2) - body.get_input_embeddings().weight.numel()
-    tokens = sum(map(len, RAGGED))
-    completion_tokens = sum(len(c.token_ids) for group in RAGGED for c in group.completions)
-    head = body.get_input_embeddings().weight.numel() * completion_tokens
-    saved = gpu.needed_operations(full, RAGGED) - gpu.needed_operations(frozen, RAGGED)
-    assert saved == 2 * matrices * tokens + 2 * head - 6 * lora * tokens

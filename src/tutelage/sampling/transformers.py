@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicLayer
 
+from tutelage.attention import attention_by_products
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.memory import keep_freed_memory
 from tutelage.models import LMHead, adapters_under_autocast, base_causal_lm, evaluation_mode
@@ -20,8 +21,8 @@ from tutelage.sampling.base import Sample, SamplingParams, uniforms
 
 __all__ = ["TransformersSampler", "draw_tokens"]
 
-# Rows of logits that are turned into tokens at once: 8 × 262,144 float32 stay in the last-level cache of a CPU core.
-_DRAW_ELEMENTS = 2**21
+# Rows of logits that are turned into tokens at once: 4 × 262,144 float32 stay in the last-level cache of a CPU core.
+_DRAW_ELEMENTS = 2**20
 # The cumulative distribution is searched in two steps: over blocks of this many tokens, then inside one.
 _BLOCK = 512
 # Prompt tokens that run at once: enough for large products; on a CPU few enough that activations stay near the core.
@@ -137,13 +138,14 @@ class TransformersSampler:
             input_ids, attention_mask = _left_padded(prompts[start : start + rows], self.pad_token_id)
             attention_mask = attention_mask.to(base.device)
             caches.append(Cache(layer_class_to_replicate=DynamicLayer))
-            outputs = base.base_model(
-                input_ids=input_ids.to(base.device),
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-                past_key_values=caches[-1],
-                use_cache=True,
-            )
+            with attention_by_products(base, input_ids.shape[1]):
+                outputs = base.base_model(
+                    input_ids=input_ids.to(base.device),
+                    attention_mask=attention_mask,
+                    position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                    past_key_values=caches[-1],
+                    use_cache=True,
+                )
             hidden.append(outputs.last_hidden_state[:, -1])
         layers = zip(*(cache.layers for cache in caches), strict=True)
         cache = Cache(layers=[_GrowingLayer.joined(parts, width) for parts in layers])
@@ -203,7 +205,7 @@ def draw_tokens(
     """Draw one token a row by inverting the cumulative distribution at one uniform number a row.
 
     Sampling by a random number a token of the vocabulary (``torch.multinomial``, Gumbel noise) costs several times
-    a decoding step at 262,144 tokens; here each logit is read twice and exponentiated once.
+    a decoding step at 262,144 tokens; here a softmax and the sums of its blocks are all that goes over the vocabulary.
 
     Args:
         logits_BV: [B, V], in any precision.
@@ -215,7 +217,7 @@ def draw_tokens(
         [B] tokens and [B] float32 log-probs (nats) under the distribution they were drawn from.
 
     Raises:
-        NonFiniteLossError: a row's largest logit is NaN or infinite.
+        NonFiniteLossError: a row has a logit that is NaN or +∞, or none that is finite.
     """
     rows = max(1, _DRAW_ELEMENTS // logits_BV.shape[1])
     drawn = [
@@ -229,27 +231,22 @@ def draw_tokens(
 
 
 def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    highest = logits.amax(1, keepdim=True)
-    if not torch.isfinite(highest).all():
+    is_greedy = params.temperature == 0
+    if not is_greedy:
+        logits = _filtered(logits, params)
+    probs = logits.softmax(1)
+    blocks = nn.functional.pad(probs, (0, -probs.shape[1] % _BLOCK)).view(len(probs), -1, _BLOCK)
+    block_sums = blocks.sum(2).double()
+    cumulative = block_sums.cumsum(1)
+    total = cumulative[:, -1:]  # one, but for rounding; and NaN where a logit is
+    if not torch.isfinite(total).all():
         raise NonFiniteLossError(
             "the policy's logits are not finite, so nothing can be sampled from it.",
             remedy="Lower --learning_rate, or look for NaN in the weights.",
         )
-    if params.temperature == 0:
-        tokens = logits.argmax(1)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
-    if params.temperature != 1:
-        logits, highest = logits / params.temperature, highest / params.temperature
-    no_ids = torch.empty(0)  # these warpers read the scores alone, and keep the highest
-    if params.top_k:
-        logits = TopKLogitsWarper(params.top_k)(no_ids, logits)  # type: ignore[arg-type]
-    if params.top_p < 1:
-        logits = TopPLogitsWarper(params.top_p)(no_ids, logits)  # type: ignore[arg-type]
-    weights = (logits - highest).exp_()
-    blocks = nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(weights), -1, _BLOCK)
-    block_sums = blocks.sum(2, dtype=torch.float32).double()
-    cumulative = block_sums.cumsum(1)
-    total = cumulative[:, -1:]
+    if is_greedy:
+        tokens = logits.argmax(1, keepdim=True)
+        return tokens[:, 0], probs.gather(1, tokens).log_()[:, 0]
     threshold = numbers[:, None] * total
     block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[1] - 1)
     # Rounding must not lead into a block, or to a token, of probability zero: the last possible one takes the rest.
@@ -259,7 +256,18 @@ def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tens
     offset = torch.searchsorted(inside.cumsum(1), remainder, right=True).clamp_(max=_BLOCK - 1)
     offset = torch.minimum(offset, _last_positive(inside))
     tokens = block * _BLOCK + offset
-    return tokens[:, 0], (logits.gather(1, tokens) - highest - total.log().float())[:, 0]
+    return tokens[:, 0], probs.gather(1, tokens).log_()[:, 0]
+
+
+def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
+    if params.temperature != 1:
+        logits = logits / params.temperature
+    no_ids = torch.empty(0)  # these warpers read the scores alone, and keep the highest
+    if params.top_k:
+        logits = TopKLogitsWarper(params.top_k)(no_ids, logits)  # type: ignore[arg-type]
+    if params.top_p < 1:
+        logits = TopPLogitsWarper(params.top_p)(no_ids, logits)  # type: ignore[arg-type]
+    return logits
 
 
 def _last_positive(values: Tensor) -> Tensor:
