@@ -17,6 +17,7 @@ LAYERS = (
     ("reward_stage_config",),
     ("stage_trainer",),
     ("trainer",),
+    ("trainer_config",),
     ("results",),
     ("evaluation",),
     ("rewards",),

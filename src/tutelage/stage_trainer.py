@@ -22,7 +22,8 @@ from tutelage.logprobs import cached_logps
 from tutelage.models import WeightSet, fingerprint
 from tutelage.sampling import Sampler, SamplingParams, TransformersSampler
 from tutelage.stages import StageSchedule, StageStore
-from tutelage.trainer import DemonstrationConfig, DemonstrationTrainer
+from tutelage.trainer import DemonstrationTrainer
+from tutelage.trainer_config import DemonstrationConfig
 
 __all__ = ["StageConfig", "StageTrainer"]
 

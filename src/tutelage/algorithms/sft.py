@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tutelage.groups import Group
 from tutelage.losses import sft_loss
-from tutelage.trainer import DemonstrationConfig, DemonstrationTrainer
+from tutelage.trainer import DemonstrationTrainer
+from tutelage.trainer_config import DemonstrationConfig
 
 __all__ = ["SFTConfig", "SFTTrainer"]
 

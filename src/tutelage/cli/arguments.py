@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from tutelage.cli.help import help_text
 from tutelage.errors import UserError
 from tutelage.models import load_model
-from tutelage.trainer import DemonstrationConfig
+from tutelage.trainer_config import DemonstrationConfig
 
 __all__ = ["CommandParser", "DataArguments", "ModelArguments", "parse"]
 

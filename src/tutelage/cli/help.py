@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
 
-from tutelage.trainer import DemonstrationConfig
+from tutelage.trainer_config import DemonstrationConfig
 
 __all__ = ["help_text"]
 

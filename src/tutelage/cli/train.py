@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from tutelage.logprobs import probe_layout
 from tutelage.models import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.results import evaluation_record, model_card, reset_peak_memory, write_results
-from tutelage.trainer import DemonstrationConfig, DemonstrationTrainer
+from tutelage.trainer import DemonstrationTrainer
+from tutelage.trainer_config import DemonstrationConfig
 
 __all__ = ["ALGORITHMS", "main", "train"]
 
@@ -92,30 +94,17 @@ def train(
     name = training.run_name or algorithm
     reset_peak_memory()
     training.disable_tqdm = True
-    dataset = _load(data, str(data.dataset_name), data.dataset_train_split, streaming=data.dataset_streaming)
-    eval_dataset, eval_source = None, str(data.eval_dataset_name or data.dataset_name)
-    if data.eval_dataset_name or training.eval_strategy != "no":
-        # A file given for the purpose is read whole; it has no splits of its own.
-        whole = data.eval_dataset_name and Path(eval_source).is_file()
-        eval_dataset = _load(data, eval_source, "train" if whole else data.dataset_test_split)
-    preferences = getattr(training, "preference_dataset", None)
-    options: dict[str, Any] = {}
-    if preferences:
-        options = {"preference_dataset": _load(data, preferences, "train"), "preference_source": preferences}
+    sources = _load_datasets(data, training)
     with TerminalProgress(console, name) as progress:
         policy, tokenizer, peft_config = _load_model(model, console, progress)
         trainer = _checked(
             trainer_class,
             policy,
             training,
-            train_dataset=dataset,
-            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
             progress=progress,
-            source=str(data.dataset_name),
-            eval_source=eval_source,
-            **options,
+            **sources,
         )
         trainer.model_name = model.require_name()
         for callback in (PrinterCallback, ProgressCallback):
@@ -136,18 +125,33 @@ def train(
         folder = Path(str(training.output_dir))
         trainer.export(folder)
         record = trainer.record(name=name, start=start)
-        if trainer.evaluation_set is not None:
-            rows = trainer.evaluation_set
-            answers = 2 * len(rows.groups)  # one sampled and one greedy for each row
-            with progress.phase("evaluating", answers) as advance, trainer.compute_loss_context_manager():
-                evaluation = trainer.evaluation(rows, sample=True, greedy=True, on_progress=advance)
-            record |= evaluation_record(evaluation, rows)
+        record |= _final_evaluation(trainer, progress)
     console.print(f"  {name} took {duration(record['time_s']['total'])}", highlight=False)
     write_results(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if training.push_to_hub:
         trainer.push_to_hub(record=record)
     return record
+
+
+def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[str, Any]:
+    """What the trainer is told of its data: to train on, to evaluate, and preference pairs where the algorithm takes them."""
+    load = partial(load_dataset, config_name=data.dataset_config)
+    source = str(data.dataset_name)
+    eval_source = str(data.eval_dataset_name or source)
+    loaded: dict[str, Any] = {
+        "train_dataset": load(source, split=data.dataset_train_split, streaming=data.dataset_streaming),
+        "eval_dataset": None,
+        "source": source,
+        "eval_source": eval_source,
+    }
+    if data.eval_dataset_name or training.eval_strategy != "no":
+        # A file given for the purpose is read whole; it has no splits of its own.
+        whole = data.eval_dataset_name and Path(eval_source).is_file()
+        loaded["eval_dataset"] = load(eval_source, split="train" if whole else data.dataset_test_split)
+    if preferences := getattr(training, "preference_dataset", None):
+        loaded |= {"preference_dataset": load(preferences, split="train"), "preference_source": preferences}
+    return loaded
 
 
 def _load_model(model: ModelArguments, console: Console, progress: TerminalProgress) -> tuple[Any, Any, Any]:
@@ -167,6 +171,17 @@ def _load_model(model: ModelArguments, console: Console, progress: TerminalProgr
         markup=False,
     )
     return policy, tokenizer, None
+
+
+def _final_evaluation(trainer: DemonstrationTrainer, progress: TerminalProgress) -> dict[str, Any]:
+    """What results.json holds of the trained policy on the evaluation rows; nothing if there are none."""
+    rows = trainer.evaluation_set
+    if rows is None:
+        return {}
+    answers = 2 * len(rows.groups)  # one sampled and one greedy for each row
+    with progress.phase("evaluating", answers) as advance, trainer.compute_loss_context_manager():
+        evaluation = trainer.evaluation(rows, sample=True, greedy=True, on_progress=advance)
+    return evaluation_record(evaluation, rows)
 
 
 def _checked(trainer_class: type[DemonstrationTrainer], *args: Any, **options: Any) -> DemonstrationTrainer:
@@ -229,7 +244,3 @@ class OutputFolder:
         # Bad input leaves nothing; a run that began and was stopped leaves its checkpoints and samples.
         if isinstance(error, UserError) and not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _load(data: DataArguments, name: str, split: str, *, streaming: bool = False) -> Any:
-    return load_dataset(name, config_name=data.dataset_config, split=split, streaming=streaming)

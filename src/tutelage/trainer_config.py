@@ -1,0 +1,133 @@
+"""Settings of every algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from tutelage.data.tokenization import Tokenization
+from tutelage.errors import UserError
+
+__all__ = ["DemonstrationConfig"]
+
+_AT_LEAST_ONE = (
+    "max_prompt_length",
+    "max_completion_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+
+
+@dataclass
+class DemonstrationConfig(TrainingArguments):
+    """What every algorithm is configured with, on top of transformers' ``TrainingArguments``."""
+
+    adapter_learning_rate: ClassVar[float] = 1e-4
+    full_learning_rate: ClassVar[float] = 1e-5
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Initial learning rate. By default each algorithm's own: a larger one for adapters, a smaller one "
+            "when all parameters are trained. The run's first line says which."
+        },
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Compute in bfloat16 (mixed precision). On unless fp16 is."},
+    )
+    hub_strategy: str = field(  # type: ignore[assignment]
+        default="end",
+        metadata={
+            "help": "When to push with --push_to_hub: at the end. The samples on disk are never pushed.",
+            "choices": ["end"],
+        },
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep the last so many checkpoints; older ones are removed."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Has no effect here: the columns a row needs are known."}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt, in tokens; see --on_long_prompt."})
+    max_completion_length: int = field(
+        default=256,
+        metadata={
+            "help": "Tokens after which a completion is cut, demonstrations and samples alike. A cut one gets no "
+            "end-of-turn token."
+        },
+    )
+    on_long_prompt: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a prompt over --max_prompt_length: stop with an error, or drop and count the row. "
+            "Prompts are never cut.",
+            "choices": ["error", "drop"],
+        },
+    )
+    turns: str = field(
+        default="last",
+        metadata={
+            "help": "Which assistant turns of a conversation are demonstrations.",
+            "choices": ["last", "all"],
+        },
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How a prompt and its completions meet the model: 'tree' runs the prompt once, 'padded' repeats "
+            "it for each completion, 'auto' takes the tree where a check on the model finds the same numbers.",
+            "choices": ["auto", "tree", "padded"],
+        },
+    )
+    verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scores sampled answers during evaluation: 'reasoning_gym:NAME' or 'module:function' "
+            "(called with the answer's text and the row, returns a number, 1 for right)."
+        },
+    )
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many held-out rows; by default on all."}
+    )
+
+    def __post_init__(self):
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bfloat16 without an accelerator unless the CPU is asked for
+        super().__post_init__()
+        # A batch of groups holds no tensors, so accelerate cannot hand a streamed one out from its first process.
+        self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
+        if self.label_smoothing_factor:
+            raise UserError(
+                "label smoothing is not supported.", remedy="Leave it at 0.", field="label_smoothing_factor"
+            )
+        own = {
+            name
+            for cls in type(self).__mro__
+            if cls.__module__.startswith("tutelage.")
+            for name in cls.__annotations__
+        }
+        for entry in fields(self):
+            choices = entry.metadata.get("choices") if entry.name in own else None
+            if choices and getattr(self, entry.name) not in choices:
+                raise UserError(
+                    f"must be one of {', '.join(choices)}, not {getattr(self, entry.name)!r}.", field=entry.name
+                )
+
+    def tokenization(self, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+        """The templating path that these settings describe."""
+        return Tokenization(
+            tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            max_completion_length=self.max_completion_length,
+            on_long_prompt=cast(Literal["error", "drop"], self.on_long_prompt),
+        )
