@@ -63,6 +63,11 @@ class Row:
     floor: str | None = None
     peer_allocator: str = "kept"
 
+    @property
+    def peer_is_ours(self) -> bool:
+        """Whether both sides are tutelage's."""
+        return all(":ours" in side for side in self.sides)
+
 
 def _both(target: float) -> dict[str, float]:
     return dict.fromkeys(MODELS, target)
@@ -112,6 +117,7 @@ ROWS = (
         ("stages:ours_irft_stage", "stages:peer_irft_stage"),
         {"prompts": 64, "mixed": True},
         time=_both(1 / 4),
+        peer_allocator="switched",
     ),
     Row(
         "rft_stage",
@@ -120,11 +126,12 @@ ROWS = (
         {"prompts": 16, "samples": 4, "mixed": True},
         time=_both(1 / 2.5),
         memory=_both(1 / 2),
+        peer_allocator="switched",
     ),
     Row(
         "irft_vs_sft",
-        "our step of IRFT, and our step of SFT on as many completion tokens (16 demonstrations): the ratio is that of "
-        "seconds a trained token",
+        "our step of IRFT, its reference log-probs given, and our step of SFT on as many completion tokens (16 "
+        "demonstrations): the ratio is that of seconds a trained token",
         ("training:ours_step", "training:ours_sft_same_tokens"),
         time=_both(1.15),
     ),
@@ -280,7 +287,9 @@ def main() -> None:
     for row, model, parameters in cases(options.rows, options.models):
         given = {"micro_batch": options.micro_batch} if options.micro_batch else {}
         work = Work(str(prepare_model(model, cache)), adapters=parameters == "adapters", **{**row.work, **given})
-        allocator = options.peer_allocator or row.peer_allocator
+        allocator = row.peer_allocator
+        if options.peer_allocator and not row.peer_is_ours:  # ours ask for "kept" by themselves
+            allocator = options.peer_allocator
         ours, peer = compare(
             row.sides, work, repeats=options.repeats, warmups=options.warmups, allocators=("kept", allocator)
         )

@@ -12,22 +12,37 @@ import ctypes
 
 from tutelage.memory import keep_freed_memory
 
-__all__ = ["ALLOCATORS", "use_allocator"]
+__all__ = ["ALLOCATORS", "allocator_in_use", "switch_allocator", "use_allocator"]
 
-ALLOCATORS = ("kept", "unmapped", "installed")
+ALLOCATORS = ("kept", "unmapped", "switched", "installed")
 """``kept``: what our sampler and trainers ask for, freed memory below 32 MiB stays. ``unmapped``: all of it stays, without a bound,
-which is best for training on large logits; ``generate`` grew under it. ``installed``: glibc's defaults."""
+which is best for training on large logits; ``generate`` grew under it. ``switched``: a side that samples and trains in turn has
+``kept`` for the one and ``unmapped`` for the other. ``installed``: glibc's defaults."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+_M_MMAP_MAX = -4  # of glibc's malloc.h
 _MMAP_MAX = 65_536  # glibc's default
-_stays = False
+_in_use = "installed"
 
 
 def use_allocator(name: str) -> None:
-    """Have this process use one of ``ALLOCATORS`` from here on; one that began with ``installed`` stays with it."""
-    global _stays
-    _stays = _stays or name == "installed"
-    if _stays:
-        return
-    keep_freed_memory()
-    ctypes.CDLL(None).mallopt(_M_MMAP_MAX, 0 if name == "unmapped" else _MMAP_MAX)
+    """Have this process use one of ``ALLOCATORS`` from here on."""
+    global _in_use
+    _in_use = name
+    if name != "installed":
+        keep_freed_memory()
+        _keep_large_pieces(name == "unmapped")
+
+
+def switch_allocator(*, training: bool) -> None:
+    """Where this process uses ``switched``: it goes on to train, or to sample."""
+    if _in_use == "switched":
+        _keep_large_pieces(training)
+
+
+def allocator_in_use() -> str:
+    """Which of ``ALLOCATORS`` this process was told to use."""
+    return _in_use
+
+
+def _keep_large_pieces(keep: bool) -> None:
+    ctypes.CDLL(None).mallopt(_M_MMAP_MAX, 0 if keep else _MMAP_MAX)

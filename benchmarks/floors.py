@@ -141,7 +141,11 @@ def running(sequences: int, most: int, tokens: float) -> list[float]:
 
 def _attention(config: PreTrainedConfig) -> int:
     """Operations of scores and values for a pair of tokens in one layer."""
-    return 4 * config.num_attention_heads * config.head_dim
+    return 4 * config.num_attention_heads * _head_dim(config)
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
@@ -163,14 +167,9 @@ def matmul_rate(m: int, k: int, n: int, dtype: torch.dtype = torch.bfloat16) -> 
     return 2 * m * k * n / _least_seconds(lambda: F.linear(inputs, weight))
 
 
-def bandwidth(size: int = 2**29) -> dict[str, float]:
-    """Bytes a second of a buffer of ``size`` bytes, which no cache should hold: only read, and copied (read and written)."""
-    source = torch.ones(size // 4)
-    target = torch.empty_like(source)
-    return {
-        "read": size / _least_seconds(source.sum),
-        "copy": 2 * size / _least_seconds(lambda: target.copy_(source)),
-    }
+def bandwidth(size: int = 2**29) -> float:
+    """Bytes a second of reading a buffer of ``size`` bytes, which no cache should hold."""
+    return size / _least_seconds(torch.ones(size // 4).sum)
 
 
 @torch.no_grad()
@@ -186,9 +185,13 @@ def _least_seconds(work: Callable[[], Any], repeats: int = 5) -> float:
 def _rates(config: PreTrainedConfig, *, body_tokens: int, head_tokens: int) -> dict[str, float]:
     """Operations a second of the body's products, and of the head's in the fastest of a few blocks of the vocabulary."""
     return {
-        "body": matmul_rate(body_tokens, config.hidden_size, config.intermediate_size),
+        "body": _body_rate(config, body_tokens),
         "head": max(matmul_rate(head_tokens, config.hidden_size, block) for block in (2048, 8192, 32_000)),
     }
+
+
+def _body_rate(config: PreTrainedConfig, tokens: int) -> float:
+    return matmul_rate(tokens, config.hidden_size, config.intermediate_size)
 
 
 # --- floors ---------------------------------------------------------------------------------------------------------
@@ -227,21 +230,23 @@ def decoding_floor(work: Work, tokens: float) -> dict[str, Any]:
     prompts = [len(group.prompt_ids) for group in groups(work)]
     layers = sum(inputs * outputs for inputs, outputs in linear_layers(config).values())
     head = config.hidden_size * config.vocab_size
-    cached = 2 * config.num_key_value_heads * config.head_dim  # numbers a token and layer
+    cached = 2 * config.num_key_value_heads * _head_dim(config)  # numbers a token and layer
     windows = _windows(config)
     rates = _rates(config, body_tokens=len(prompts), head_tokens=len(prompts))
+    rates["prompts"] = _body_rate(config, sum(prompts))
     bytes_per_second = bandwidth()
 
-    def seconds(tokens: float, pairs: float, sequences: float) -> float:
+    def seconds(tokens: float, pairs: float, sequences: float, rate: float) -> float:
         body = 2 * layers * tokens + _attention(config) * pairs
-        return body / rates["body"] + 2 * head * sequences / rates["head"]
+        return body / rate + 2 * head * sequences / rates["head"]
 
-    total = seconds(sum(prompts), sum(_causal_pairs(n, window) for n in prompts for window in windows), len(prompts))
+    pairs = sum(_causal_pairs(n, window) for n in prompts for window in windows)
+    total = seconds(sum(prompts), pairs, len(prompts), rates["prompts"])
     for position, left in enumerate(running(len(prompts), work.completion_tokens, tokens)[1:], start=1):
         context = sum(prompts) / len(prompts) + position
         pairs = left * sum(min(context, window or context) for window in windows)
-        reading = _BYTES * (layers + head + cached * pairs) / bytes_per_second["read"]
-        total += max(seconds(left, pairs, left), reading)
+        reading = _BYTES * (layers + head + cached * pairs) / bytes_per_second
+        total += max(seconds(left, pairs, left, rates["body"]), reading)
     return {
         "seconds": total,
         "tokens": tokens,

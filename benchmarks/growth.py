@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth --plot docs/growth.png --json growth.json
 
-Each point is a fresh process; a step trains on 8 prompts. Time is the median of the repetitions, memory the peak over the weights.
+Each point is a fresh process; a step trains on 8 prompts, 2 at once, a stage and streamed SFT 8 and 32. Time is the median of the repetitions, memory the peak over the weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SWEEPS = (
     Sweep("completion_tokens", "tokens a completion", (32, 64, 128, 256, 512), _STEP),
     Sweep(
         "stages",
-        "T, stages for 64 prompts",
+        "T, stages for a pass over 64 prompts",
         (1, 2, 4, 8),
         {"ours": "stages:ours_irft_stage"},
         ("seconds",),
@@ -94,7 +94,8 @@ def draw(found: Sequence[Mapping[str, Any]], path: Path, model: str) -> None:
             else:
                 _chart(ax, *chart)
     figure.suptitle(
-        f"One training step of {model} on 8 prompts, adapters, CPU" + "\n(defaults: 128, 1 sample, 64 tokens)"
+        f"{model}, adapters, CPU: a training step on 8 prompts of 128 tokens with a sample of 64 tokens each, 2 prompts at once;\n"
+        "whole stages, and epochs of SFT, where the axis says so"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -67,7 +67,7 @@ class Turns:
     def __init__(self, orders: TextIO, reports: TextIO):
         self._orders, self._reports = orders, reports
         self._settings: dict[str, Any] = {}
-        self._baseline, self._begun, self._running = 0, 0.0, False
+        self._baseline, self._begun = 0, 0.0
 
     def weights_loaded(self, **settings: Any) -> None:
         """Memory counts from here; ``settings`` stand in the table."""
@@ -81,13 +81,11 @@ class Turns:
         if not self._orders.readline():
             return False
         self._begun = time.perf_counter()
-        self._running = True
         return True
 
     def end(self, tokens: int | None = None) -> None:
         """Stop the clock; ``tokens``: what the repetition worked on or produced."""
         seconds = time.perf_counter() - self._begun
-        self._running = False
         self._report(
             event="done",
             seconds=seconds,

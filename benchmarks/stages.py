@@ -31,7 +31,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
-from benchmarks.allocator import use_allocator
+from benchmarks.allocator import allocator_in_use, switch_allocator, use_allocator
 from benchmarks.sides import Turns
 from benchmarks.workloads import Work, adapter, groups, rows, stop_ids, touched
 from tutelage.algorithms import IRFTConfig, IRFTTrainer, RFTConfig, RFTTrainer
@@ -136,11 +136,11 @@ def _fastest_generation(work: Work, stops: list[int]) -> dict[str, Any]:
     Found in a process of its own, whose memory is none of the side's.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_try_generation, work, stops).result()
+        return pool.submit(_try_generation, work, stops, allocator_in_use()).result()
 
 
-def _try_generation(work: Work, stops: list[int]) -> dict[str, Any]:
-    use_allocator("kept")  # as the sides do, so that what is fastest here is fastest there
+def _try_generation(work: Work, stops: list[int], allocator: str) -> dict[str, Any]:
+    use_allocator(allocator)  # the side's, so that what is fastest here is fastest there
     model, prompts = _peer_model(work), [group.prompt_ids for group in groups(work)]
     draw = partial(_generate, model, stops=stops)
     draw(prompts[:2], most=2, batch_size=2, autocast=True)  # the first call of all is slow
@@ -205,9 +205,9 @@ def peer_irft_stage(work: Work, turns: Turns) -> None:
         ]
         if "ref" in model.peft_config:  # the trainer's copy of the policy as the last stage began
             model.delete_adapter("ref")
-        use_allocator("unmapped")  # best for TRL's losses; ``generate`` grew under it
+        switch_allocator(training=True)
         DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
-        use_allocator("kept")
+        switch_allocator(training=False)
         turns.end()
 
 
@@ -338,7 +338,7 @@ class _AlternatedReward:
     @torch.no_grad()
     def score(self, prompt_ids, demonstration, completion_ids, **_) -> list[float]:
         """The reward of each completion, in TRL's form; each makes a pair with its demonstration."""
-        use_allocator("unmapped")
+        switch_allocator(training=True)  # the samples are drawn
         sampled = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         self.pairs += [
             {"chosen_ids": chosen, "rejected_ids": rejected}
@@ -378,7 +378,7 @@ class _BeforeGeneration(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
-            use_allocator("kept")
+            switch_allocator(training=False)
 
 
 def _our_model(work: Work) -> nn.Module:

@@ -22,7 +22,7 @@ from benchmarks.sides import Turns
 from benchmarks.workloads import Work, adapter, groups, rows, touched
 from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer
 from tutelage.groups import Group
-from tutelage.models import load_model
+from tutelage.models import add_adapter, load_model
 from tutelage.sampling import Sample, SamplingParams
 
 __all__ = [
@@ -134,14 +134,17 @@ def ours_sft(work: Work, turns: Turns) -> None:
 
 
 def ours_sft_same_tokens(work: Work, turns: Turns) -> None:
-    """A step of SFT on as many completion tokens as a step of IRFT: a demonstration more for each sample."""
-    ours_sft(replace(work, prompts=work.prompts * (1 + work.samples)), turns)
+    """A step of SFT on as many completion tokens as a step of IRFT, and as many at once: a demonstration more for each sample."""
+    more = 1 + work.samples
+    at_once = _micro_batches(work)["per_device_train_batch_size"]
+    ours_sft(replace(work, prompts=work.prompts * more, micro_batch=at_once * more), turns)
 
 
 def ours_streamed_sft(work: Work, turns: Turns) -> None:
     """SFT on a stream of the rows, 32 a step; a repetition is a whole pass."""
     model = touched(load_model(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(per_device_train_batch_size=32)
+    policy = add_adapter(model, adapter()) if work.adapters else model
 
     def stream() -> Iterator[dict[str, str]]:
         for start in range(0, work.prompts, 32):
@@ -149,7 +152,7 @@ def ours_streamed_sft(work: Work, turns: Turns) -> None:
 
     while turns.begin():
         SFTTrainer(
-            model,
+            policy,
             SFTConfig(
                 output_dir=tempfile.mkdtemp(),
                 max_steps=work.prompts // 32,

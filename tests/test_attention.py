@@ -23,22 +23,23 @@ class Layer(torch.nn.Module):
         self.num_key_value_groups = groups
 
 
-def states(shared, heads, length=6, size=8):
+def states(shared, heads, length=6, size=8, value_size=8):
     torch.manual_seed(0)
-    shapes = [(2, heads, length, size), (2, shared, length, size), (2, shared, length, size)]
+    shapes = [(2, heads, length, size), (2, shared, length, size), (2, shared, length, value_size)]
     return [torch.randn(shape).requires_grad_() for shape in shapes]
 
 
 @pytest.mark.parametrize(("shared", "heads"), [(1, 4), (2, 4), (4, 4)])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_products_are_sdpa_with_its_gradients(shared, heads, scaling):
+@pytest.mark.parametrize("value_size", [8, 5])
+def test_products_are_sdpa_with_its_gradients(shared, heads, scaling, value_size):
     torch.manual_seed(1)
     mask = torch.rand(2, 1, 6, 6) < 0.5
     mask |= torch.eye(6, dtype=torch.bool)  # each token sees itself
-    upstream = torch.randn(2, 6, heads, 8)
+    upstream = torch.randn(2, 6, heads, value_size)
     outcomes = []
     for function in (sdpa_attention_forward, product_attention):
-        leaves = states(shared, heads)
+        leaves = states(shared, heads, value_size=value_size)
         mixed, _ = function(Layer(heads // shared), *leaves, mask, scaling=scaling)
         outcomes.append([mixed, *torch.autograd.grad(mixed, leaves, upstream)])
     for theirs, ours in zip(*outcomes, strict=True):
@@ -57,6 +58,15 @@ def test_without_a_mask_sdpa_attends_causally():
     ours, _ = product_attention(Layer(2), *leaves, None)
     theirs, _ = product_attention(Layer(2), *leaves, torch.ones(2, 1, 6, 6, dtype=torch.bool).tril())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_only_some_architectures_ask_for_is_left_to_sdpa():
+    mask, bias = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril(), torch.randn(2, 4, 6, 6)
+    leaves = states(2, 4)
+    ours, _ = product_attention(Layer(2), *leaves, mask, position_bias=bias)
+    theirs, _ = sdpa_attention_forward(Layer(2), *leaves, mask, position_bias=bias)
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, product_attention(Layer(2), *leaves, mask)[0])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from benchmarks import __main__ as table
 from benchmarks import floors, growth, training, workloads
-from benchmarks.sides import Measured, Turns
+from benchmarks.sides import Measured, Turns, compare
 from benchmarks.workloads import Work
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,23 +106,50 @@ CACHED = 2 * 4 * 64 * 2 * 4  # bytes of a token's keys and values in all layers:
     ("rates", "read", "expected"),
     [
         # every step reads all weights, and the keys and values of 2 completions after 5 and then 6 tokens
-        ({"body": math.inf, "head": math.inf}, 1.0, 2 * 2 * (LAYERS + HEAD) + 2 * (5 + 6) * CACHED),
+        (
+            {"body": math.inf, "prompts": math.inf, "head": math.inf},
+            1.0,
+            2 * 2 * (LAYERS + HEAD) + 2 * (5 + 6) * CACHED,
+        ),
         # 2 prompts of 4 tokens, then 2 steps of 2 tokens
-        ({"body": 1.0, "head": math.inf}, math.inf, 2 * LAYERS * (8 + 4) + PAIR * 2 * (1 + 2 + 3 + 4 + 5 + 6)),
-        ({"body": math.inf, "head": 1.0}, math.inf, 2 * HEAD * 6),
+        (
+            {"body": 1.0, "prompts": 2.0, "head": math.inf},
+            math.inf,
+            2 * LAYERS * (8 / 2 + 4) + PAIR * 2 * ((1 + 2 + 3 + 4) / 2 + 5 + 6),
+        ),
+        ({"body": math.inf, "prompts": math.inf, "head": 1.0}, math.inf, 2 * HEAD * 6),
     ],
     ids=["reading", "body", "head"],
 )
 def test_decoding_floor_by_hand(model_path, monkeypatch, rates, read, expected):
-    monkeypatch.setattr(floors, "_rates", lambda *_, **__: rates)
-    monkeypatch.setattr(floors, "bandwidth", lambda: {"read": read})
+    monkeypatch.setattr(floors, "_rates", lambda *_, **__: dict(rates))
+    monkeypatch.setattr(floors, "_body_rate", lambda config, tokens: {8: rates["prompts"]}[tokens])
+    monkeypatch.setattr(floors, "bandwidth", lambda: read)
     work = Work(model_path, prompts=2, prompt_tokens=4, completion_tokens=3)
     assert floors.decoding_floor(work, tokens=6)["seconds"] == pytest.approx(expected)
 
 
 def test_rates_are_measured():
     assert 1e6 < floors.matmul_rate(64, 64, 64) < 1e16
-    assert all(1e6 < rate < 1e15 for rate in floors.bandwidth(2**20).values())
+    assert 1e6 < floors.bandwidth(2**20) < 1e15
+
+
+def test_sides_take_turns_in_processes_of_their_own(model_path):
+    work = Work(model_path, prompts=2, prompt_tokens=4, completion_tokens=3, micro_batch=1)
+    sides = ["training:ours_step", "stages:ours_sampling"]
+    step, sampling = compare(sides, work, repeats=2, warmups=1, allocators=["kept", "installed"])
+    assert step.settings == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert (len(step.seconds), step.tokens) == (2, [])
+    assert all(0 < tokens <= 6 for tokens in sampling.tokens)
+    assert sampling.median == pytest.approx(
+        sum(s / t for s, t in zip(sampling.seconds, sampling.tokens, strict=True)) / 2
+    )
+    assert all(2**20 < side.peak_bytes < 2**31 for side in (step, sampling))
+
+
+def test_a_side_that_stops_early_is_an_error(model_path):
+    with pytest.raises(RuntimeError, match=r"stopped early.*no_such_side"):
+        compare(["training:no_such_side"], Work(model_path), repeats=1, warmups=0)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -200,7 +227,8 @@ def test_peers_can_be_shown_as_installed(run):
     _, written, _ = run(
         "irft_vs_sft", "step", "--peer_allocator", "installed", ours=side, peer=side, floor={"seconds": 1}
     )
-    assert {row["peer"]["settings"]["allocator"] for row in written["rows"]} == {"installed"}
+    allocators = {row["name"]: row["peer"]["settings"]["allocator"] for row in written["rows"]}
+    assert allocators == {"step": "installed", "irft_vs_sft": "kept"}  # our own trainers ask for theirs
 
 
 @pytest.mark.parametrize("measured", [1, 4, 5])

@@ -5,6 +5,7 @@ import platform
 import numpy as np
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.groups import Group
@@ -152,6 +153,22 @@ def test_draws_invert_the_cumulative_distribution_over_many_blocks():
         upper = cumulative.gather(1, tokens[:, None])[:, 0]
         assert (upper >= u - 1e-6).all()
         assert (upper - logps.double().exp() <= u + 1e-6).all()
+
+
+def test_a_few_rows_at_a_time_and_all_at_once_draw_the_same(monkeypatch):
+    """Against transformers' filters one after the other, over many blocks."""
+    logits = 3 * torch.randn(7, 2000, generator=torch.Generator().manual_seed(0))
+    numbers = np.linspace(0.05, 0.95, 7)
+    params = SamplingParams(temperature=0.7, top_k=900, top_p=0.9)
+    at_once = draw_tokens(logits, numbers, params=params)
+    monkeypatch.setattr("tutelage.sampling.transformers._CPU_DRAW_ELEMENTS", 3 * 2000)  # 3, 3 and 1
+    few = draw_tokens(logits, numbers, params=params)
+    assert torch.equal(few[0], at_once[0])
+    filtered = TopPLogitsWarper(0.9)(None, TopKLogitsWarper(900)(None, logits / 0.7))
+    cumulative = filtered.double().softmax(1).cumsum(1)
+    expected = torch.searchsorted(cumulative, torch.tensor(numbers)[:, None])
+    assert few[0].tolist() == expected[:, 0].tolist()
+    torch.testing.assert_close(few[1], filtered.log_softmax(1).gather(1, expected)[:, 0])
 
 
 def test_a_token_of_probability_zero_is_never_drawn():

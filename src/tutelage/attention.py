@@ -19,13 +19,13 @@ __all__ = ["attention_by_products", "product_attention"]
 
 _NAME = "tutelage_products"
 _LONGEST = 512  # tokens of a row
-_PRECISIONS = (torch.bfloat16, torch.float16)
+_PRECISIONS = (torch.bfloat16,)  # unscaled scores would overflow in float16
 _has_its_own: WeakSet[PreTrainedModel] = WeakSet()
 
 
 @contextmanager
 def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
-    """Within, a model on a CPU that attends by SDPA does so by ``product_attention``, if rows are short and precision low.
+    """Within, a model on a CPU that attends by SDPA does so by ``product_attention``, in bfloat16 and over short rows.
 
     torch's fused kernel for CPUs runs at a fraction of the rate of matrix products. What it spares is the probabilities, heads ×
     L² numbers a row and layer that a backward pass needs, so rows of over 512 tokens stay with it; and so does a model
@@ -66,13 +66,16 @@ def product_attention(
 
     Args:
         query: [B, heads, L, D].
-        key, value: [B, shared heads, S, D].
-        attention_mask: [B, 1, L, S], True where a token is seen. Anything else, and dropout, is left to SDPA.
+        key: [B, shared heads, S, D].
+        value: [B, shared heads, S, E].
+        attention_mask: [B, 1, L, S], True where a token is seen. Without one (rows of one length), with one of another kind,
+            and with dropout, SDPA attends; so it does with what only some architectures ask for.
 
     Returns:
-        [B, L, heads, D], and no probabilities.
+        [B, L, heads, E], and no probabilities.
     """
-    if dropout or attention_mask is None or attention_mask.dtype != torch.bool:
+    asked_for_more = any(options.get(name) is not None for name in ("position_bias", "softcap"))
+    if dropout or asked_for_more or attention_mask is None or attention_mask.dtype != torch.bool:
         return sdpa_attention_forward(  # type: ignore[return-value]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
@@ -84,7 +87,7 @@ def product_attention(
     # The lowest number and not −∞: a row of padding that sees nothing should come out finite.
     by_head.masked_fill_(~attention_mask[:, :, None], torch.finfo(scores.dtype).min)
     mixed = scores.softmax(-1) @ value
-    return mixed.view(batch, heads, length, size).transpose(1, 2).contiguous(), None
+    return mixed.view(batch, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_NAME, product_attention)

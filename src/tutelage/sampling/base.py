@@ -50,7 +50,8 @@ class Sample:
 
     Attributes:
         token_ids: the tokens, with the stop token that ended it, if one did.
-        token_logps: log-prob of each under the policy it was drawn from, temperature and filters included (nats).
+        token_logps: log-prob of each under the policy it was drawn from, temperature and filters included (nats); at
+            temperature 0 under the policy as it is.
         ended: False if it was cut at the length limit.
     """
 

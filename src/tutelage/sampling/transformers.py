@@ -21,8 +21,8 @@ from tutelage.sampling.base import Sample, SamplingParams, uniforms
 
 __all__ = ["TransformersSampler", "draw_tokens"]
 
-# Rows of logits that are turned into tokens at once: 4 × 262,144 float32 stay in the last-level cache of a CPU core.
-_DRAW_ELEMENTS = 2**20
+# Logits that are turned into tokens at once: 4 rows of 262,144 float32 stay in the last-level cache of a CPU core.
+_CPU_DRAW_ELEMENTS, _ACCELERATOR_DRAW_ELEMENTS = 2**20, 2**26
 # The cumulative distribution is searched in two steps: over blocks of this many tokens, then inside one.
 _BLOCK = 512
 # Prompt tokens that run at once: enough for large products; on a CPU few enough that activations stay near the core.
@@ -214,40 +214,39 @@ def draw_tokens(
         transform: from raw logits to float32 logits, applied to a few rows at a time.
 
     Returns:
-        [B] tokens and [B] float32 log-probs (nats) under the distribution they were drawn from.
+        [B] tokens and [B] float32 log-probs (nats) under the distribution they were drawn from; at temperature 0, under
+        the model's own.
 
     Raises:
         NonFiniteLossError: a row has a logit that is NaN or +∞, or none that is finite.
     """
-    rows = max(1, _DRAW_ELEMENTS // logits_BV.shape[1])
+    elements = _CPU_DRAW_ELEMENTS if logits_BV.device.type == "cpu" else _ACCELERATOR_DRAW_ELEMENTS
+    rows = max(1, elements // logits_BV.shape[1])
     drawn = [
         _draw(transform(logits), torch.from_numpy(numbers).to(logits.device), params)
         for logits, numbers in zip(
             logits_BV.split(rows), np.split(numbers_B, range(rows, len(numbers_B), rows)), strict=True
         )
     ]
-    tokens, logps = zip(*drawn, strict=True)
-    return torch.cat(tokens), torch.cat(logps)
-
-
-def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    is_greedy = params.temperature == 0
-    if not is_greedy:
-        logits = _filtered(logits, params)
-    probs = logits.softmax(1)
-    blocks = nn.functional.pad(probs, (0, -probs.shape[1] % _BLOCK)).view(len(probs), -1, _BLOCK)
-    block_sums = blocks.sum(2).double()
-    cumulative = block_sums.cumsum(1)
-    total = cumulative[:, -1:]  # one, but for rounding; and NaN where a logit is
-    if not torch.isfinite(total).all():
+    tokens, logps = map(torch.cat, zip(*drawn, strict=True))
+    if not torch.isfinite(logps).all():
         raise NonFiniteLossError(
             "the policy's logits are not finite, so nothing can be sampled from it.",
             remedy="Lower --learning_rate, or look for NaN in the weights.",
         )
-    if is_greedy:
+    return tokens, logps
+
+
+def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """[B] tokens and their log-probs, which are NaN where a row's logits are not finite."""
+    if params.temperature == 0:
         tokens = logits.argmax(1, keepdim=True)
-        return tokens[:, 0], probs.gather(1, tokens).log_()[:, 0]
-    threshold = numbers[:, None] * total
+        return tokens[:, 0], logits.log_softmax(1).gather(1, tokens)[:, 0]
+    probs = _filtered(logits, params).softmax(1)
+    blocks = nn.functional.pad(probs, (0, -probs.shape[1] % _BLOCK)).view(len(probs), -1, _BLOCK)
+    block_sums = blocks.sum(2).double()
+    cumulative = block_sums.cumsum(1)
+    threshold = numbers[:, None] * cumulative[:, -1:]  # which is one, but for rounding
     block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[1] - 1)
     # Rounding must not lead into a block, or to a token, of probability zero: the last possible one takes the rest.
     block = torch.minimum(block, _last_positive(block_sums))
@@ -308,7 +307,7 @@ class _GrowingLayer(DynamicLayer):
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
-            # By half, at least 64: a few copies in a completion's life, and never twice the memory.
+            # By half, at least 64: a few copies in a completion's life, and soon never twice the memory.
             self._buffers = tuple(_grown(states, end + max(64, end // 2)) for states in (self.keys, self.values))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
