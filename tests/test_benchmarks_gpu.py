@@ -37,7 +37,7 @@ def test_the_checks_pass_and_every_side_is_timed(tmp_path, capsys):
     training = [("training", side) for side in ("tutelage", "plain", "TRL")]
     others = [("sampling", "tutelage"), ("sampling", "generate"), ("attention", "SDPA")]
     assert sides == [*training, *training, *others]
-    assert all(row["tokens_per_s"] > 0 for row in found["rows"])
+    assert all(row["tokens_per_s"] > 0 for row in found["rows"] if row["part"] != "attention")
     assert {"machine", "versions", "model"} <= found.keys()
     assert f"0 of {len(found['checks'])} checks failed" in capsys.readouterr().out
 

@@ -254,7 +254,7 @@ def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tens
     remainder = (threshold - (cumulative.gather(1, block) - block_sums.gather(1, block))).clamp_(min=0)
     offset = torch.searchsorted(inside.cumsum(1), remainder, right=True).clamp_(max=_BLOCK - 1)
     offset = torch.minimum(offset, _last_positive(inside))
-    tokens = block * _BLOCK + offset
+    tokens = (block * _BLOCK + offset).clamp_(max=probs.shape[1] - 1)  # NaN leads beyond the last
     return tokens[:, 0], probs.gather(1, tokens).log_()[:, 0]
 
 
