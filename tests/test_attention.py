@@ -116,7 +116,7 @@ def test_recomputed_activations_meet_one_kind_of_attention(calls):
     torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
 
 
-def test_only_low_precision_goes_by_products(calls, monkeypatch):
+def test_bfloat16_alone_goes_by_products(calls, monkeypatch):
     monkeypatch.undo()
     model = tiny_model("llama")
     truth = completion_logps(model, GROUPS, layout="tree")
@@ -128,6 +128,9 @@ def test_only_low_precision_goes_by_products(calls, monkeypatch):
     calls.clear()
     completion_logps(model.to(torch.bfloat16), GROUPS, layout="tree")
     assert calls
+    calls.clear()
+    completion_logps(model.to(torch.float16), GROUPS, layout="tree")
+    assert not calls, "products of float16 would overflow"
 
 
 def test_an_error_inside_gives_the_models_attention_back():
