@@ -54,7 +54,7 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e1
 PEAKS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 MFU_TARGET = 0.4  # of an H100's or H200's peak
 BETA = 0.1
-_RANK = 16
+RANK = 16
 
 
 class Shape(NamedTuple):
@@ -211,7 +211,7 @@ def _random_llama(run: Run, fields: Mapping[str, int], dtype: torch.dtype, **mor
 
 
 def _adapted(model: nn.Module, **more: Any) -> nn.Module:
-    config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM", **more)
     return add_adapter(model, config)
 
 
@@ -506,7 +506,7 @@ def best_micro_batch(run: Run, step: Callable[[int], object]) -> int:
 def needed_operations(model: nn.Module, groups: Sequence[Group], *, full: bool) -> int:
     """Floating-point operations that one training step on the groups needs, however it is computed."""
     config = base_causal_lm(model).config.get_text_config()
-    operations = training_operations(config, groups, rank=None if full else _RANK)
+    operations = training_operations(config, groups, rank=None if full else RANK)
     return operations.body + operations.attention + operations.head
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.growth --plot docs/growth.png --json growth.json
 
-Each point is a fresh process; a step trains on 8 prompts, 2 at once, a stage and streamed SFT 8 and 32. Time is the median of the repetitions, memory the peak over the weights.
+Each point is a fresh process. A step trains on 8 prompts, 2 at once; a stage runs 8 at once, streamed SFT 32. Time is the median of
+the repetitions, memory the peak over the weights.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ class _AlternatedReward:
             output_dir=tempfile.mkdtemp(),
             num_train_epochs=1,
             per_device_train_batch_size=_REWARD_BATCH,
-            gradient_accumulation_steps=8 * self.work.samples // _REWARD_BATCH,
+            gradient_accumulation_steps=self.work.samples,  # so a step has the pairs of as many prompts as ours
             center_rewards_coefficient=0.01,
             max_length=None,
             **_PEER,
