@@ -24,12 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.allocator import ALLOCATORS
-from benchmarks.floors import measured_floor
 from benchmarks.provenance import provenance
+from benchmarks.roofline import measured_floor
 from benchmarks.sides import Measured, compare
 from benchmarks.training import MOST_TURNS
 from benchmarks.workloads import MODELS, Work, prepare_model
-from tutelage.stages import write_json
+from tutelage.files import write_json
 
 __all__ = ["ROWS", "Row", "add_common_options", "cache_folder", "cases", "main", "result"]
 
@@ -49,7 +49,7 @@ class Row:
         work: fields of ``Work`` that differ from its defaults.
         parameters: "adapters", "full" or both.
         time, memory: what ours over the peer's should be at the most, by model; a model without a target has none.
-        floor: of ``benchmarks.floors.FLOORS``, if there is one.
+        floor: of ``benchmarks.roofline.FLOORS``, if there is one.
         peer_allocator: of ``benchmarks.allocator``, what the peer is fastest with and stays within memory.
     """
 
@@ -76,7 +76,7 @@ def _both(target: float) -> dict[str, float]:
 ROWS = (
     Row(
         "step",
-        "an optimiser step on 8 prompts with demonstration and sample: IRFT, and TRL's DPO",
+        "an optimizer step on 8 prompts with demonstration and sample: IRFT, and TRL's DPO",
         ("training:ours_step", "training:peer_step"),
         parameters=("adapters", "full"),
         time={_GEMMA: 1 / 5, _SMALL: 1 / 2},
@@ -86,7 +86,7 @@ ROWS = (
     ),
     Row(
         "step_n4",
-        "the same with 4 samples a prompt, which are 4 pairs for DPO",
+        "the same with 4 samples per prompt, which are 4 pairs for DPO",
         ("training:ours_step", "training:peer_step"),
         {"samples": 4, "micro_batch": 8},
         time={_GEMMA: 1 / 8},
@@ -95,7 +95,7 @@ ROWS = (
     ),
     Row(
         "sft_step",
-        "an optimiser step on 8 demonstrations: our SFT, and TRL's",
+        "an optimizer step on 8 demonstrations: our SFT, and TRL's",
         ("training:ours_sft", "training:peer_sft"),
         {"micro_batch": 8},
         parameters=("adapters", "full"),
@@ -105,7 +105,7 @@ ROWS = (
     ),
     Row(
         "sampling",
-        "seconds a token, up to 64 tokens for 64 prompts of mixed lengths: our sampler, and transformers' generate",
+        "seconds per token, up to 64 tokens for 64 prompts of mixed lengths: our sampler, and transformers' generate",
         ("stages:ours_sampling", "stages:peer_sampling"),
         {"prompts": 64, "mixed": True},
         time={_GEMMA: 1 / 4, _SMALL: 1 / 1.5},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 
-from tutelage.memory import keep_freed_memory
+from tutelage.models.memory import keep_freed_memory
 
 __all__ = ["ALLOCATORS", "allocator_in_use", "switch_allocator", "use_allocator"]
 

@@ -41,15 +41,15 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.floors import training_operations
-from tutelage.groups import Batch, Completion, Group, Kind, collate_tree, pair_indices
-from tutelage.logprobs import cached_logps, completion_logps
+from benchmarks.roofline import training_operations
+from tutelage.groups import Batch, Completion, Group, Role, collate_shared_prefix, pair_indices
 from tutelage.losses import irft_loss
-from tutelage.models import add_adapter, base_causal_lm, first_line, load_model
+from tutelage.models.loading import add_adapter, base_causal_lm, first_line, load_model
 from tutelage.sampling import SamplingParams, TransformersSampler
+from tutelage.scoring.logps import cached_logps, completion_logps
 from tutelage.testing.tokenizers import tiny_tokenizer
 
-# Dense bfloat16 operations a second that the maker states; the first part of a device's name that fits counts.
+# Dense bfloat16 operations per second that the maker states; the first part of a device's name that fits counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 PEAKS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 MFU_TARGET = 0.4  # of an H100's or H200's peak
@@ -222,11 +222,11 @@ def random_groups(shape: Shape, vocab_size: int, *, ragged: bool = False) -> lis
     def tokens(most: int) -> tuple[int, ...]:
         return tuple(draw.randrange(vocab_size) for _ in range(draw.randint(1, most) if ragged else most))
 
-    kinds = [Kind.DEMONSTRATION] + [Kind.SAMPLE] * (shape.completions - 1)
+    kinds = [Role.DEMONSTRATION] + [Role.SAMPLE] * (shape.completions - 1)
     return [
         Group(
             tokens(shape.prompt_tokens),
-            tuple(Completion(tokens(shape.completion_tokens), kind, ended=False) for kind in kinds),
+            tuple(Completion(tokens(shape.completion_tokens), kind, finished=False) for kind in kinds),
         )
         for _ in range(shape.prompts)
     ]
@@ -293,7 +293,7 @@ def correctness(run: Run) -> None:
     true_gradient = gradient(exact, contrast(one_by_one(exact, groups), groups))
     implementations: dict[str, Callable[[nn.Module, Sequence[Group]], Tensor]] = {
         "plain": one_by_one,
-        "tree": partial(completion_logps, layout="tree"),
+        "shared_prefix": partial(completion_logps, layout="shared_prefix"),
         "padded": partial(completion_logps, layout="padded"),
     }
     for precision, candidate in (("float32", exact), ("bfloat16", model)):
@@ -310,7 +310,7 @@ def correctness(run: Run) -> None:
             if name == "plain" and mixed:
                 limits = (2 * found[0] + 0.003, 2 * found[1] + 0.01)
             elif name != "plain":
-                run.check(f"{precision}, {name}: log-probs off by (nats a token)", found[0], limits[0])
+                run.check(f"{precision}, {name}: log-probs off by (nats per token)", found[0], limits[0])
                 run.check(f"{precision}, {name}: gradient of the adapters off by (relative)", found[1], limits[1])
         check_sampler(run, candidate, exact, [group.prompt_ids for group in groups], mixed=mixed)
 
@@ -327,11 +327,11 @@ def check_sampler(
             Group(prompt, tuple(sample.completion for sample in samples))
             for prompt, samples in zip(prompts, drawn, strict=True)
         ]
-        ours_C, plain_C = completion_logps(candidate, groups, layout="tree"), one_by_one(candidate, groups)
+        ours_C, plain_C = completion_logps(candidate, groups, layout="shared_prefix"), one_by_one(candidate, groups)
     reported_C = torch.tensor([sum(sample.token_logps) for samples in drawn for sample in samples]).to(ours_C)
     truth_C = one_by_one(exact, groups)
     limit = 2 * per_token_error(plain_C, truth_C, groups) + 0.003 if mixed else 1e-4
-    name = f"{'bfloat16' if mixed else 'float32'}, sampler: reported log-probs off by (nats a token), beside "
+    name = f"{'bfloat16' if mixed else 'float32'}, sampler: reported log-probs off by (nats per token), beside "
     run.check(name + "the plain implementation's", per_token_error(reported_C, truth_C, groups), limit)
     run.check(name + "completion_logps'", per_token_error(reported_C, ours_C, groups), limit)
 
@@ -343,7 +343,7 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 def per_token_error(found_C: Tensor, truth_C: Tensor, groups: Sequence[Group]) -> float:
-    """Root mean square over completions of the difference divided by the completion's length: nats a token."""
+    """Root mean square over completions of the difference divided by the completion's length: nats per token."""
     lengths = torch.tensor([len(c.token_ids) for group in groups for c in group.completions]).to(truth_C)
     return ((found_C - truth_C) / lengths).square().mean().sqrt().item()
 
@@ -417,7 +417,7 @@ def matmul_rate(run: Run) -> float:
 
 
 def training(run: Run) -> None:
-    """One IRFT step, forward, backward and optimiser: ours, the plain implementation and TRL's DPOTrainer."""
+    """One IRFT step, forward, backward and optimizer: ours, the plain implementation and TRL's DPOTrainer."""
     rate = matmul_rate(run)
     peak = nominal_peak(run)
     stated = f"the maker states {peak / 1e12:.0f}" if peak else "the device is not in the table of peaks"
@@ -433,13 +433,13 @@ def training_step(run: Run, trained: str, *, full: bool, rate: float) -> None:
     model = policy(run, full=full)
     groups = random_groups(run.sizes.step, _vocab_size(model))
     with _autocast(run):
-        logps = cached_logps(model, groups, batch_size=2, layout="tree")
+        logps = cached_logps(model, groups, batch_size=2, layout="shared_prefix")
     groups = with_references(groups, [logp for values in logps for logp in values])
     needed = needed_operations(model, groups, full=full)
-    # At learning rate 0 an optimiser works as ever, and all sides meet the same weights.
+    # At learning rate 0 an optimizer works as ever, and all sides meet the same weights.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=run.on_cuda)
     losses: dict[str, Callable[[Sequence[Group]], Tensor]] = {
-        "tutelage": lambda part: contrast(completion_logps(model, part, layout="tree"), part),
+        "tutelage": lambda part: contrast(completion_logps(model, part, layout="shared_prefix"), part),
         "plain": lambda part: contrast(plain_logps(model, part), part),
     }
     with contextlib.ExitStack() as stack:
@@ -541,7 +541,7 @@ def dpo_loss(run: Run, model: nn.Module, folder: str) -> Callable[[Sequence[Grou
 
 
 def preference_rows(group: Group) -> list[dict[str, Any]]:
-    """The group as rows that TRL has tokenised: its demonstration is chosen over each of its samples."""
+    """The group as rows that TRL has tokenized: its demonstration is chosen over each of its samples."""
     (demonstration, reference), *others = zip(group.completions, group.reference_logps or (), strict=True)
     shared = {"prompt_ids": list(group.prompt_ids), "chosen_ids": list(demonstration.token_ids)}
     return [
@@ -617,7 +617,7 @@ def attention(run: Run) -> None:
 
 
 def tree_block_mask(batch: Batch, window: int | None = None) -> BlockMask:
-    """``Batch.tree_mask`` for FlexAttention, which skips the blocks where nobody attends to anybody."""
+    """``Batch.shared_prefix_mask`` for FlexAttention, which skips the blocks where nobody attends to anybody."""
     branch_BL, position_BL = batch.branch_ids, batch.position_ids
 
     def may_attend(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -634,8 +634,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attentions(batch: Batch) -> dict[str, Attention]:
-    """Both ways to attend in the tree. SDPA with a mask wants keys and values repeated, as transformers does it."""
-    mask, block_mask = batch.tree_mask(), tree_block_mask(batch)
+    """Both ways to attend in the shared-prefix layout. SDPA with a mask wants keys and values repeated, as transformers does it."""
+    mask, block_mask = batch.shared_prefix_mask(), tree_block_mask(batch)
     torch.compiler.reset()  # each shape is compiled anew; after several, dynamo would go on uncompiled
     flex: Any = torch.compile(flex_attention, dynamic=False) if mask.is_cuda else flex_attention
 
@@ -661,7 +661,7 @@ def check_attention(run: Run) -> None:
 
     FlexAttention may be off by twice as much as SDPA in bfloat16 is, and a little for luck.
     """
-    batch = collate_tree(random_groups(run.sizes.check, 100, ragged=True)).to(run.device)
+    batch = collate_shared_prefix(random_groups(run.sizes.check, 100, ragged=True)).to(run.device)
     inputs = attention_inputs(run, batch)
     exact = [states.detach().float().requires_grad_(run.on_cuda) for states in inputs]
 
@@ -679,13 +679,15 @@ def check_attention(run: Run) -> None:
         for name, attend in ways.items()
     }
     for what, dense, flex in zip(("output", "∂q", "∂k", "∂v"), *errors.values(), strict=False):
-        run.check(f"attention in the tree, SDPA: {what} off by (relative)", dense, 0.05)
-        run.check(f"attention in the tree, FlexAttention: {what} off by (relative)", flex, 2 * dense + 0.005)
+        run.check(f"attention in the shared-prefix layout, SDPA: {what} off by (relative)", dense, 0.05)
+        run.check(
+            f"attention in the shared-prefix layout, FlexAttention: {what} off by (relative)", flex, 2 * dense + 0.005
+        )
 
 
 def time_attention(run: Run, shape: Shape) -> None:
-    """Forward and backward of one layer's attention, and beside it what making the mask costs, once a step."""
-    batch = collate_tree(random_groups(shape, 100)).to(run.device)
+    """Forward and backward of one layer's attention, and beside it what making the mask costs, once per step."""
+    batch = collate_shared_prefix(random_groups(shape, 100)).to(run.device)
     inputs = attention_inputs(run, batch)
     upstream = torch.randn_like(inputs[0])
 
@@ -693,7 +695,7 @@ def time_attention(run: Run, shape: Shape) -> None:
         torch.autograd.grad(attend(*inputs), inputs, upstream)
 
     sides = {name: partial(step, attend) for name, attend in attentions(batch).items()}
-    sides |= {"dense mask": batch.tree_mask, "block mask": partial(tree_block_mask, batch)}
+    sides |= {"dense mask": batch.shared_prefix_mask, "block mask": partial(tree_block_mask, batch)}
     found = timed(run, sides, repeats=4 * run.sizes.repeats, warmups=3)
     for name, timing in found.items():
         run.row("attention", f"one layer, {shape}", name, timing)
@@ -708,7 +710,7 @@ def compare(run: Run, what: str, found: Mapping[str, Timing]) -> None:
 
 
 def body_states(body: nn.Module, batch: Batch, masks: Any) -> Tensor:
-    """[B, L, H] last hidden states in the tree; ``masks`` as ``tree_masks`` makes them."""
+    """[B, L, H] last hidden states in the shared-prefix layout; ``masks`` as ``tree_masks`` makes them."""
     return body(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
     ).last_hidden_state
@@ -738,8 +740,8 @@ def check_body(run: Run) -> None:
     """transformers takes our block mask: hidden states against SDPA's in float32."""
     torch.compiler.reset()
     model = checked_policy(run)
-    batch = collate_tree(random_groups(run.sizes.check, 100, ragged=True)).to(run.device)
-    dense, blocks = (tree_masks(model, make) for make in (batch.tree_mask, partial(tree_block_mask, batch)))
+    batch = collate_shared_prefix(random_groups(run.sizes.check, 100, ragged=True)).to(run.device)
+    dense, blocks = (tree_masks(model, make) for make in (batch.shared_prefix_mask, partial(tree_block_mask, batch)))
     real = batch.branch_ids >= 0
     truth = body_states(body_of(copy.deepcopy(model).float()), batch, dense)[real]
     with _autocast(run):
@@ -756,8 +758,8 @@ def time_body(run: Run) -> None:
     """
     torch.compiler.reset()
     model = policy(run)
-    batch = collate_tree(random_groups(run.sizes.step, _vocab_size(model))).to(run.device)
-    dense = tree_masks(model, batch.tree_mask)
+    batch = collate_shared_prefix(random_groups(run.sizes.step, _vocab_size(model))).to(run.device)
+    dense = tree_masks(model, batch.shared_prefix_mask)
 
     def step(body: nn.Module, masks: Any) -> None:
         with _autocast(run):

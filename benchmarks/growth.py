@@ -27,7 +27,7 @@ from benchmarks.__main__ import add_common_options, cache_folder
 from benchmarks.provenance import provenance
 from benchmarks.sides import compare
 from benchmarks.workloads import Work, prepare_model
-from tutelage.stages import write_json
+from tutelage.files import write_json
 
 _STEP = {"ours": "training:ours_step", "TRL": "training:peer_step"}
 
@@ -45,9 +45,9 @@ class Sweep:
 
 
 SWEEPS = (
-    Sweep("samples", "samples a prompt", (1, 2, 4, 8, 16), _STEP),
-    Sweep("prompt_tokens", "tokens a prompt", (64, 128, 256, 512, 1024), _STEP),
-    Sweep("completion_tokens", "tokens a completion", (32, 64, 128, 256, 512), _STEP),
+    Sweep("samples", "samples per prompt", (1, 2, 4, 8, 16), _STEP),
+    Sweep("prompt_tokens", "tokens per prompt", (64, 128, 256, 512, 1024), _STEP),
+    Sweep("completion_tokens", "tokens per completion", (32, 64, 128, 256, 512), _STEP),
     Sweep(
         "stages",
         "T, stages for a pass over 64 prompts",

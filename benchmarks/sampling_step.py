@@ -16,7 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tutelage.models import LMHead, base_causal_lm, load_model
+from tutelage.models.head import LMHead
+from tutelage.models.loading import base_causal_lm, load_model
 from tutelage.sampling import SamplingParams
 from tutelage.sampling.transformers import draw_tokens
 

@@ -8,7 +8,7 @@ then works whenever it is its turn:
         turns.end(tokens=512)
 
 ``begin`` waits until the other side has finished its repetition, so that both meet the same machine, and returns False
-when the measurement is over. A side that trains with a ``transformers.Trainer`` hands over ``turns.callback()``: each optimiser
+when the measurement is over. A side that trains with a ``transformers.Trainer`` hands over ``turns.callback()``: each optimizer
 step is a repetition.
 """
 
@@ -95,7 +95,7 @@ class Turns:
         )
 
     def callback(self) -> TrainerCallback:
-        """Makes every optimiser step of a trainer a repetition. The first one holds what comes before it, so drop it."""
+        """Makes every optimizer step of a trainer a repetition. The first one holds what comes before it, so drop it."""
         return _StepByStep(self)
 
     def _report(self, **report: Any) -> None:

@@ -35,7 +35,8 @@ from benchmarks.allocator import allocator_in_use, switch_allocator, use_allocat
 from benchmarks.sides import Turns
 from benchmarks.workloads import Work, adapter, groups, rows, stop_ids, touched
 from tutelage.algorithms import IRFTConfig, IRFTTrainer, RFTConfig, RFTTrainer
-from tutelage.models import add_adapter, base_causal_lm, evaluation_mode, load_model
+from tutelage.models.loading import add_adapter, base_causal_lm, load_model
+from tutelage.models.modes import evaluation_mode
 from tutelage.sampling import SamplingParams, TransformersSampler
 
 __all__ = [
@@ -63,11 +64,11 @@ _PEER = _SHARED | {"gradient_checkpointing": False}
 _PEER_PAIRS = 2
 """Pairs or completions that TRL runs at once: as fast as 1 and 8 on a CPU, and in less memory than 8."""
 _REWARD_BATCH = 8
-"""Of a reward phase: groups a step for ours, pairs at once for TRL's, whose steps have as many prompts."""
+"""Of a reward phase: groups per step for ours, pairs at once for TRL's, whose steps have as many prompts."""
 _ENDLESS = 1000  # epochs; the turns end before
 _LAST = torch.tensor([-1])
 """The last position as an index and not, as ``generate`` takes it by default, as a slice: for a slice of several rows torch's product
-on a CPU copies the head once a row, 335 MB each on Gemma."""
+on a CPU copies the head once per row, 335 MB each on Gemma."""
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def _generate(
 
 
 def _fastest_generation(work: Work, stops: list[int]) -> dict[str, Any]:
-    """The batch size, and then with or without autocast, that let ``_generate`` draw most tokens a second, 16 for each prompt.
+    """The batch size, and then with or without autocast, that let ``_generate`` draw most tokens per second, 16 for each prompt.
 
     Found in a process of its own, whose memory is none of the side's.
     """
@@ -234,7 +235,7 @@ class _OpenGate(RFTTrainer):
 def ours_rft_stage(work: Work, turns: Turns) -> None:
     """A stage of ours: sampling, one pass of the reward phase, one of the policy phase, and a look at the kept row."""
     model = _our_model(work)
-    own = {"holdout_rows": 1, "cut_samples": "score", "reward_batch_size": _REWARD_BATCH}
+    own = {"validation_rows": 1, "truncated_samples": "score", "reward_batch_size": _REWARD_BATCH}
     turns.weights_loaded(**own, sampling_batch_size=64)
     args = RFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -245,7 +246,7 @@ def ours_rft_stage(work: Work, turns: Turns) -> None:
         per_device_train_batch_size=_BATCH // work.samples,
         max_prompt_length=work.prompt_tokens,
         max_completion_length=work.completion_tokens,
-        reward_passes=1,
+        reward_epochs=1,
         reward_warmup_stages=0,
         early_stopping="never",
         **_SHARED,
@@ -352,7 +353,7 @@ class _AlternatedReward:
 
 
 class _Stages(TrainerCallback):
-    """Makes so many optimiser steps, a stage, a repetition; ``at_start`` is the first thing of it."""
+    """Makes so many optimizer steps, a stage, a repetition; ``at_start`` is the first thing of it."""
 
     def __init__(self, turns: Turns, *, steps: int, at_start: Callable[[], None] = lambda: None):
         self.turns, self.steps, self.at_start = turns, steps, at_start
@@ -371,7 +372,7 @@ class _Stages(TrainerCallback):
 
 
 class _BeforeGeneration(TrainerCallback):
-    """RLOO draws samples within the first of so many optimiser steps, and ``generate`` grew under what is best for training."""
+    """RLOO draws samples within the first of so many optimizer steps, and ``generate`` grew under what is best for training."""
 
     def __init__(self, steps: int):
         self.steps = steps

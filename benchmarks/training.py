@@ -1,6 +1,6 @@
-"""Sides of the rows on training: a repetition is one optimiser step over all prompts of the work.
+"""Sides of the rows on training: a repetition is one optimizer step over all prompts of the work.
 
-Both sides of a row train on the same tokens, which each asserts of its own data, with the same optimiser and in the same
+Both sides of a row train on the same tokens, which each asserts of its own data, with the same optimizer and in the same
 precision. The peers have the fastest settings that were found.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.sides import Turns
 from benchmarks.workloads import Work, adapter, groups, rows, touched
 from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer
 from tutelage.groups import Group
-from tutelage.models import add_adapter, load_model
+from tutelage.models.loading import add_adapter, load_model
 from tutelage.sampling import Sample, SamplingParams
 
 __all__ = [
@@ -58,7 +58,9 @@ class GivenSamples:
 
     def __init__(self, step: Sequence[Group]):
         self._samples = {
-            group.prompt_ids: [Sample(c.token_ids, (0.0,) * len(c.token_ids), c.ended) for c in group.completions[1:]]
+            group.prompt_ids: [
+                Sample(c.token_ids, (0.0,) * len(c.token_ids), c.finished) for c in group.completions[1:]
+            ]
             for group in step
         }
 

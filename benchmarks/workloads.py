@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from tutelage.groups import Completion, Group, Kind
+from tutelage.groups import Completion, Group, Role
 from tutelage.testing.gemma import gemma_3_270m
 
 __all__ = ["MODELS", "STOP_EVERY", "Work", "adapter", "groups", "prepare_model", "rows", "stop_ids", "touched"]
@@ -57,7 +57,7 @@ class Work:
 
 
 def prepare_model(name: str, folder: Path) -> Path:
-    """A folder with bfloat16 weights and a tokenizer of words ``w4``, ``w5``, …, one a token id; made once.
+    """A folder with bfloat16 weights and a tokenizer of words ``w4``, ``w5``, …, one per token id; made once.
 
     Args:
         name: one of ``MODELS``: Gemma 3 270M (262,144 tokens), or a random Qwen3 of 4 layers, 512 wide, with 32,000 tokens.
@@ -150,8 +150,8 @@ def groups(work: Work) -> list[Group]:
         Group(
             ids(row["prompt"]),
             (
-                Completion((*ids(row["completion"]), _EOS), Kind.DEMONSTRATION, ended=True),
-                *(Completion((*ids(text), _EOS), Kind.SAMPLE, ended=True) for text in row["samples"]),
+                Completion((*ids(row["completion"]), _EOS), Role.DEMONSTRATION, finished=True),
+                *(Completion((*ids(text), _EOS), Role.SAMPLE, finished=True) for text in row["samples"]),
             ),
             row=index,
         )

@@ -26,7 +26,7 @@ from tutelage.cli.progress import LogLines, TerminalProgress
 from tutelage.data import load_dataset
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.statistics import mean_interval
-from tutelage.models import load_model, load_tokenizer
+from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.results import write_results
 
 METHODS = {

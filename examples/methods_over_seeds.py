@@ -3,7 +3,7 @@
     python examples/methods_over_seeds.py --model MODEL --task chain_sum --seeds 0 1 2 3 4 --output_dir OUT
 
 For each seed: fresh rows of a reasoning-gym task, SFT, and from its checkpoint each method. All of them see the same
-demonstrations; SPIN, IRFT and RFT draw the same number of samples a prompt. What they cost is in the table: equal where it
+demonstrations; SPIN, IRFT and RFT draw the same number of samples per prompt. What they cost is in the table: equal where it
 can be, stated where not. Answers to held-out rows, sampled at temperature 1, are judged by the task's verifier, which
 no method sees. Best-of-n: of n answers of the SFT policy to each held-out row, the one that RFT's reward likes best.
 
@@ -40,10 +40,10 @@ from tutelage.algorithms import (
 from tutelage.cli.progress import TerminalProgress
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.verifiers import reasoning_gym_rows
+from tutelage.files import write_json
 from tutelage.groups import Group
-from tutelage.models import load_model, load_tokenizer
+from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.sampling import SamplingParams, TransformersSampler
-from tutelage.stages import write_json
 
 TASKS = {
     "chain_sum": ({"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, 16),
@@ -112,9 +112,9 @@ def run_seed(
             rows = trainer.evaluation_set
             assert rows is not None
             metrics = trainer.evaluation(rows, sample=False).metrics()
-            gold, _ = answers(trainer, rows, options.answers)
+            scores, _ = answers(trainer, rows, options.answers)
             found[name] = {
-                "sampled": float((gold >= 1).mean()),
+                "sampled": float((scores >= 1).mean()),
                 "demonstration_logp": metrics["demonstration_logp"],
                 "trained_tokens": trainer.trained_tokens,
                 "sampled_tokens": trainer.sampled_tokens,
@@ -129,7 +129,7 @@ def run_seed(
 
 
 def answers(trainer: Any, rows: EvaluationSet, n: int) -> tuple[np.ndarray, list[Group]]:
-    """Gold scores [rows, n] of n answers of the trainer's policy to each held-out row, and the answers."""
+    """Verifier scores [rows, n] of n answers of the trainer's policy to each held-out row, and the answers."""
     tokenization = rows.tokenization
     sampler = TransformersSampler(trainer.policy, batch_size=64, pad_token_id=tokenization.pad_id)
     params = SamplingParams(trainer.args.max_completion_length, tokenization.stop_ids(False), seed=10_000)
@@ -139,17 +139,17 @@ def answers(trainer: Any, rows: EvaluationSet, n: int) -> tuple[np.ndarray, list
         replace(group, completions=tuple(sample.completion for sample in samples))
         for group, samples in zip(rows.groups, drawn, strict=True)
     ]
-    gold = np.array([[rows.verify(i, c.token_ids) for c in group.completions] for i, group in enumerate(groups)])
-    return gold, groups
+    scores = np.array([[rows.verify(i, c.token_ids) for c in group.completions] for i, group in enumerate(groups)])
+    return scores, groups
 
 
 def best_of_n(trainer: RFTTrainer, rows: EvaluationSet, n: int) -> dict[str, float]:
     """Of n answers of the SFT policy: share of right ones, of rows where the reward picks a right one, and where it could."""
     assert trainer.initial is not None
     with trainer.initial.active():
-        gold, groups = answers(trainer, rows, n)
+        scores, groups = answers(trainer, rows, n)
     rewards = np.array(trainer.reward.scores(groups))
-    right = gold >= 1
+    right = scores >= 1
     pairs = [
         (np.sign(a - b) + 1) / 2
         for reward, good in zip(rewards, right, strict=True)

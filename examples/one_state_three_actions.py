@@ -77,13 +77,13 @@ def main() -> dict[str, list[float]]:
     for heading in ("π(a)", "π(b)", "π(c), never shown", "log-prob (nats)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, policy in policies.items():
-        logp = torch.special.xlogy(DEMONSTRATED, policy).sum()  # 0 log 0 = 0; nats a demonstration
+        logp = torch.special.xlogy(DEMONSTRATED, policy).sum()  # 0 log 0 = 0; nats per demonstration
         table.add_row(name, *(f"{p:.4f}" for p in policy.tolist()), f"{logp:.3f}")
     console = Console()
     console.print(table)
     console.print(
         "A stale opponent drives SPIN past the demonstrations onto a single action; fresher opponents bring IRFT back "
-        "to them, and with a stage a step it is SFT, which forgets the action that was never shown just as fast: "
+        "to them, and with a stage per step it is SFT, which forgets the action that was never shown just as fast: "
         "what keeps more of that action is a bound on the reward."
     )
     return {name: policy.tolist() for name, policy in policies.items()}

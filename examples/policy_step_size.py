@@ -5,7 +5,7 @@
 
 Takes the samples that the stages of an RFT run drew from its start (its warm-up stages), scores them with the reward of the last
 of these stages, and takes a policy phase from the same start for each ``rate,batch,passes`` (batch in prompts). Shows
-gold accuracy, learned reward and KL to the start on fresh samples for held-out prompts, and the held-out log-prob.
+accuracy, learned reward and KL to the start on fresh samples for held-out prompts, and the held-out log-prob.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from rich.table import Table
 from tutelage.data import Tokenization, load_dataset
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.groups import Group
-from tutelage.logprobs import cached_logps, completion_logps
 from tutelage.losses import leave_one_out_advantages, policy_gradient_loss
-from tutelage.models import WeightSet, load_model, load_tokenizer, load_weights
+from tutelage.models.loading import load_model, load_tokenizer
+from tutelage.models.weights import WeightSet, load_weights
 from tutelage.rewards import ExplicitReward
-from tutelage.rewards.fitting import reward_scale
+from tutelage.rewards.comparisons import reward_scale
 from tutelage.sampling import SamplingParams, TransformersSampler
-from tutelage.stages import StageStore
+from tutelage.scoring.logps import cached_logps, completion_logps
+from tutelage.training.store import StageStore
 
 
 def mixed_precision() -> torch.autocast:
@@ -65,7 +66,7 @@ def policy_phase(model, groups: list[Group], *, rate: float, batch: int, passes:
 
 
 def look(model, start: WeightSet, reward: ExplicitReward, rows: EvaluationSet) -> tuple[float, float, float, float]:
-    """Gold accuracy, learned reward, KL to the start (nats a sequence), held-out log-prob (nats a sequence)."""
+    """Gold accuracy, learned reward, KL to the start (nats per sequence), held-out log-prob (nats per sequence)."""
     tokenization = rows.tokenization
     params = SamplingParams(tokenization.max_completion_length, tokenization.stop_ids(False))
     model.eval()
@@ -80,9 +81,9 @@ def look(model, start: WeightSet, reward: ExplicitReward, rows: EvaluationSet) -
         now, demonstrations = cached_logps(model, groups), cached_logps(model, rows.groups)
     with start.active(), mixed_precision():
         then = cached_logps(model, groups)
-    gold = [rows.verify(place, c.token_ids) >= 1 for place, group in enumerate(groups) for c in group.completions]
+    scores = [rows.verify(place, c.token_ids) >= 1 for place, group in enumerate(groups) for c in group.completions]
     return (
-        float(np.mean(gold)),
+        float(np.mean(scores)),
         reward.score(groups).mean().item(),
         float(np.mean(np.array(now) - np.array(then))),
         float(np.mean(demonstrations)),

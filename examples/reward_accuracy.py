@@ -38,12 +38,13 @@ from tutelage.data import (
 )
 from tutelage.evaluation.policy import ranking
 from tutelage.evaluation.statistics import mean_interval
+from tutelage.files import write_json
 from tutelage.groups import Group
-from tutelage.models import load_model, load_tokenizer
+from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.rewards import ExplicitReward, ImplicitReward, Reward
-from tutelage.rewards.fitting import RewardFitter, RewardObjective, contrast
+from tutelage.rewards.comparisons import contrast
+from tutelage.rewards.fitting import RewardFitter, RewardObjective
 from tutelage.sampling import SamplingParams, TransformersSampler
-from tutelage.stages import write_json
 
 LENGTH = 48
 
@@ -66,7 +67,7 @@ def fitted(start: str, groups: list[Group], options: argparse.Namespace, seed: i
     reward = ExplicitReward.fresh(model, shared=True, autocast=mixed_precision)
     fitter = RewardFitter(
         reward,
-        RewardObjective(centring=0.01),
+        RewardObjective(centering=0.01),
         torch.optim.AdamW(reward.parameters, lr=options.reward_learning_rate, weight_decay=0.0),
         batch_size=8,
         seed=seed,
@@ -77,7 +78,7 @@ def fitted(start: str, groups: list[Group], options: argparse.Namespace, seed: i
 
 
 def run_seed(options: argparse.Namespace, seed: int, console: Console) -> dict[str, Any]:
-    """Accuracies on the held-out pairs, one value a pair, by reward."""
+    """Accuracies on the held-out pairs, one value per pair, by reward."""
     out = Path(options.output_dir) / f"seed-{seed}"
     tokenizer = load_tokenizer(options.model)
     tokenization = Tokenization(tokenizer, options.max_prompt_length, LENGTH, "drop")

@@ -8,22 +8,18 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
-# From the top. A module may import from its own package and from the layers below it, not from its neighbours.
+# From the top. A module may import from its own package and from the layers below it, not from its neighbors.
 LAYERS = (
     ("__main__",),
     ("cli",),
     ("algorithms", "report"),
-    ("reward_stage_trainer",),
-    ("reward_stage_config",),
-    ("stage_trainer",),
-    ("trainer",),
-    ("trainer_config",),
+    ("training",),
     ("results",),
     ("evaluation",),
     ("rewards",),
-    ("data", "sampling", "stages", "logprobs"),
-    ("head_logps", "attention"),
-    ("models", "groups", "losses", "progress", "memory", "testing"),
+    ("data", "sampling", "scoring"),
+    ("models", "testing"),
+    ("files", "groups", "losses", "progress"),
     ("errors",),
 )
 HEIGHT = {package: height for height, layer in enumerate(reversed(LAYERS)) for package in layer}
@@ -84,7 +80,7 @@ def test_reading_imports(tmp_path):
         "import torch.nn\n"
         "from ..errors import UserError\n"
         "from . import trees\n"
-        "if TYPE_CHECKING:\n    from tutelage.trainer import Trainer\n"
+        "if TYPE_CHECKING:\n    from tutelage.training import Trainer\n"
         "def later():\n    from tutelage.cli import main\n"
     )
     assert set(imports("tutelage.data.module", path)) == {

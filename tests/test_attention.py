@@ -4,13 +4,15 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tutelage import attention
-from tutelage.attention import attention_by_products, product_attention
-from tutelage.groups import Completion, Group, Kind
-from tutelage.logprobs import completion_logps
+from tutelage.groups import Completion, Group, Role
+from tutelage.models import attention
+from tutelage.models.attention import attention_by_products, product_attention
+from tutelage.scoring.logps import completion_logps
 from tutelage.testing.models import tiny_model
 
-GROUPS = [Group((5, 6, 7), (Completion((8, 9), Kind.SAMPLE, ended=False), Completion((4,), Kind.SAMPLE, ended=False)))]
+GROUPS = [
+    Group((5, 6, 7), (Completion((8, 9), Role.SAMPLE, finished=False), Completion((4,), Role.SAMPLE, finished=False)))
+]
 
 
 class Layer(torch.nn.Module):
@@ -84,7 +86,7 @@ def calls(monkeypatch):
     attention.AttentionInterface.register(attention._NAME, product_attention)
 
 
-@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
 def test_short_rows_go_by_products_and_long_ones_do_not(calls, monkeypatch, layout):
     model = tiny_model("gemma3")
     short = completion_logps(model, GROUPS, layout=layout)
@@ -100,18 +102,18 @@ def test_short_rows_go_by_products_and_long_ones_do_not(calls, monkeypatch, layo
 def test_the_users_choice_stays(calls):
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
-    completion_logps(model, GROUPS, layout="tree")
+    completion_logps(model, GROUPS, layout="shared_prefix")
     assert not calls
     assert model.config._attn_implementation == "eager"
 
 
 def test_recomputed_activations_meet_one_kind_of_attention(calls):
     model = tiny_model("llama")
-    truth = torch.autograd.grad(completion_logps(model, GROUPS, layout="tree").sum(), model.model.norm.weight)
+    truth = torch.autograd.grad(completion_logps(model, GROUPS, layout="shared_prefix").sum(), model.model.norm.weight)
     calls.clear()
     model.gradient_checkpointing_enable()
     model.train()
-    found = torch.autograd.grad(completion_logps(model, GROUPS, layout="tree").sum(), model.model.norm.weight)
+    found = torch.autograd.grad(completion_logps(model, GROUPS, layout="shared_prefix").sum(), model.model.norm.weight)
     assert not calls
     torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
 
@@ -119,17 +121,17 @@ def test_recomputed_activations_meet_one_kind_of_attention(calls):
 def test_bfloat16_alone_goes_by_products(calls, monkeypatch):
     monkeypatch.undo()
     model = tiny_model("llama")
-    truth = completion_logps(model, GROUPS, layout="tree")
+    truth = completion_logps(model, GROUPS, layout="shared_prefix")
     assert not calls
     with torch.autocast("cpu", torch.bfloat16):
-        found = completion_logps(model, GROUPS, layout="tree")
+        found = completion_logps(model, GROUPS, layout="shared_prefix")
     assert calls
     torch.testing.assert_close(found, truth, atol=0.5, rtol=0.05)
     calls.clear()
-    completion_logps(model.to(torch.bfloat16), GROUPS, layout="tree")
+    completion_logps(model.to(torch.bfloat16), GROUPS, layout="shared_prefix")
     assert calls
     calls.clear()
-    completion_logps(model.to(torch.float16), GROUPS, layout="tree")
+    completion_logps(model.to(torch.float16), GROUPS, layout="shared_prefix")
     assert not calls, "products of float16 would overflow"
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 from benchmarks import __main__ as table
-from benchmarks import floors, growth, training, workloads
+from benchmarks import growth, roofline, training, workloads
 from benchmarks.sides import Measured, Turns, compare
 from benchmarks.workloads import Work
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from tutelage.data.tokenization import Tokenization
-from tutelage.groups import Completion, Group, Kind, collate_tree
-from tutelage.logprobs import completion_logps
-from tutelage.models import load_tokenizer
+from tutelage.groups import Completion, Group, Role, collate_shared_prefix
+from tutelage.models.loading import load_tokenizer
+from tutelage.scoring.logps import completion_logps
 from tutelage.testing.models import tiny_model
 
 GEMMA, SMALL = workloads.MODELS
@@ -33,7 +33,9 @@ def model_path(tmp_path_factory):
 
 def tree(prompt, *completions):
     """A group of so many tokens."""
-    return Group((3,) * prompt, tuple(Completion((3,) * length, Kind.SAMPLE, ended=False) for length in completions))
+    return Group(
+        (3,) * prompt, tuple(Completion((3,) * length, Role.SAMPLE, finished=False) for length in completions)
+    )
 
 
 # --- what both sides work on -----------------------------------------------------------------------------------------
@@ -45,8 +47,8 @@ def test_texts_become_the_tokens_that_groups_say(model_path):
     groups = workloads.groups(work)
     for row, group in zip(workloads.rows(work), groups, strict=True):
         assert tokenization.prompt_ids(row["prompt"]) == group.prompt_ids
-        found = [tokenization.completion(row["prompt"], row["completion"], Kind.DEMONSTRATION)]
-        found += [tokenization.completion(row["prompt"], sample, Kind.SAMPLE) for sample in row["samples"]]
+        found = [tokenization.completion(row["prompt"], row["completion"], Role.DEMONSTRATION)]
+        found += [tokenization.completion(row["prompt"], sample, Role.SAMPLE) for sample in row["samples"]]
         assert tuple(found) == group.completions
     assert len({len(group.prompt_ids) for group in groups}) > 1
 
@@ -76,11 +78,11 @@ def test_operations_of_a_step_are_those_that_torch_counts(architecture, rank):
     """torch counts no fused attention on a CPU; ``attention_pairs`` has a test of its own."""
     step = [tree(20, 9, 7), tree(20, 8, 8)]  # of one length: padding is computed too, and is not in the floor
     model = tiny_model(architecture)
-    expected = floors.training_operations(model.config, step, rank=rank)
+    expected = roofline.training_operations(model.config, step, rank=rank)
     if rank:
         model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     with FlopCounterMode(display=False) as counter:
-        completion_logps(model, step, layout="tree").sum().backward()
+        completion_logps(model, step, layout="shared_prefix").sum().backward()
     recomputed = 0 if rank else expected.head // 3  # a trained head meets its logits again in backward
     assert counter.get_total_flops() == expected.body + expected.head + recomputed
 
@@ -88,12 +90,12 @@ def test_operations_of_a_step_are_those_that_torch_counts(architecture, rank):
 @pytest.mark.parametrize("window", [None, 6, 3])
 def test_attention_pairs_are_those_of_the_trees_mask(window):
     group = tree(8, 5, 1, 3)
-    assert floors.attention_pairs(group, window) == collate_tree([group]).tree_mask(window).sum()
+    assert roofline.attention_pairs(group, window) == collate_shared_prefix([group]).shared_prefix_mask(window).sum()
 
 
 def test_sequences_run_on_until_their_tokens_are_used_up():
-    assert floors.running(8, most=3, tokens=14) == pytest.approx([8, 4, 2])
-    assert floors.running(8, most=3, tokens=24) == pytest.approx([8, 8, 8])
+    assert roofline.running(8, most=3, tokens=14) == pytest.approx([8, 4, 2])
+    assert roofline.running(8, most=3, tokens=24) == pytest.approx([8, 8, 8])
 
 
 LAYERS = 4 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)  # weights: query, output; key, value; the gated MLP
@@ -122,16 +124,16 @@ CACHED = 2 * 4 * 64 * 2 * 4  # bytes of a token's keys and values in all layers:
     ids=["reading", "body", "head"],
 )
 def test_decoding_floor_by_hand(model_path, monkeypatch, rates, read, expected):
-    monkeypatch.setattr(floors, "_rates", lambda *_, **__: dict(rates))
-    monkeypatch.setattr(floors, "_body_rate", lambda config, tokens: {8: rates["prompts"]}[tokens])
-    monkeypatch.setattr(floors, "bandwidth", lambda: read)
+    monkeypatch.setattr(roofline, "_rates", lambda *_, **__: dict(rates))
+    monkeypatch.setattr(roofline, "_body_rate", lambda config, tokens: {8: rates["prompts"]}[tokens])
+    monkeypatch.setattr(roofline, "bandwidth", lambda: read)
     work = Work(model_path, prompts=2, prompt_tokens=4, completion_tokens=3)
-    assert floors.decoding_floor(work, tokens=6)["seconds"] == pytest.approx(expected)
+    assert roofline.decoding_floor(work, tokens=6)["seconds"] == pytest.approx(expected)
 
 
 def test_rates_are_measured():
-    assert 1e6 < floors.matmul_rate(64, 64, 64) < 1e16
-    assert 1e6 < floors.bandwidth(2**20) < 1e15
+    assert 1e6 < roofline.matmul_rate(64, 64, 64) < 1e16
+    assert 1e6 < roofline.bandwidth(2**20) < 1e15
 
 
 def test_sides_take_turns_in_processes_of_their_own(model_path):

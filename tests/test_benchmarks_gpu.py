@@ -9,7 +9,7 @@ import torch
 from benchmarks import gpu
 from torch.nn.attention.flex_attention import create_mask
 
-from tutelage.groups import collate_tree
+from tutelage.groups import collate_shared_prefix
 
 TINY = ["--device", "cpu", "--tiny"]
 RAGGED = gpu.random_groups(gpu.Shape(3, 9, 3, 7), 97, ragged=True)
@@ -32,7 +32,9 @@ def test_the_checks_pass_and_every_side_is_timed(tmp_path, capsys):
     found = json.loads(path.read_text())
     assert all(check["passed"] for check in found["checks"])
     names = " ".join(check["name"] for check in found["checks"])
-    assert all(word in names for word in ("tree", "padded", "sampler", "gradient", "loss of plain", "loss of TRL"))
+    assert all(
+        word in names for word in ("shared_prefix", "padded", "sampler", "gradient", "loss of plain", "loss of TRL")
+    )
     sides = [(row["part"], row["side"]) for row in found["rows"]]
     training = [("training", side) for side in ("tutelage", "plain", "TRL")]
     others = [("sampling", "tutelage"), ("sampling", "generate"), ("attention", "SDPA")]
@@ -47,8 +49,8 @@ def test_log_probs_that_are_off_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "completion_logps", lambda *args, **kwargs: 1.01 * true(*args, **kwargs))
     status, names = failed(tmp_path / "gpu.json")
     assert status == 1
-    assert "float32, tree: log-probs off by (nats a token)" in names
-    assert "bfloat16, padded: log-probs off by (nats a token)" in names
+    assert "float32, shared_prefix: log-probs off by (nats per token)" in names
+    assert "bfloat16, padded: log-probs off by (nats per token)" in names
 
 
 def test_a_gradient_that_is_off_fails(tmp_path, monkeypatch):
@@ -64,7 +66,7 @@ def test_a_gradient_that_is_off_fails(tmp_path, monkeypatch):
     assert names == [
         f"{precision}, {layout}: gradient of the adapters off by (relative)"
         for precision in ("float32", "bfloat16")
-        for layout in ("tree", "padded")
+        for layout in ("shared_prefix", "padded")
     ]
 
 
@@ -110,10 +112,10 @@ def test_nan_passes_no_check(run):
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_block_mask_is_the_tree_mask(window):
-    batch = collate_tree(RAGGED)
+    batch = collate_shared_prefix(RAGGED)
     B, L = batch.input_ids.shape
     found = create_mask(gpu.tree_block_mask(batch, window).mask_mod, B, 1, L, L, device="cpu")
-    assert torch.equal(found, batch.tree_mask(window))
+    assert torch.equal(found, batch.shared_prefix_mask(window))
 
 
 def test_flex_attention_with_a_wrong_mask_fails(run, monkeypatch):

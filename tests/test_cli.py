@@ -16,8 +16,8 @@ from tutelage.cli import main
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.train import ALGORITHMS
 from tutelage.data import Tokenization
-from tutelage.groups import Kind
-from tutelage.models import load_tokenizer
+from tutelage.groups import Role
+from tutelage.models.loading import load_tokenizer
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
 
@@ -293,7 +293,7 @@ BAD_CONFIGS = {
     "not YAML": ("beta: [0.1\n", ["config.yaml", "row 2", "not YAML"]),
     "a list": ("- beta\n", ["config.yaml", "name: value"]),
     "unknown key": ("stage_per_epoch: 2\n", ["config.yaml", "'stage_per_epoch'", "Did you mean stages_per_epoch?"]),
-    "no such choice": ("layout: bush\n", ["--layout", "'bush'", "'tree'"]),
+    "no such choice": ("layout: bush\n", ["--layout", "'bush'", "'shared_prefix'"]),
     "no number": ("num_samples: 1.5\n", ["--num_samples", "'1.5'"]),
 }
 
@@ -445,13 +445,15 @@ def test_sample(tutelage, refusal, model, sums, tmp_path):
     tokenization = Tokenization(load_tokenizer(model), max_completion_length=6)
     for line, row in zip(lines, SUMS, strict=True):
         assert (line["prompt"], line["demonstration"]) == (row["prompt"], row["completion"])
-        assert len(line["samples"]) == len(line["ended"]) == len(line["logps"]) == 2
+        assert len(line["samples"]) == len(line["finished"]) == len(line["logps"]) == 2
         assert tuple(line["prompt_ids"]) == tokenization.prompt_ids(row["prompt"])
-        demonstration = tokenization.completion(row["prompt"], row["completion"], Kind.DEMONSTRATION)
+        demonstration = tokenization.completion(row["prompt"], row["completion"], Role.DEMONSTRATION)
         assert tuple(line["demonstration_ids"]) == demonstration.token_ids
-        assert line["demonstration_ended"] == demonstration.ended
+        assert line["demonstration_finished"] == demonstration.finished
         assert all(1 <= len(ids) <= 6 for ids in line["token_ids"])
-        assert all(ended or len(ids) == 6 for ended, ids in zip(line["ended"], line["token_ids"], strict=True))
+        assert all(
+            finished or len(ids) == 6 for finished, ids in zip(line["finished"], line["token_ids"], strict=True)
+        )
         assert all(logp < 0 for logp in line["logps"])
     before = output.read_bytes()
     error = refusal(*command)
@@ -545,7 +547,7 @@ def test_a_whole_run(adapter, model, sums, out):
     assert "Traceback" not in done.stderr
     assert str(out / "report.html") in "".join(done.stdout.split("\n"))
     record = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert record["demonstration_passes"] == 1
+    assert record["demonstration_epochs"] == 1
     assert record["evaluation"]["num_rows"] == 8
     losses = [row["loss"] for row in record["history"] if "loss" in row]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: at a stage's start the margin is 0

@@ -117,8 +117,8 @@ def test_all_turns_become_demonstrations_with_ids_of_their_own():
     first, second = read_row(row, number=2, turns="all")
     assert (first.prompt, first.completion) == ([SYSTEM, USER], "4")
     assert (second.prompt, second.completion) == ([SYSTEM, USER, ASSISTANT, THANKS], "Welcome.")
-    neighbours = [turn.row for number in (1, 3) for turn in read_row(row, number=number, turns="all")]
-    assert len({first.row, second.row, *neighbours}) == 6
+    neighbors = [turn.row for number in (1, 3) for turn in read_row(row, number=number, turns="all")]
+    assert len({first.row, second.row, *neighbors}) == 6
 
 
 def test_a_dialogue_whose_preferred_turn_is_empty_is_left_out():
@@ -400,7 +400,7 @@ def test_inspection_counts_what_training_would_do():
         rows, max_prompt_length=10, max_completion_length=10, on_long_prompt="drop"
     )
     summary = inspection.summary
-    assert (summary.rows, summary.demonstrations, summary.pairs, summary.cut) == (3, 2, 2, 1)
+    assert (summary.rows, summary.demonstrations, summary.pairs, summary.truncated) == (3, 2, 2, 1)
     assert summary.dropped == {"prompt too long": 1}
     assert len(tokenize_dataset(dataset, tokenization)) == summary.demonstrations
     assert inspection.prompts.maximum == 31  # BOS and 30 letters: before anything is dropped
@@ -423,11 +423,11 @@ def test_the_page_shows_data_literally():
 
 
 def test_the_page_marks_special_tokens_and_cuts():
-    ended, *_ = inspection_of([{"prompt": "a", "completion": "b"}])
+    finished, *_ = inspection_of([{"prompt": "a", "completion": "b"}])
     cut, *_ = inspection_of([{"prompt": "a", "completion": "b" * 30}], max_completion_length=5)
-    assert "\x1b[1;7;36m<s>" in page(ended)
-    assert "\x1b[1;7;32m</s>" in page(ended)
-    assert "cut here" not in page(ended)
+    assert "\x1b[1;7;36m<s>" in page(finished)
+    assert "\x1b[1;7;32m</s>" in page(finished)
+    assert "cut here" not in page(finished)
     assert "cut here" in page(cut)
     assert "</s>" not in page(cut)
 

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from tutelage import attention
 from tutelage.errors import UserError
-from tutelage.groups import Completion, Group, Kind
-from tutelage.head_logps import head_logps
-from tutelage.logprobs import cached_logps, completion_logps, probe_layout
-from tutelage.models import LMHead
+from tutelage.groups import Completion, Group, Role
+from tutelage.models import attention
+from tutelage.models.head import LMHead, head_logps
+from tutelage.scoring.layout import probe_layout
+from tutelage.scoring.logps import cached_logps, completion_logps
 from tutelage.testing.models import tiny_model
 
 TREE_ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3", "gpt_neox", "opt"]
@@ -23,7 +23,7 @@ def random_groups(seed=0, vocab_size=97, prompts=(9, 3, 12), lengths=((5, 3, 7),
         return tuple(torch.randint(3, vocab_size, (length,), generator=generator).tolist())
 
     return [
-        Group(tokens(prompt), tuple(Completion(tokens(n), Kind.SAMPLE, ended=False) for n in completions))
+        Group(tokens(prompt), tuple(Completion(tokens(n), Role.SAMPLE, finished=False) for n in completions))
         for prompt, completions in zip(prompts, lengths, strict=True)
     ]
 
@@ -55,10 +55,10 @@ def test_tree_equals_padded_equals_one_by_one(architecture, kind, monkeypatch):
     model = tiny_model(architecture)
     model.set_attn_implementation("eager" if kind == "eager" else "sdpa")
     groups = random_groups()
-    assert probe_layout(model).layout == "tree"
+    assert probe_layout(model).layout == "shared_prefix"
     truth = one_by_one(model, groups)
     truth_gradients = gradients(model, truth)
-    for layout in ("tree", "padded"):
+    for layout in ("shared_prefix", "padded"):
         logps = completion_logps(model, groups, layout=layout, block_size=4)
         torch.testing.assert_close(logps, truth, atol=1e-5, rtol=1e-5)
         found = gradients(model, logps)

@@ -8,9 +8,9 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from tutelage.data import Tokenization, preference_group_from_row, tokenize_dataset
-from tutelage.groups import Completion, Group, Kind
-from tutelage.logprobs import cached_logps, completion_logps
+from tutelage.groups import Completion, Group, Role
 from tutelage.losses import implicit_reward, irft_loss, sft_loss
+from tutelage.scoring.logps import cached_logps, completion_logps
 from tutelage.testing.models import tiny_model
 
 # Three pairs with β = 0.1 and margins 0.1 · [(π_y − t_y) − (π_ỹ − t_ỹ)]:
@@ -65,7 +65,7 @@ def test_extreme_margins_stay_finite(kind):
 def test_shapes_that_differ_and_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match=r"policy_sample_logps.*\(2,\)"):
         irft_loss(POLICY, POLICY_SAMPLES[:2], REFERENCE, REFERENCE_SAMPLES, beta=0.1)
-    with pytest.raises(ValueError, match="one value a pair"):
+    with pytest.raises(ValueError, match="one value per pair"):
         implicit_reward(POLICY, REFERENCE[:, None], beta=0.1)
     with pytest.raises(ValueError, match="unknown loss kind 'ipo'"):
         irft_loss(POLICY, POLICY_SAMPLES, REFERENCE, REFERENCE_SAMPLES, beta=0.1, kind="ipo")
@@ -74,7 +74,7 @@ def test_shapes_that_differ_and_unknown_kinds_are_refused():
 def test_sft_loss_equals_transformers():
     model = tiny_model()
     prompt, answers = (5, 6, 7, 8), [(9, 10, 2), (11, 12, 13, 14, 2)]
-    groups = [Group(prompt, (Completion(answer, Kind.DEMONSTRATION, ended=True),)) for answer in answers]
+    groups = [Group(prompt, (Completion(answer, Role.DEMONSTRATION, finished=True),)) for answer in answers]
     ours = sft_loss(completion_logps(model, groups)).sum() / sum(map(len, answers))
     input_ids = torch.tensor([[*prompt, *answers[0], 0, 0], [*prompt, *answers[1]]])
     labels = input_ids.clone()
@@ -136,7 +136,7 @@ def groups_of(inputs):
     groups = []
     for (prompt, chosen), (same_prompt, rejected) in zip(sequences[:pairs], sequences[pairs:], strict=True):
         assert prompt == same_prompt
-        completions = (Completion(chosen, Kind.PREFERRED, True), Completion(rejected, Kind.REJECTED, True))
+        completions = (Completion(chosen, Role.PREFERRED, True), Completion(rejected, Role.REJECTED, True))
         groups.append(Group(prompt, completions))
     return groups
 

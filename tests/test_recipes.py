@@ -49,12 +49,12 @@ RFT = COMMON | {
     "reward_loss": "logistic",
     "reward_learning_rate": 1e-6,
     "reward_batch_size": 16,
-    "reward_passes": 1,
-    "reward_centring": 0.0,
+    "reward_epochs": 1,
+    "reward_centering": 0.0,
     "reward_warmup_stages": 1,
 }
 PYTHIA, ZEPHYR = "EleutherAI/pythia-1.4b", "alignment-handbook/zephyr-7b-sft-full"
-# Of each recipe: the command, what it shares with others, the model, stages, passes and prompts an optimiser step.
+# Of each recipe: the command, what it shares with others, the model, stages, passes and prompts an optimizer step.
 RECIPE = {
     "paper/irft-pythia-1.4b.yaml": ("irft", CONTRAST, PYTHIA, "float32", 5, 2, 8),
     "paper/irft-zephyr-7b-ultrachat.yaml": ("irft", CONTRAST, ZEPHYR, "bfloat16", 5, 1, 8),

@@ -27,7 +27,7 @@ def evaluation(scores=None, logps=None, rows=None, score="sampled", **more):
         "num_rows": n,
         "task": "sums",
         "demonstration_logp": mean_interval(logps).to_dict() if np.isfinite(logps).all() else {},
-        "cut_fraction": 0.0,
+        "truncated_fraction": 0.0,
         "length_mean": 5.0,
         "per_row": {"row": list(range(n)) if rows is None else rows, "demonstration_logp": logps},
     }
@@ -47,7 +47,7 @@ def run(name, algorithm="irft", start="sft", evaluation=None, **more):
         "seed": 0,
         "start": start,
         "settings": {"beta": 0.1, "batch_size": 8},
-        "demonstration_passes": 3.0,
+        "demonstration_epochs": 3.0,
         "trained_tokens": 12345,
         "sampled_tokens": 2345,
         "time_s": {"sampling": 11.0, "reference": 2.0, "training": 61.0, "total": 75.0},
@@ -68,7 +68,7 @@ def sentences(*runs):
     return verdicts(runs)[:-1]
 
 
-def candidate(stage, reward, kl, gold=None, *, chosen=False, width=0.25):
+def candidate(stage, reward, kl, verifier_score=None, *, chosen=False, width=0.25):
     bounds = {"reward_low": reward - width, "reward_high": reward + width}
     objective = reward - 0.1 * kl
     return {
@@ -77,7 +77,7 @@ def candidate(stage, reward, kl, gold=None, *, chosen=False, width=0.25):
         **bounds,
         "kl": kl,
         "objective": objective,
-        "gold": gold,
+        "verifier_score": verifier_score,
         "chosen": chosen,
     }
 
@@ -106,16 +106,16 @@ def rft_history(stages=5, steps=8, skipped=(0,)):
             "time/reference": 1.0,
         }
         kept = {
-            "holdout/accuracy": 0.53 + 0.03 * stage,
-            "holdout/reward": REWARDS[stage] + noise,
-            "holdout/kl": KLS[stage],
-            "holdout/gold": GOLD[stage],
-            "holdout/gold_gap": 0.3 - 0.05 * stage,
+            "validation/accuracy": 0.53 + 0.03 * stage,
+            "validation/reward": REWARDS[stage] + noise,
+            "validation/kl": KLS[stage],
+            "validation/verifier_score": GOLD[stage],
+            "validation/verifier_gap": 0.3 - 0.05 * stage,
             "preference/accuracy": 0.6 + noise,
-            "time/holdout": 2.0,
+            "time/validation": 2.0,
         }
         samples = {
-            "samples/cut_fraction": 0.02 * stage,
+            "samples/truncated_fraction": 0.02 * stage,
             "samples/distinct_1": 0.3 - 0.02 * stage,
             "samples/distinct_2": 0.7 - 0.04 * stage,
             "length/demonstrations": 40.0,
@@ -134,7 +134,7 @@ def rft_history(stages=5, steps=8, skipped=(0,)):
 
 
 def rft(found=None, **more):
-    time = {"sampling": 15.0, "reference": 5.0, "reward": 20.0, "holdout": 10.0, "training": 48.0, "total": 98.0}
+    time = {"sampling": 15.0, "reference": 5.0, "reward": 20.0, "validation": 10.0, "training": 48.0, "total": 98.0}
     more = {"settings": {"beta": 0.1, "num_samples": 4}, "selection": HACKED, "time_s": time} | more
     return run("rft", "rft", evaluation=found, **{"history": rft_history(), **more})
 
@@ -241,10 +241,10 @@ class TestVerdicts:
 
     def test_unequal_budget(self):
         control = run("continued-sft", evaluation=evaluation(scores(30)))
-        method = run("irft", evaluation=evaluation(scores(30)), demonstration_passes=6.0)
+        method = run("irft", evaluation=evaluation(scores(30)), demonstration_epochs=6.0)
         expected = "Not an equal budget: irft made 6 demonstration passes, continued-sft 3."
         assert expected in sentences(control, method)
-        assert expected not in sentences(control, method | {"demonstration_passes": 3.1})
+        assert expected not in sentences(control, method | {"demonstration_epochs": 3.1})
 
     @pytest.mark.parametrize(("logp", "collapsed"), [(-10.9, False), (-11.1, True), (-5.0, False)])
     def test_collapse(self, logp, collapsed):
@@ -267,11 +267,11 @@ class TestVerdicts:
         kept, hacking = sentences(rft())[1:]
         assert kept == (
             "rft kept the policy after 3 stages: held-out learned reward 1.50 at 3.40 nats KL, objective (reward/scale − β·KL) "
-            "1.16 against 0.00 at the start, gold score 0.55 against 0.40."
+            "1.16 against 0.00 at the start, verifier score 0.55 against 0.40."
         )
         assert hacking == (
             "Reward hacking in rft: from the start to the policy after 5 stages the held-out learned reward rose from 0.00 "
-            "(95% interval −0.25 to 0.25) to 2.30 (95% interval 2.05 to 2.55), but the gold score fell from 0.40 to 0.30."
+            "(95% interval −0.25 to 0.25) to 2.30 (95% interval 2.05 to 2.55), but the verifier score fell from 0.40 to 0.30."
         )
 
     def test_the_start_was_kept(self):
@@ -282,10 +282,11 @@ class TestVerdicts:
         ]
 
     @pytest.mark.parametrize(
-        ("reward", "gold", "hacked"), [(0.6, 0.39, True), (0.4, 0.3, False), (0.6, 0.4, False), (0.6, None, False)]
+        ("reward", "verifier_score", "hacked"),
+        [(0.6, 0.39, True), (0.4, 0.3, False), (0.6, 0.4, False), (0.6, None, False)],
     )
-    def test_hacking_is_a_sure_rise_of_the_reward_and_a_fall_of_the_gold_score(self, reward, gold, hacked):
-        pair = [candidate(0, 0.0, 0.0, 0.4, chosen=True), candidate(1, reward, 1.0, gold)]
+    def test_hacking_is_a_sure_rise_of_the_reward_and_a_fall_of_the_gold_score(self, reward, verifier_score, hacked):
+        pair = [candidate(0, 0.0, 0.0, 0.4, chosen=True), candidate(1, reward, 1.0, verifier_score)]
         assert hacked == any(text.startswith("Reward hacking") for text in sentences(rft(selection=pair)))
 
     def test_names_must_differ(self):
@@ -432,7 +433,7 @@ class TestPage:
             "samples": [sample],
             "history": [{"step": 1, EVIL: 1.0, "loss": 0.5}, {"step": 2, EVIL: 2.0}],
         }
-        control = run(EVIL, "continued-sft", evaluation=five_runs[1]["evaluation"], demonstration_passes=9.0)
+        control = run(EVIL, "continued-sft", evaluation=five_runs[1]["evaluation"], demonstration_epochs=9.0)
         for runs in ([evil], [evil, *five_runs[:2]], [control, five_runs[3]]):
             page = render(runs)
             assert "script" not in {tag for tag, _ in parse(page)}
@@ -458,19 +459,19 @@ class TestPage:
     def test_rft(self):
         page = render([rft()])
         parse(page)
-        for heading in ("Learned reward against gold score", "Learned reward", "Policy"):
+        for heading in ("Learned reward against verifier score", "Learned reward", "Policy"):
             assert re.search(f"<h[23]>{heading}</h", page)
         assert "Everything else" not in page  # every key that RFT logs has a title
-        for part in ("sampling", "reference", "reward", "holdout", "training"):
+        for part in ("sampling", "reference", "reward", "validation", "training"):
             assert f">{part}</span>" in page
         assert ">reward</span>" not in render([run("irft")])
         assert "<h2>Learned reward" not in render([run("irft")])
 
     def test_candidates_without_a_verifier(self):
-        page = render([rft(selection=[{**each, "gold": None} for each in HACKED])])
+        page = render([rft(selection=[{**each, "verifier_score": None} for each in HACKED])])
         assert "<h2>Learned reward of the candidates</h2>" in page
         assert "By distance from the start" in page
-        assert "gold score, dashed" not in page
+        assert "verifier score, dashed" not in page
 
     def test_settings(self, five_runs):
         page = render(five_runs)
@@ -483,7 +484,7 @@ class TestPage:
         assert ">batch_size<" in single
 
     def test_a_run_with_nothing_in_it(self):
-        page = render([run("irft", time_s=None, peak_memory_bytes=None, demonstration_passes=None)])
+        page = render([run("irft", time_s=None, peak_memory_bytes=None, demonstration_epochs=None)])
         parse(page)
         for heading in ("Summary", "Curves", "Time", "Samples"):
             assert f"<h2>{heading}</h2>" not in page
@@ -498,7 +499,7 @@ class TestPage:
         parse(render(five_runs))
         terminal(five_runs)
 
-    def test_a_run_has_its_colour_everywhere(self, five_runs):
+    def test_a_run_has_its_color_everywhere(self, five_runs):
         page = render(five_runs)
         spin = re.findall(r'style="--c:var\((--run-\d)\)"[^<]*>spin<', page)
         assert set(spin) == {"--run-2"}
@@ -506,7 +507,7 @@ class TestPage:
 
 
 class TestCharts:
-    def test_colours_come_from_the_page(self, five_runs):
+    def test_colors_come_from_the_page(self, five_runs):
         svg = charts.curve(five_runs, "loss")
         assert svg is not None
         assert all(f"var(--run-{index})" in svg for index in range(5))
@@ -574,9 +575,9 @@ class TestCharts:
         svg = charts.candidate_scores(rft(), 2, "kl")
         assert svg is not None
         assert not re.search(r"(fill|stroke): #", svg)
-        assert "gold score, dashed" in svg
+        assert "verifier score, dashed" in svg
         assert "var(--run-2)" in svg
-        broken = [{**each, "kl": math.nan, "gold": math.nan} for each in HACKED]
+        broken = [{**each, "kl": math.nan, "verifier_score": math.nan} for each in HACKED]
         assert charts.candidate_scores(rft(selection=broken), 0, "kl") is not None
         assert charts.candidate_scores(rft(selection=HACKED[:1]), 0, "stage") is None
         assert charts.candidate_scores(run("irft"), 0, "stage") is None
@@ -587,7 +588,7 @@ class TestCharts:
             assert svg is not None
             return re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill-opacity: 0; stroke', svg)
 
-        chosen, rewards_only = rings(HACKED), rings([{**each, "gold": None} for each in HACKED])
+        chosen, rewards_only = rings(HACKED), rings([{**each, "verifier_score": None} for each in HACKED])
         assert len(set(chosen)) == 1
         assert (len(chosen), len(rewards_only)) == (2, 1)
         assert rings([{**each, "chosen": False} for each in HACKED]) == []
@@ -609,12 +610,12 @@ class TestModelCard:
         assert "from demonstrations and preference pairs by" in card
         assert "5 stages: at the start of each, 4 completion(s) a prompt were sampled" in card
         assert "in 4 of the stages the policy was then improved with that reward by leave-one-out REINFORCE" in card
-        assert "These are the weights after 3 of them, chosen on rows kept from training." in card
+        assert "These are the weights after 3 of them, chosen on validation rows." in card
         assert "raised the demonstrations over them" not in card
 
     def test_rft_with_other_advantages(self):
-        card = model_card(rft(settings={"num_samples": 4, "advantages": "group_normalised"}))
-        assert "by REINFORCE with group-normalised advantages under a KL penalty to the start" in card
+        card = model_card(rft(settings={"num_samples": 4, "advantages": "group_normalized"}))
+        assert "by REINFORCE with group-normalized advantages under a KL penalty to the start" in card
         assert "leave-one-out" not in card
 
     def test_rft_that_kept_its_start(self):

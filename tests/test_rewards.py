@@ -9,18 +9,15 @@ from trl import RLOOConfig, RLOOTrainer
 
 from tutelage.data import Tokenization
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.groups import Completion, Group, Kind, pair_indices
-from tutelage.logprobs import cached_logps
+from tutelage.groups import Completion, Group, Role, pair_indices
 from tutelage.losses import reward_loss
-from tutelage.models import WeightSet, base_causal_lm, load_weights, save_weights, without_dropout
+from tutelage.models.loading import base_causal_lm
+from tutelage.models.modes import without_dropout
+from tutelage.models.weights import WeightSet, load_weights, save_weights
 from tutelage.rewards import ExplicitReward, ImplicitReward
-from tutelage.rewards.fitting import (
-    RewardFitter,
-    RewardObjective,
-    contrast,
-    policy_rewards,
-    reward_scale,
-)
+from tutelage.rewards.comparisons import contrast, policy_rewards, reward_scale
+from tutelage.rewards.fitting import RewardFitter, RewardObjective
+from tutelage.scoring.logps import cached_logps
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
 
@@ -73,7 +70,7 @@ def random_groups():
         return tuple(torch.randint(3, 97, (length,), generator=generator).tolist())
 
     return [
-        Group(tokens(prompt), tuple(Completion(tokens(n), Kind.SAMPLE, ended=False) for n in lengths))
+        Group(tokens(prompt), tuple(Completion(tokens(n), Role.SAMPLE, finished=False) for n in lengths))
         for prompt, lengths in ((9, (5, 3, 7)), (3, (4, 1)), (12, (2,)))
     ]
 
@@ -121,7 +118,7 @@ def test_tree_equals_padded_equals_head_times_last_hidden_state(architecture, ba
         (truth * weights).sum().backward()
     gradients["truth"] = [parameter.grad.clone() for parameter in reward.parameters]
     assert truth.std() > 0.1
-    for layout in ("tree", "padded"):
+    for layout in ("shared_prefix", "padded"):
         reward.layout = layout
         torch.testing.assert_close(reward.score(GROUPS), truth.detach(), atol=1e-5, rtol=1e-5)
         for parameter in reward.parameters:
@@ -204,11 +201,11 @@ def test_where_eos_pads_an_exported_full_model_reads_it_or_refuses(tmp_path):
     model = tiny_model(vocab_size=len(tokenizer), pad_token_id=None)
     reward = learned(model, shared=False, pad_token_id=eos)
     reward.save_pretrained(tmp_path, tokenizer)
-    ended = [Completion((5, 6, eos), Kind.SAMPLE, True), Completion((7, eos), Kind.SAMPLE, True)]
+    finished = [Completion((5, 6, eos), Role.SAMPLE, True), Completion((7, eos), Role.SAMPLE, True)]
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
     with torch.no_grad():
-        scores = torch.cat([plain(torch.tensor([[8, 9, *answer.token_ids]])).logits[:, 0] for answer in ended])
-        torch.testing.assert_close(scores, reward.score([Group((8, 9), tuple(ended))]), atol=1e-5, rtol=1e-5)
+        scores = torch.cat([plain(torch.tensor([[8, 9, *answer.token_ids]])).logits[:, 0] for answer in finished])
+        torch.testing.assert_close(scores, reward.score([Group((8, 9), tuple(finished))]), atol=1e-5, rtol=1e-5)
         with pytest.raises(ValueError, match="no padding token"):
             plain(torch.tensor([[8, 9, 5, 6, eos], [8, 9, 7, eos, eos]]))
 
@@ -347,7 +344,7 @@ def test_an_exported_reward_scores_the_same_tokens_alike_in_trl(training):
     end_of_turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert len(set(rows)) > 1
     assert all(row[: len(prompt)] == prompt and row[-1] == end_of_turn for row in rows)
-    completions = tuple(Completion(row[len(prompt) :], Kind.SAMPLE, ended=True) for row in rows)
+    completions = tuple(Completion(row[len(prompt) :], Role.SAMPLE, finished=True) for row in rows)
     ours = ExplicitReward.from_pretrained(export).score([Group(prompt, completions)])
     torch.testing.assert_close(ours, fed["scores"], atol=1e-5, rtol=1e-5)
     [logged] = [
@@ -363,7 +360,7 @@ def test_an_exported_reward_scores_the_same_tokens_alike_in_trl(training):
 PLANTED = 3
 
 
-def planted_groups(count=96, *, samples=2, seed=0, kinds=(Kind.DEMONSTRATION, Kind.SAMPLE)):
+def planted_groups(count=96, *, samples=2, seed=0, kinds=(Role.DEMONSTRATION, Role.SAMPLE)):
     """Demonstrations hold a token that samples don't, anywhere but at the end."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -454,7 +451,7 @@ def test_neither_the_base_nor_the_policy_notices_the_reward_phase(base):
 def test_a_resumed_phase_equals_an_uninterrupted_one(base, tmp_path):
     """Two phases with preferences; in between everything is written, and read by objects made anew."""
     groups = [planted_groups(10, seed=seed) for seed in (0, 1)]
-    preferences = planted_groups(7, samples=1, seed=2, kinds=(Kind.PREFERRED, Kind.REJECTED))
+    preferences = planted_groups(7, samples=1, seed=2, kinds=(Role.PREFERRED, Role.REJECTED))
 
     def made():
         reward = fresh(base)
@@ -480,7 +477,7 @@ def test_a_resumed_phase_equals_an_uninterrupted_one(base, tmp_path):
     forgetful, fitting = made()
     load_weights(forgetful.parameters, tmp_path / "reward.safetensors")
     fitting.fit(groups[1], phase=1, passes=2)
-    assert not torch.equal(forgetful.head.weight, reward.head.weight), "the state of the optimiser matters"
+    assert not torch.equal(forgetful.head.weight, reward.head.weight), "the state of the optimizer matters"
 
 
 def test_phases_differ_in_the_order_of_their_groups(base):
@@ -561,7 +558,7 @@ def test_micro_batches_change_nothing(base):
 
 
 def test_preferences_enter_the_gradient_with_their_weight(base):
-    preferences = planted_groups(10, samples=1, seed=4, kinds=(Kind.PREFERRED, Kind.REJECTED))
+    preferences = planted_groups(10, samples=1, seed=4, kinds=(Role.PREFERRED, Role.REJECTED))
     of_demonstrations, facts = movement(base, UNEVEN)
     of_preferences, same = movement(
         base, UNEVEN, objective=RewardObjective(demonstration_weight=0.0), preferences=preferences
@@ -620,17 +617,17 @@ def test_numbers_that_are_not_finite_stop_before_a_weight_moves(what, base):
 
 
 def completions(*answers):
-    """(tokens, ended): the first a demonstration, the rest samples."""
+    """(tokens, finished): the first a demonstration, the rest samples."""
     return tuple(
-        Completion(ids, Kind.SAMPLE if index else Kind.DEMONSTRATION, ended)
-        for index, (ids, ended) in enumerate(answers)
+        Completion(ids, Role.SAMPLE if index else Role.DEMONSTRATION, finished)
+        for index, (ids, finished) in enumerate(answers)
     )
 
 
 def test_contrast_leaves_out_what_a_look_at_the_last_token_tells_apart():
     group = Group((1,), completions(((5, 2), True), ((6, 2), True), ((5, 2), True), ((7, 8), False)), row=4)
-    for cut_samples in ("floor", "drop"):
-        assert contrast(group, cut_samples) == group.select([0, 1])
+    for truncated_samples in ("floor", "drop"):
+        assert contrast(group, truncated_samples) == group.select([0, 1])
     assert contrast(group, "score") == group.select([0, 1, 3])
     cut = Group((1,), completions(((5, 6), False), ((6, 2), True), ((7, 8), False)))
     assert contrast(cut, "floor") == cut.select([0, 2])
@@ -658,20 +655,20 @@ def test_contrast_keeps_what_is_known_about_the_completions():
 
 
 @pytest.mark.parametrize(
-    ("cut_samples", "ended", "expected"),
+    ("truncated_samples", "finished", "expected"),
     [
-        ("floor", [True, False, True], [1.0, 1.0, 2.0]),  # the cut one has 3.0, the worst that ended 1.0
+        ("floor", [True, False, True], [1.0, 1.0, 2.0]),  # the cut one has 3.0, the worst that finished 1.0
         ("floor", [True, True, True], [1.0, 3.0, 2.0]),
         ("floor", [False, False, False], [None, None, None]),  # the reward has compared no cut answer with a whole one
         ("drop", [True, False, True], [1.0, None, 2.0]),
         ("score", [True, False, False], [1.0, 3.0, 2.0]),
     ],
 )
-def test_cut_samples_in_the_policy_phase(cut_samples, ended, expected):
-    samples = tuple(Completion((5, index), Kind.SAMPLE, whole) for index, whole in enumerate(ended))
-    demonstration = Completion((9,), Kind.DEMONSTRATION, ended=True)
+def test_cut_samples_in_the_policy_phase(truncated_samples, finished, expected):
+    samples = tuple(Completion((5, index), Role.SAMPLE, whole) for index, whole in enumerate(finished))
+    demonstration = Completion((9,), Role.DEMONSTRATION, finished=True)
     group = Group((1,), (demonstration, *samples), rewards=(7.0, 1.0, 3.0, 2.0))
-    assert policy_rewards(group, cut_samples) == expected
+    assert policy_rewards(group, truncated_samples) == expected
 
 
 def test_rewards_are_scaled_down_by_their_spread_within_a_prompt_and_never_up():

@@ -1,4 +1,4 @@
-"""RFT on tiny models: the loss, who moves when, the gate, the rows kept from training, the choice, what is exported."""
+"""RFT on tiny models: the loss, who moves when, the gate, the validation rows, the choice, what is exported."""
 
 import copy
 import json
@@ -21,28 +21,28 @@ from tutelage.algorithms import RFTConfig
 from tutelage.cli import main
 from tutelage.data import Tokenization
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.evaluation.candidates import Candidate, compare
-from tutelage.groups import Completion, Group, Kind
-from tutelage.logprobs import cached_logps, completion_logps
-from tutelage.models import base_causal_lm, load_model, load_tokenizer
-from tutelage.reward_stage_trainer import _INITIAL_POLICY
+from tutelage.groups import Completion, Group, Role
+from tutelage.models.loading import base_causal_lm, load_model, load_tokenizer
 from tutelage.sampling import TransformersSampler
 from tutelage.sampling.base import Sample
+from tutelage.scoring.logps import cached_logps, completion_logps
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
+from tutelage.training.reward_phase import _INITIAL_POLICY
+from tutelage.training.selection import Candidate, compare
 
 # Two stages of two steps on 16 rows, 4 kept. Random policies do not end by themselves, so that a reward finds soon
 # enough what demonstrations have and samples have not.
 QUICK = {
     "stages_per_epoch": 2,
     "num_samples": 2,
-    "holdout_rows": 4,
+    "validation_rows": 4,
     "reward_warmup_stages": 0,
     "reward_learning_rate": 1e-2,
     "reward_batch_size": 4,
-    "reward_passes": 1,
+    "reward_epochs": 1,
     "early_stopping": "never",
-    "cut_samples": "score",
+    "truncated_samples": "score",
     "beta": 0.01,
 }
 
@@ -83,17 +83,17 @@ def plant(trainer, of):
 
 def over_samples(completion):
     """Demonstrations are over samples, which differ."""
-    return 2.0 if completion.kind == Kind.DEMONSTRATION else spread(completion)
+    return 2.0 if completion.role == Role.DEMONSTRATION else spread(completion)
 
 
 class Scripted:
-    """A sampler whose answers are given: (tokens, whether it ended) of each sample of a row."""
+    """A sampler whose answers are given: (tokens, whether it finished) of each sample of a row."""
 
     def __init__(self, answers):
         self.answers = answers
 
     def sample(self, prompts, params, *, num_samples=1, rows=None, stage=0, on_finished=None):
-        return [[Sample(ids, (0.0,) * len(ids), ended) for ids, ended in self.answers(row)] for row in rows]
+        return [[Sample(ids, (0.0,) * len(ids), finished) for ids, finished in self.answers(row)] for row in rows]
 
 
 def trained_on(trainer):
@@ -141,13 +141,13 @@ def by_hand(advantages, kl):
 
 
 @pytest.mark.parametrize("kl", ["reward", "loss"])
-@pytest.mark.parametrize("advantages", ["leave_one_out", "group_normalised"])
+@pytest.mark.parametrize("advantages", ["leave_one_out", "group_normalized"])
 def test_the_loss_of_a_step_by_hand(training, advantages, kl):
     trainer = make(training, advantages=advantages, kl=kl, beta=BETA, clip_range=CLIP)
     groups = [
         Group(
             (1,),
-            tuple(Completion((5, i), Kind.SAMPLE, ended=True) for i, _ in enumerate(rewards)),
+            tuple(Completion((5, i), Role.SAMPLE, finished=True) for i, _ in enumerate(rewards)),
             old_logps=tuple(old),
             reference_logps=tuple(reference),
             rewards=tuple(rewards),
@@ -258,13 +258,13 @@ def test_a_policy_phase_left_out_moves_nothing_by_momentum_or_decay(training, op
 
 
 def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "tutelage.reward_stage_trainer"]
+    return [record.getMessage() for record in caplog.records if record.name == "tutelage.training.reward_phase"]
 
 
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        (lambda c: -over_samples(c), r"does not beat chance on the rows kept from training: accuracy 0.00"),
+        (lambda c: -over_samples(c), r"does not beat chance on the validation rows: accuracy 0.00"),
         (spread, r"does not beat chance.*: accuracy 0\.\d\d \(0\.\d\d to"),
         (lambda c: 1.0, "the reward is the same for all samples"),
     ],
@@ -284,7 +284,7 @@ def test_a_reward_that_knows_nothing_moves_no_policy(training, caplog, reward, s
 
 
 def test_a_warm_up_is_no_warning_and_a_saturated_reward_is_one(training, caplog):
-    trainer = run(training, reward_warmup_stages=9, early_stopping="saturated", saturation=0.51, reward_passes=4)
+    trainer = run(training, reward_warmup_stages=9, early_stopping="saturated", saturation=0.51, reward_epochs=4)
     assert phases(trainer) == [0, 0]
     said = warnings_of(caplog)
     assert said
@@ -295,15 +295,15 @@ def test_a_warm_up_is_no_warning_and_a_saturated_reward_is_one(training, caplog)
 
 def test_samples_that_are_all_cut_teach_nothing_and_that_is_said(training, caplog):
     trainer = run(
-        training, cut_samples="floor", options={"sampler": Scripted(lambda row: [ANSWERS[1], ((7,) * 8, False)])}
+        training, truncated_samples="floor", options={"sampler": Scripted(lambda row: [ANSWERS[1], ((7,) * 8, False)])}
     )
-    assert history(trainer, "samples/cut_fraction") == [1, 1]
+    assert history(trainer, "samples/truncated_fraction") == [1, 1]
     assert phases(trainer) == [0, 0]
-    assert "raise --max_completion_length or use --cut_samples score" in warnings_of(caplog)[0]
+    assert "raise --max_completion_length or use --truncated_samples score" in warnings_of(caplog)[0]
     assert not (trainer.store.path(0) / "reward.safetensors").exists()
 
 
-# --- rows kept from training ---------------------------------------------------------------------------------------------
+# --- validation rows ---------------------------------------------------------------------------------------------
 
 
 def talks(count):
@@ -338,22 +338,22 @@ def test_kept_rows_train_neither_policy_nor_reward(training, kind):
     trainer.train()
     assert set(phases(trainer)) == {1}
     # The policy phase trains on samples alone, so there the prompt tells.
-    kept = {group.prompt_ids for group in trainer.holdout.groups}
+    kept = {group.prompt_ids for group in trainer.validation.groups}
     assert len(kept) == (8 if kind == "all turns" else 4)
     assert all(len(seen) > 8 and kept.isdisjoint(group.prompt_ids for group in seen) for seen in (policy, reward))
     everything = 24 if kind == "all turns" else 20
     assert len({group.prompt_ids for group in reward}) == everything - len(kept), "all others do"
-    recorded = {group.prompt_ids for group in trainer.store.groups(0, "holdout")}
+    recorded = {group.prompt_ids for group in trainer.store.groups(0, "validation")}
     assert recorded == kept
 
 
 def test_how_many_rows_are_kept(training):
-    settings = {**QUICK, "holdout_rows": None}
-    assert len(training.trainer("rft", data=training.rows(40), **settings).holdout.groups) == 16
-    assert len(training.trainer("rft", data=training.rows(200), **settings).holdout.groups) == 20
-    assert len(training.trainer("rft", data=training.rows(1300), **settings).holdout.groups) == 128
-    other = training.trainer("rft", data=training.rows(40), seed=1, **settings).holdout.groups
-    assert other != training.trainer("rft", data=training.rows(40), **settings).holdout.groups
+    settings = {**QUICK, "validation_rows": None}
+    assert len(training.trainer("rft", data=training.rows(40), **settings).validation.groups) == 16
+    assert len(training.trainer("rft", data=training.rows(200), **settings).validation.groups) == 20
+    assert len(training.trainer("rft", data=training.rows(1300), **settings).validation.groups) == 128
+    other = training.trainer("rft", data=training.rows(40), seed=1, **settings).validation.groups
+    assert other != training.trainer("rft", data=training.rows(40), **settings).validation.groups
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ class Judged:
         value = None if stage is None else self.values(self.trainer.stage).get(stage, 0.0)
         return [
             tuple(
-                99.0 if c.kind == Kind.DEMONSTRATION else spread(c) if value is None else value for c in g.completions
+                99.0 if c.role == Role.DEMONSTRATION else spread(c) if value is None else value for c in g.completions
             )
             for g in groups
         ]
@@ -399,7 +399,7 @@ def test_the_best_candidate_is_what_is_exported(training, best):
     assert chosen(trainer) == best
     assert_same_weights(trainer.policy, models[best])
     assert all(distance(models[best], model) > 1e-5 for stage, model in enumerate(models) if stage != best)
-    groups = trainer.store.groups(best, "holdout")
+    groups = trainer.store.groups(best, "validation")
     found = torch.tensor(cached_logps(trainer.policy, groups))
     torch.testing.assert_close(found, torch.tensor([g.old_logps for g in groups]), atol=1e-4, rtol=0)
 
@@ -450,13 +450,13 @@ def test_candidates_are_compared_on_one_scale():
             return torch.tensor([reward for group in groups for reward in group.rewards])
 
     def candidate(stage, *samples):
-        completions = tuple(Completion((i + 1,), Kind.SAMPLE, ended=True) for i in range(3))
+        completions = tuple(Completion((i + 1,), Role.SAMPLE, finished=True) for i in range(3))
         zero = (0.0,) * 3
         groups = [Group((1,), completions, reference_logps=zero, old_logps=zero, rewards=(20.0, *samples))] * 4
         return Candidate(stage, groups)
 
     first, second = compare(
-        [candidate(0, 10.0, 10.5), candidate(1, 11.0, 17.0)], Given(), beta=0.1, cut_samples="score"
+        [candidate(0, 10.0, 10.5), candidate(1, 11.0, 17.0)], Given(), beta=0.1, truncated_samples="score"
     )
     assert second.reward.mean > first.reward.mean
     assert second.objective > first.objective
@@ -472,12 +472,15 @@ PLANTED = {(9, 10, 2): 0.1, (9, 11, 8): 0.3, (9, 12, 2): 0.2}
 
 
 @pytest.mark.parametrize(
-    ("cut_samples", "rewards", "compared"),
+    ("truncated_samples", "rewards", "compared"),
     [("floor", [0.1, 0.1, 0.2], 2), ("score", [0.1, 0.3, 0.2], 3), ("drop", [0.1, 0.2], 2)],
 )
-def test_cut_samples(training, cut_samples, rewards, compared):
+def test_cut_samples(training, truncated_samples, rewards, compared):
     trainer = make(
-        training, cut_samples=cut_samples, num_samples=3, options={"sampler": Scripted(lambda row: ANSWERS)}
+        training,
+        truncated_samples=truncated_samples,
+        num_samples=3,
+        options={"sampler": Scripted(lambda row: ANSWERS)},
     )
     plant(trainer, lambda c: PLANTED.get(c.token_ids, 0.9))
     policy, reward = trained_on(trainer)
@@ -486,16 +489,16 @@ def test_cut_samples(training, cut_samples, rewards, compared):
     assert len(policy) == len(reward) == 16
     assert all(group.rewards == pytest.approx(rewards) for group in policy)
     assert all(len(group.completions) == 1 + compared for group in reward)
-    assert {c.kind for group in policy for c in group.completions} == {Kind.SAMPLE}
+    assert {c.role for group in policy for c in group.completions} == {Role.SAMPLE}
     # In the choice among policies a sample that was left out counts as the worst of all, 0.1.
-    mean = (0.1 + 0.3 + 0.2) / 3 if cut_samples == "score" else (0.1 + 0.1 + 0.2) / 3
-    assert history(trainer, "holdout/reward")[0] == pytest.approx(mean)
+    mean = (0.1 + 0.3 + 0.2) / 3 if truncated_samples == "score" else (0.1 + 0.1 + 0.2) / 3
+    assert history(trainer, "validation/reward")[0] == pytest.approx(mean)
 
 
 def test_a_prompt_with_one_sample_left_is_left_out(training):
     cut = [ANSWERS[0], ((9, 11, 8), False)]
     trainer = make(
-        training, cut_samples="drop", options={"sampler": Scripted(lambda row: cut if row % 2 else [cut[0]] * 2)}
+        training, truncated_samples="drop", options={"sampler": Scripted(lambda row: cut if row % 2 else [cut[0]] * 2)}
     )
     plant(trainer, lambda c: PLANTED.get(c.token_ids, 0.9))
     policy, _ = trained_on(trainer)
@@ -522,12 +525,12 @@ PAIRS = [{"prompt": f"Is {i}?", "chosen": f" Yes, {i}.", "rejected": f" No, {i}.
 
 def test_preference_pairs_teach_the_reward(training):
     options = {"preference_dataset": Dataset.from_list(PAIRS)}
-    trainer = run(training, options=options, demonstration_weight=0.0, num_train_epochs=2, reward_passes=4)
+    trainer = run(training, options=options, demonstration_weight=0.0, num_train_epochs=2, reward_epochs=4)
     assert len(trainer.fitter.preferences) == 6
     assert history(trainer, "preference/accuracy")[-1] == 1.0
     groups = trainer.fitter.preferences
-    assert {group.completions[0].kind for group in groups} == {Kind.PREFERRED}
-    without = run(training, name="without", reward_passes=4)
+    assert {group.completions[0].role for group in groups} == {Role.PREFERRED}
+    without = run(training, name="without", reward_epochs=4)
     assert not history(without, "preference/accuracy")
     assert any(
         not torch.equal(a, b) for a, b in zip(trainer.reward.parameters, without.reward.parameters, strict=True)
@@ -563,7 +566,7 @@ def test_the_reward_may_learn_from_samples_of_the_start(training, adapter):
     assert len(reward) == 8 + 8 + 8
     assert {g.completions for g in found} < {g.completions for g in reward}
     sampled = [*trainer.store.groups(0), *groups, *found]
-    sampled += [g for stage in (0, 1, 2) for g in trainer.store.groups(stage, "holdout")]
+    sampled += [g for stage in (0, 1, 2) for g in trainer.store.groups(stage, "validation")]
     assert trainer.sampled_tokens == sum(len(c.token_ids) for g in sampled for c in g.completions[1:])
 
 
@@ -611,9 +614,9 @@ BAD_SETTINGS = {
     "one sample": ({"num_samples": 1}, r"'num_samples'.*1 is too few"),
     "replay": ({"replay_stages": 1}, r"'replay_stages'.*--reward_replay_stages"),
     "fp16": ({"fp16": True}, r"'fp16'.*--bf16"),
-    "no pass": ({"reward_passes": 0}, r"'reward_passes': must be at least 1, not 0"),
+    "no pass": ({"reward_epochs": 0}, r"'reward_epochs': must be at least 1, not 0"),
     "no step": ({"reward_steps": 0}, r"'reward_steps': must be at least 1"),
-    "no kept row": ({"holdout_rows": 0}, r"'holdout_rows': must be at least 1"),
+    "no kept row": ({"validation_rows": 0}, r"'validation_rows': must be at least 1"),
     "beta below 0": ({"beta": -0.1}, r"'beta': must not be below 0"),
     "warm-up below 0": ({"reward_warmup_stages": -1}, r"'reward_warmup_stages': must not"),
     "no reward rate": ({"reward_learning_rate": 0.0}, r"'reward_learning_rate': must be above 0"),
@@ -624,7 +627,7 @@ BAD_SETTINGS = {
     "reward loss": ({"reward_loss": "hinge"}, r"'reward_loss': must be one of logistic, linear"),
     "reward pairs": ({"reward_pairs": "all"}, r"'reward_pairs': must be one of"),
     "early stopping": ({"early_stopping": "yes"}, r"'early_stopping': must be one of"),
-    "cut samples": ({"cut_samples": "keep"}, r"'cut_samples': must be one of floor, score, drop"),
+    "cut samples": ({"truncated_samples": "keep"}, r"'truncated_samples': must be one of floor, score, drop"),
     "advantages": ({"advantages": "none"}, r"'advantages': must be one of"),
     "kl": ({"kl": "none"}, r"'kl': must be one of reward, loss"),
 }
@@ -638,10 +641,12 @@ def test_settings_that_make_no_sense(tmp_path, case):
 
 
 def test_too_few_rows(training):
-    with pytest.raises(UserError, match=r"sums.jsonl, field 'holdout_rows': 4 of 7 rows would be kept from training"):
+    with pytest.raises(
+        UserError, match=r"sums.jsonl, field 'validation_rows': 4 of 7 rows would be kept from training"
+    ):
         make(training, data=training.rows(7), options={"source": "sums.jsonl"})
     with pytest.raises(UserError, match="16 of 20 rows"):
-        make(training, holdout_rows=None)
+        make(training, validation_rows=None)
     with pytest.raises(UserError, match="2 stages do not fit into an epoch of 1"):
         make(training, data=training.rows(8))
     with pytest.raises(UserError, match=r"every row is also among those kept"):
@@ -707,7 +712,7 @@ def test_a_reward_that_is_not_finite_stops_the_run(training, rate, passes):
     trainer = make(
         training,
         reward_learning_rate=rate,
-        reward_passes=passes,
+        reward_epochs=passes,
         save_strategy="steps",
         save_steps=1,
         reward_loss="linear",
@@ -773,7 +778,7 @@ def test_a_merged_policy_is_the_same_one(exported, tmp_path):
     whole.save_pretrained(tmp_path / "merged")
     merged = load_model(str(tmp_path / "merged"))
     assert not isinstance(merged, PeftModel)
-    groups = trainer.holdout.groups
+    groups = trainer.validation.groups
     found, expected = (torch.tensor(cached_logps(model, groups)) for model in (merged, trainer.policy))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
     tied = merged.config.tie_word_embeddings
@@ -807,11 +812,11 @@ def test_the_same_completion_gets_one_reward_everywhere(exported, tmp_path, caps
     groups = [
         Group(
             trainer.tokenization.prompt_ids(row["prompt"]),
-            (trainer.tokenization.completion(row["prompt"], row["completion"], Kind.DEMONSTRATION),),
+            (trainer.tokenization.completion(row["prompt"], row["completion"], Role.DEMONSTRATION),),
         )
         for row in rows
     ]
-    assert {group.completions[0].ended for group in groups} == {True, False}
+    assert {group.completions[0].finished for group in groups} == {True, False}
     expected = trainer.reward.score(groups)
     trainer.reward.model.eval()
     with torch.no_grad(), trainer.reward.active():
@@ -867,7 +872,7 @@ def chances(model, training, words):
     groups = [
         Group(
             tokenization.prompt_ids(question),
-            tuple(tokenization.completion(question, word, Kind.SAMPLE) for word in words),
+            tuple(tokenization.completion(question, word, Role.SAMPLE) for word in words),
         )
         for question in QUESTIONS
     ]
@@ -889,19 +894,19 @@ def test_a_planted_answer_is_learned(training, guesser, marks, seed):
         verifier=marks,
         num_train_epochs=3,
         num_samples=4,
-        holdout_rows=8,
+        validation_rows=8,
         reward_warmup_stages=1,
         learning_rate=5e-3,
-        cut_samples="floor",
-        reward_passes=4,
+        truncated_samples="floor",
+        reward_epochs=4,
         beta=0.1,
     )
     after = chances(trainer.policy, training, WORDS)
     assert after[0] > before[0] + 0.2
-    gold = {entry["stage"]: entry["gold"] for entry in trainer.selection}
-    assert gold[chosen(trainer)] > gold[0] + 0.1
-    assert history(trainer, "holdout/gold")[0] == pytest.approx(gold[0])
-    assert history(trainer, "holdout/gold_gap")[-1] > 0
+    verifier_scores = {entry["stage"]: entry["verifier_score"] for entry in trainer.selection}
+    assert verifier_scores[chosen(trainer)] > verifier_scores[0] + 0.1
+    assert history(trainer, "validation/verifier_score")[0] == pytest.approx(verifier_scores[0])
+    assert history(trainer, "validation/verifier_gap")[-1] > 0
     assert trainer.record(name="x")["selection"] == trainer.selection
 
 
@@ -937,14 +942,14 @@ class FakeHub:
 def test_the_command_line(training, command, monkeypatch, guesser, marks):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setattr("tutelage.trainer.upload_folder", hub.upload_folder)
+    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
     data, pairs, out = (training.folder / name for name in ("rows.jsonl", "pairs.jsonl", "out"))
     rows = [{"prompt": question, "completion": WORDS[0]} for question in QUESTIONS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     pairs.write_text("".join(json.dumps(row) + "\n" for row in PAIRS), encoding="utf-8")
     length = ["--max_completion_length", 6, "--dtype", "float32"]
     arguments = ["rft", "--model_name_or_path", guesser, "--dataset_name", data, "--output_dir", out, "--use_peft"]
-    arguments += ["--holdout_rows", 8, "--reward_warmup_stages", 1, "--verifier", marks, "--bf16", "false", *length]
+    arguments += ["--validation_rows", 8, "--reward_warmup_stages", 1, "--verifier", marks, "--bf16", "false", *length]
     arguments += ["--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--stages_per_epoch", 3]
     arguments += ["--preference_dataset", pairs, "--eval_dataset_name", data, "--eval_rows", 8, "--logging_steps", 1]
     arguments += ["--reward_learning_rate", 1e-2, "--learning_rate", 1e-3]
@@ -959,9 +964,9 @@ def test_the_command_line(training, command, monkeypatch, guesser, marks):
     record = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert record["algorithm"] == "rft"
     assert sum(entry["chosen"] for entry in record["selection"]) == 1
-    assert all(entry["gold"] is not None for entry in record["selection"])
+    assert all(entry["verifier_score"] is not None for entry in record["selection"])
     assert record["evaluation"]["reward_accuracy"]["n"] <= 8
-    assert "gold" in (out / "report.html").read_text(encoding="utf-8").lower()
+    assert "verifier score" in (out / "report.html").read_text(encoding="utf-8").lower()
 
     weights_of = {name: (out / name / "adapter_model.safetensors").read_bytes() for name in ("policy", "reward")}
     command(*arguments, "--resume")
@@ -983,7 +988,7 @@ def test_the_command_line(training, command, monkeypatch, guesser, marks):
 
 def test_passes_go_over_the_samples_of_a_stage_again(training):
     """Each pass trains on the same scored samples; from the second on the policy is no longer the one that drew them."""
-    trainer, seen = make(training, policy_passes=3, per_device_train_batch_size=4, **SGD), []
+    trainer, seen = make(training, policy_epochs=3, per_device_train_batch_size=4, **SGD), []
     step_of, loss = trainer._step_of, trainer.loss
 
     def watched(groups, logps, counts):
@@ -1011,8 +1016,8 @@ def test_passes_go_over_the_samples_of_a_stage_again(training):
 
 def test_streamed_data_have_one_pass(training):
     data = training.rows(20).to_iterable_dataset()
-    with pytest.raises(UserError, match="policy_passes"):
-        make(training, data=data, policy_passes=2, max_steps=4)
+    with pytest.raises(UserError, match="policy_epochs"):
+        make(training, data=data, policy_epochs=2, max_steps=4)
 
 
 def test_neither_rows_nor_pairs_of_a_kept_prompt_train(training):
@@ -1024,7 +1029,7 @@ def test_neither_rows_nor_pairs_of_a_kept_prompt_train(training):
     ]
     data = Dataset.from_list(rows)
     trainer = make(training, data=data, options={"preference_dataset": data})
-    kept = {group.prompt_ids for group in trainer.holdout.groups}
+    kept = {group.prompt_ids for group in trainer.validation.groups}
     assert kept
     assert kept.isdisjoint(tuple(row["prompt_ids"]) for row in trainer.train_dataset)
     assert trainer.fitter.preferences

@@ -8,9 +8,9 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from tutelage.groups import Completion, Group, Kind
+from tutelage.groups import Completion, Group, Role
 from tutelage.losses import (
-    group_normalised_advantages,
+    group_normalized_advantages,
     kl_loss,
     leave_one_out_advantages,
     policy_gradient_loss,
@@ -38,19 +38,19 @@ def softplus(z):
             {"label_smoothing": 0.1},
             [0.9 * softplus(-0.8) + 0.1 * softplus(0.8), 0.9 * softplus(1.0) + 0.1 * softplus(-1.0), math.log(2)],
         ),
-        ({"centring": 0.01}, [softplus(-0.8) + 0.0144, softplus(1.0), math.log(2) + 0.16]),
+        ({"centering": 0.01}, [softplus(-0.8) + 0.0144, softplus(1.0), math.log(2) + 0.16]),
         (
-            {"margin": 0.5, "label_smoothing": 0.1, "centring": 0.01},
+            {"margin": 0.5, "label_smoothing": 0.1, "centering": 0.01},
             [
                 0.9 * softplus(-0.3) + 0.1 * softplus(0.3) + 0.0144,
                 0.9 * softplus(1.5) + 0.1 * softplus(-1.5),
                 0.9 * softplus(0.5) + 0.1 * softplus(-0.5) + 0.16,
             ],
         ),
-        ({"kind": "linear", "regularisation": 0.5}, [-0.8 + 0.26, 1 + 0.125, 2.0]),
+        ({"kind": "linear", "regularization": 0.5}, [-0.8 + 0.26, 1 + 0.125, 2.0]),
         ({"kind": "linear"}, [-0.8 + 0.52, 1 + 0.25, 4.0]),
         (
-            {"kind": "linear", "regularisation": 0.5, "margin": 0.5, "centring": 0.01},
+            {"kind": "linear", "regularization": 0.5, "margin": 0.5, "centering": 0.01},
             [-0.3 + 0.26 + 0.0144, 1.5 + 0.125, 0.5 + 2 + 0.16],
         ),
     ],
@@ -65,7 +65,7 @@ def test_the_gradient_raises_demonstrations_and_lowers_samples():
     cases = [
         ({}, [-s for s in slopes], slopes),
         ({"label_smoothing": 0.1}, [0.1 - s for s in slopes], [s - 0.1 for s in slopes]),
-        ({"kind": "linear", "regularisation": 0.1}, [-0.9, -1.05, -0.8], [1.02, 1.05, 1.2]),
+        ({"kind": "linear", "regularization": 0.1}, [-0.9, -1.05, -0.8], [1.02, 1.05, 1.2]),
     ]
     for options, of_first, of_others in cases:
         first, others = FIRST.clone().requires_grad_(), OTHERS.clone().requires_grad_()
@@ -74,8 +74,8 @@ def test_the_gradient_raises_demonstrations_and_lowers_samples():
         torch.testing.assert_close(others.grad, torch.tensor(of_others))
 
 
-@pytest.mark.parametrize("regularisation", [0.5, 2.0])
-def test_the_linear_loss_has_its_minimum_where_its_docstring_says(regularisation):
+@pytest.mark.parametrize("regularization", [0.5, 2.0])
+def test_the_linear_loss_has_its_minimum_where_its_docstring_says(regularization):
     """Answers 0 and 3 are only ever demonstrated or sampled: their rewards stand at the bounds ±1/ρ."""
     demonstrated = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     sampled = torch.tensor([0.0, 0.1, 0.4, 0.5], dtype=torch.float64)
@@ -84,20 +84,20 @@ def test_the_linear_loss_has_its_minimum_where_its_docstring_says(regularisation
 
     def expected_loss(rewards):
         losses = reward_loss(
-            rewards[first.flatten()], rewards[others.flatten()], kind="linear", regularisation=regularisation
+            rewards[first.flatten()], rewards[others.flatten()], kind="linear", regularization=regularization
         )
         return (losses * weights.flatten()).sum()
 
     rewards = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.SGD([rewards], lr=1.0 / regularisation)
+    optimizer = torch.optim.SGD([rewards], lr=1.0 / regularization)
     for _ in range(200):
         optimizer.zero_grad()
         expected_loss(rewards).backward()
         optimizer.step()
-    closed_form = (demonstrated - sampled) / (regularisation * (demonstrated + sampled))
+    closed_form = (demonstrated - sampled) / (regularization * (demonstrated + sampled))
     torch.testing.assert_close(rewards.detach(), closed_form)
-    assert closed_form[[0, 3]].tolist() == [1 / regularisation, -1 / regularisation]
-    assert closed_form.abs().max() <= 1 / regularisation
+    assert closed_form[[0, 3]].tolist() == [1 / regularization, -1 / regularization]
+    assert closed_form.abs().max() <= 1 / regularization
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_reward_loss_equals_that_of_trl(options, margin, training):
         ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
     assert sorted(sequences[:3]) == sorted(row["chosen_ids"] for row in rows)
-    completions = [Completion(tuple(ids[3:]), Kind.PREFERRED, ended=True) for ids in sequences]
+    completions = [Completion(tuple(ids[3:]), Role.PREFERRED, finished=True) for ids in sequences]
     model.zero_grad()
     rewards = ExplicitReward(model, model.score, layout="padded").rewards([Group(tuple(prompt), tuple(completions))])
     ours = reward_loss(
-        rewards[:3], rewards[3:], centring=options.get("center_rewards_coefficient", 0.0), margin=margin or 0.0
+        rewards[:3], rewards[3:], centering=options.get("center_rewards_coefficient", 0.0), margin=margin or 0.0
     ).mean()
     ours.backward()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
@@ -162,13 +162,13 @@ def test_leave_one_out_advantages_of_three_samples():
     torch.testing.assert_close(leave_one_out_advantages(2 * rewards + 7), torch.tensor([0.0, -9.0, 9.0]))
 
 
-def test_group_normalised_advantages_of_three_samples():
+def test_group_normalized_advantages_of_three_samples():
     """The mean of 1, 2, 6 is 3 and their standard deviation √((4 + 1 + 9)/2) = √7, which its scale cannot change."""
     rewards = torch.tensor([1.0, 2.0, 6.0])
     expected = torch.tensor([-2.0, -1.0, 3.0])
-    torch.testing.assert_close(group_normalised_advantages(rewards), expected / (7**0.5 + 1e-4))
-    torch.testing.assert_close(group_normalised_advantages(100 * rewards, epsilon=0), expected / 7**0.5)
-    assert group_normalised_advantages(torch.ones(3)).tolist() == [0, 0, 0]
+    torch.testing.assert_close(group_normalized_advantages(rewards), expected / (7**0.5 + 1e-4))
+    torch.testing.assert_close(group_normalized_advantages(100 * rewards, epsilon=0), expected / 7**0.5)
+    assert group_normalized_advantages(torch.ones(3)).tolist() == [0, 0, 0]
 
 
 def test_policy_gradient_loss_of_three_samples():
@@ -220,4 +220,4 @@ def test_shapes_that_differ_unknown_kinds_and_lone_samples_are_refused():
     with pytest.raises(ValueError, match="at least two samples"):
         leave_one_out_advantages(torch.ones(1))
     with pytest.raises(ValueError, match="at least two samples"):
-        group_normalised_advantages(torch.ones(1))
+        group_normalized_advantages(torch.ones(1))

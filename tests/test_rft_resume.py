@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from conftest import Training
 from test_resume import CountingSampler, KillAt, Killed, weights
 from tutelage.errors import UserError
-from tutelage.reward_stage_trainer import _KEPT_ROWS
+from tutelage.training.reward_phase import _KEPT_ROWS
 
 # 24 rows train: 6 steps in three stages, which begin at 0, 2 and 4. The first leaves the policy as it is. Dropout, order and learning
 # rate differ from step to step, so that a state which is not restored shows.
@@ -24,13 +24,13 @@ SETTINGS = {
     "save_total_limit": 3,
     "sampling_batch_size": 2,  # a record grows by four rows
     "num_samples": 2,
-    "holdout_rows": KEPT,
+    "validation_rows": KEPT,
     "reward_warmup_stages": 1,
     "reward_learning_rate": 1e-2,
-    "reward_passes": 2,
+    "reward_epochs": 2,
     "reward_batch_size": 4,
     "early_stopping": "never",
-    "cut_samples": "score",
+    "truncated_samples": "score",
     "beta": 0.01,
 }
 POLICIES = {
@@ -221,7 +221,7 @@ def test_policies_are_not_compared_on_other_rows_or_settings(training, change):
     killed_at(training, 4)
     settings = {"temperature": 0.5} if change == "temperature" else {"data": training.rows(40).select(range(8, 40))}
     resumed = make(training, **settings)
-    with pytest.raises(UserError, match=r"stage-0000/candidate.json: the rows kept.*differ"):
+    with pytest.raises(UserError, match=r"stage-0000/candidate.json: the validation rows.*differ"):
         resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
 
 
@@ -240,14 +240,14 @@ def test_a_record_of_the_start_of_something_else_is_thrown_away(training, change
     assert len(again.sampler.rows[_KEPT_ROWS]) == KEPT
     recorded = json.loads((again.store.path(0) / "candidate.json").read_text(encoding="utf-8"))
     assert recorded["settings"]["temperature"] == again.args.temperature
-    found = [(group.prompt_ids, group.completions[:1]) for group in again.store.groups(0, "holdout")]
-    assert found == [(group.prompt_ids, group.completions) for group in again.holdout.groups]
+    found = [(group.prompt_ids, group.completions[:1]) for group in again.store.groups(0, "validation")]
+    assert found == [(group.prompt_ids, group.completions) for group in again.validation.groups]
 
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(7, 6), (11, 9), (4, 4)])
 def test_killed_inside_the_passes_of_a_stage(training, step, checkpoint):
-    """Two passes of two steps a stage: stages begin at 0, 4 and 8."""
-    settings = {"policy_passes": 2}
+    """Two passes of two steps per stage: stages begin at 0, 4 and 8."""
+    settings = {"policy_epochs": 2}
     whole = make(training, "whole", **settings)
     whole.train()
     assert whole.state.global_step == 12

@@ -9,11 +9,11 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.groups import Group
-from tutelage.logprobs import completion_logps
-from tutelage.memory import keep_freed_memory
+from tutelage.models.memory import keep_freed_memory
 from tutelage.sampling import SamplingParams, TransformersSampler
 from tutelage.sampling.base import uniforms
 from tutelage.sampling.transformers import draw_tokens
+from tutelage.scoring.logps import completion_logps
 from tutelage.testing.models import tiny_model
 
 PARAMS = SamplingParams(max_completion_length=12, stop_ids=frozenset({2}))
@@ -32,7 +32,7 @@ def test_logps_equal_a_fresh_forward(architecture, temperature):
     prompts = random_prompts(9)
     params = SamplingParams(max_completion_length=12, stop_ids=frozenset(range(40, 50)), temperature=temperature)
     samples = TransformersSampler(model, batch_size=6).sample(prompts, params, num_samples=3)
-    assert {sample.ended for drawn in samples for sample in drawn} == {True, False}
+    assert {sample.finished for drawn in samples for sample in drawn} == {True, False}
     if temperature == 1:
         groups = [Group(p, tuple(s.completion for s in drawn)) for p, drawn in zip(prompts, samples, strict=True)]
         reported = torch.tensor([sum(s.token_logps) for drawn in samples for s in drawn])
@@ -86,10 +86,10 @@ def test_ends_at_a_stop_token_or_at_the_limit():
     samples = [drawn[0] for drawn in TransformersSampler(model).sample(prompts, params)]
     for sample in samples:
         assert not stop.intersection(sample.token_ids[:-1])
-        assert sample.ended == (sample.token_ids[-1] in stop)
-        assert sample.ended or len(sample.token_ids) == 6
+        assert sample.finished == (sample.token_ids[-1] in stop)
+        assert sample.finished or len(sample.token_ids) == 6
         assert len(sample.token_logps) == len(sample.token_ids)
-    assert 0 < sum(sample.ended for sample in samples) < 50
+    assert 0 < sum(sample.finished for sample in samples) < 50
 
 
 def test_finished_rows_leave_the_batch():

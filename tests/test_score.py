@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tutelage.cli import main
 from tutelage.data import Tokenization
-from tutelage.groups import Completion, Group, Kind
-from tutelage.models import load_model, load_tokenizer, run_part
+from tutelage.groups import Completion, Group, Role
+from tutelage.models.loading import load_model, load_tokenizer, run_part
 from tutelage.rewards import ExplicitReward
-from tutelage.stages import StageStore
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
+from tutelage.training.store import StageStore
 
 SUMS = [
     {"prompt": f"What is {i} + {i}?", "completion": [" ", " The answer is "][i % 2] + f"{2 * i}"} for i in range(6)
@@ -139,7 +139,7 @@ def classified(folder):
 
 def rewards(lines, kind):
     """Of the completions of one kind, a list for each row."""
-    return [[found["reward"] for found in line["completions"] if found["kind"] == kind] for line in lines]
+    return [[found["reward"] for found in line["completions"] if found["role"] == kind] for line in lines]
 
 
 def singles(lines, kind):
@@ -169,14 +169,16 @@ def test_explicit_reward_of_demonstrations(form, score, run, whole):
     truth, tokens = classified(folder), tokenization(folder)
     assert [line["row"] for line in lines] == list(range(6))
     for line, row in zip(lines, SUMS, strict=True):
-        expected = tokens.completion(row["prompt"], row["completion"], Kind.DEMONSTRATION)
+        expected = tokens.completion(row["prompt"], row["completion"], Role.DEMONSTRATION)
         (found,) = line["completions"]
         assert line["prompt"] == row["prompt"]
-        assert (found["kind"], found["text"]) == ("demonstration", tokens.text(expected.token_ids))
-        assert (found["ended"], found["tokens"]) == (expected.ended, len(expected.token_ids))
+        assert (found["role"], found["text"]) == ("demonstration", tokens.text(expected.token_ids))
+        assert (found["finished"], found["tokens"]) == (expected.finished, len(expected.token_ids))
         ids = tokens.prompt_ids(row["prompt"]) + expected.token_ids
         assert found["reward"] == pytest.approx(truth(ids), abs=1e-5)
-    assert {line["completions"][0]["ended"] for line in lines} == {True, False}, "the limit cuts some and not others"
+    assert {line["completions"][0]["finished"] for line in lines} == {True, False}, (
+        "the limit cuts some and not others"
+    )
     assert "6 rows: " in shown
     assert printed(shown, "mean reward, demonstration") == (about(singles(lines, "demonstration")), 6)
     assert "accuracy" not in shown
@@ -192,11 +194,11 @@ def test_preference_pairs(score, run):
     lines, shown = score(rows, "--reward", run)
     truth, tokens = classified(run / "reward"), tokenization(run / "reward")
     for line, row in zip(lines, PAIRS, strict=False):
-        assert [found["kind"] for found in line["completions"]] == ["preferred", "rejected"]
+        assert [found["role"] for found in line["completions"]] == ["preferred", "rejected"]
         for found, text in zip(line["completions"], (row["chosen"], row["rejected"]), strict=True):
-            ids = tokens.prompt_ids(row["prompt"]) + tokens.completion(row["prompt"], text, Kind.SAMPLE).token_ids
+            ids = tokens.prompt_ids(row["prompt"]) + tokens.completion(row["prompt"], text, Role.SAMPLE).token_ids
             assert found["reward"] == pytest.approx(truth(ids), abs=1e-5)
-    assert [found["kind"] for found in lines[-1]["completions"]] == ["demonstration"]
+    assert [found["role"] for found in lines[-1]["completions"]] == ["demonstration"]
     preferred, rejected = singles(lines, "preferred"), singles(lines, "rejected")
     wins = [better > worse for better, worse in zip(preferred, rejected, strict=True)]
     assert 0 < sum(wins) < 6
@@ -217,9 +219,9 @@ def test_samples(score, tutelage, run, tmp_path):
     for line, row in zip(lines, read(samples), strict=True):
         demonstration, *drawn = line["completions"]
         assert (line["row"], line["prompt"]) == (row["row"], row["prompt"])
-        assert (demonstration["kind"], {found["kind"] for found in drawn}) == ("demonstration", {"sample"})
+        assert (demonstration["role"], {found["role"] for found in drawn}) == ("demonstration", {"sample"})
         assert demonstration["reward"] == pytest.approx(truth(row["prompt_ids"] + row["demonstration_ids"]), abs=1e-5)
-        assert [found["ended"] for found in drawn] == row["ended"]
+        assert [found["finished"] for found in drawn] == row["finished"]
         for found, ids, text in zip(drawn, row["token_ids"], row["samples"], strict=True):
             assert (found["text"], found["tokens"]) == (text, len(ids))
             assert found["reward"] == pytest.approx(truth(row["prompt_ids"] + ids), abs=1e-5)
@@ -236,7 +238,7 @@ def test_samples_for_prompts_alone(score, tutelage, run, tmp_path):
     arguments = ["--dataset_name", prompts, "--output", samples, "--max_completion_length", 6]
     tutelage("sample", "--model_name_or_path", run, *arguments)
     lines, shown = score(samples, "--reward", run)
-    assert all([found["kind"] for found in line["completions"]] == ["sample"] for line in lines)
+    assert all([found["role"] for found in line["completions"]] == ["sample"] for line in lines)
     assert "demonstration" not in shown
 
 
@@ -246,11 +248,11 @@ def stage_file(run, tmp_path):
     tokens = tokenization(run / "reward")
     store = StageStore(tmp_path / "stages", {})
     store.path(0).mkdir(parents=True)
-    samples = Completion((40, 50, 60), Kind.SAMPLE, ended=False), Completion((70, 2), Kind.SAMPLE, ended=True)
+    samples = Completion((40, 50, 60), Role.SAMPLE, finished=False), Completion((70, 2), Role.SAMPLE, finished=True)
     groups = [
         Group(
             tokens.prompt_ids(row["prompt"]),
-            (tokens.completion(row["prompt"], row["completion"], Kind.DEMONSTRATION), *samples),
+            (tokens.completion(row["prompt"], row["completion"], Role.DEMONSTRATION), *samples),
             row=number,
             reference_logps=(-1.0, -2.0, -3.0),
         )
@@ -266,7 +268,7 @@ def test_samples_of_a_stage(score, run, stage_file):
     truth = classified(run / "reward")
     for line, group in zip(lines, groups, strict=True):
         for found, completion in zip(line["completions"], group.completions, strict=True):
-            assert (found["kind"], found["ended"]) == (completion.kind, completion.ended)
+            assert (found["role"], found["finished"]) == (completion.role, completion.finished)
             assert found["reward"] == pytest.approx(truth(group.prompt_ids + completion.token_ids), abs=1e-5)
     assert printed(shown, "mean reward, best of 2")[1] == 6
 
@@ -364,7 +366,7 @@ SAMPLE = {
     "prompt": "What",
     "demonstration": None,
     "samples": ["is", "the"],
-    "ended": [False, False],
+    "finished": [False, False],
     "prompt_ids": ids("What"),
     "token_ids": [ids("is"), ids("the")],
 }
@@ -373,15 +375,15 @@ BAD_DATA = {
     "unknown columns": ([{"question": "2 + 2", "answer": "4"}], ["'question', 'answer'", "prompt + completion"]),
     "empty completion": ([SUMS[0], {"prompt": "2 + 2", "completion": ""}], ["row 2", "'completion'", "is empty"]),
     "samples without prompt_ids": ([SAMPLE | {"prompt_ids": None}], ["row 1", "'prompt_ids'", "is missing"]),
-    "samples without a flag": ([SAMPLE, SAMPLE | {"ended": None}], ["row 2", "'ended'", "is missing"]),
-    "fewer flags than samples": ([SAMPLE | {"ended": [False]}], ["row 1", "'ended' of 1 completions"]),
+    "samples without a flag": ([SAMPLE, SAMPLE | {"finished": None}], ["row 2", "'finished'", "is missing"]),
+    "fewer flags than samples": ([SAMPLE | {"finished": [False]}], ["row 1", "'finished' of 1 completions"]),
     "fewer texts than samples": ([SAMPLE | {"samples": ["is"]}], ["row 1", "texts of 1"]),
     "a demonstration without tokens": ([SAMPLE | {"demonstration": "is"}], ["row 1", "cannot be scored"]),
     "a sample without tokens": (
         [SAMPLE | {"samples": ["is", ""], "token_ids": [ids("is"), []]}],
         ["row 1", "one token"],
     ),
-    "no samples": ([SAMPLE | {"samples": [], "token_ids": [], "ended": []}], ["row 1", "at least one completion"]),
+    "no samples": ([SAMPLE | {"samples": [], "token_ids": [], "finished": []}], ["row 1", "at least one completion"]),
     "another text": ([SAMPLE, SAMPLE | {"samples": ["is", "a"]}], ["row 2", "read otherwise", "same tokenizer"]),
     "a token too high": ([SAMPLE | {"token_ids": [ids("is"), [10**6]]}], ["row 1", "none of the model's tokenizer"]),
     "a token below 0": ([SAMPLE | {"token_ids": [ids("is"), [-1]]}], ["row 1", "none of the model's tokenizer"]),
@@ -444,7 +446,7 @@ def test_training_and_evaluation_take_a_run_folder(tutelage, run, base, tmp_path
         logp(
             policy,
             tokens.prompt_ids(row["prompt"]),
-            tokens.completion(row["prompt"], row["completion"], Kind.SAMPLE).token_ids,
+            tokens.completion(row["prompt"], row["completion"], Role.SAMPLE).token_ids,
         )
         for row in SUMS
     ]

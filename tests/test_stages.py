@@ -9,9 +9,11 @@ import torch
 from peft import get_peft_model
 
 from tutelage.errors import UserError
-from tutelage.groups import Completion, Group, Kind
-from tutelage.models import fingerprint, load_model
-from tutelage.stages import StageSchedule, StageStore
+from tutelage.groups import Completion, Group, Role
+from tutelage.models.loading import load_model
+from tutelage.models.weights import fingerprint
+from tutelage.training.schedule import StageSchedule
+from tutelage.training.store import StageStore
 
 SETTINGS = {"seed": 0, "temperature": 1.0}
 
@@ -36,8 +38,8 @@ def test_a_number_of_stages_that_cannot_be(stages):
 
 
 def group(row):
-    demonstration = Completion((7, 8, row + 10, 2), Kind.DEMONSTRATION, ended=True)
-    samples = [Completion((9, row + 10), Kind.SAMPLE, ended=False), Completion((9, 2), Kind.SAMPLE, ended=True)]
+    demonstration = Completion((7, 8, row + 10, 2), Role.DEMONSTRATION, finished=True)
+    samples = [Completion((9, row + 10), Role.SAMPLE, finished=False), Completion((9, 2), Role.SAMPLE, finished=True)]
     return Group((1, 5, row + 10), (demonstration, *samples), row=row, reference_logps=(-1.5, -0.1 * row, -1 / 3))
 
 
@@ -82,7 +84,7 @@ def test_people_can_read_the_files(tmp_path):
     assert first["prompt"] == "é1 5 14"
     assert first["demonstration"] == "é7 8 14 2"
     assert first["samples"] == ["é9 14", "é9 2"]
-    assert first["ended"] == [True, False, True]
+    assert first["finished"] == [True, False, True]
     assert "é" in lines[0], "letters stand as letters"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest == {"stage": 0, "policy": "p0", "settings": SETTINGS, "complete": True, "rows": 2}
@@ -145,7 +147,7 @@ def test_what_another_policy_sampled_never_gets_this_policys_name(tmp_path, monk
             left -= 1
             replace(source, target)
 
-        monkeypatch.setattr("tutelage.stages.os.replace", dying)
+        monkeypatch.setattr("tutelage.training.store.os.replace", dying)
         with pytest.raises(KeyboardInterrupt):
             record(folder, [6, 7], policy="new")
         monkeypatch.undo()

@@ -19,7 +19,7 @@ from tutelage.evaluation.statistics import (
 
 def test_wilson_by_hand():
     # n = 10, p = 0.2, z = 1.959964: z² = 3.841459.
-    # centre = (0.2 + 3.841459 / 20) / (1 + 0.3841459) = 0.3920730 / 1.3841459 = 0.2832599
+    # center = (0.2 + 3.841459 / 20) / (1 + 0.3841459) = 0.3920730 / 1.3841459 = 0.2832599
     # half   = 1.959964 / 1.3841459 * sqrt(0.016 + 3.841459 / 400) = 1.4160097 * 0.1600114 = 0.2265777
     interval = proportion_interval([1, 1] + [0] * 8)
     assert interval.mean == pytest.approx(0.2)

@@ -33,15 +33,15 @@ def exact_gradient(rewards=REWARDS, beta=BETA):
     return gradient(logits, (logps.exp() * rewards).sum() - beta * kl(logps))
 
 
-def regularised(logps):
-    """r − β log(π/π_0), the reward whose policy gradient is that of the regularised objective."""
+def regularized(logps):
+    """r − β log(π/π_0), the reward whose policy gradient is that of the regularized objective."""
     return REWARDS - BETA * (logps - REFERENCE).detach()
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_expected_policy_gradient_over_all_tuples_of_samples_is_exact(n):
     logits, logps = log_policy()
-    scores, expected = regularised(logps), torch.zeros((), dtype=torch.float64)
+    scores, expected = regularized(logps), torch.zeros((), dtype=torch.float64)
     for answers in map(list, product(range(5), repeat=n)):
         drawn = logps[answers]
         losses = policy_gradient_loss(drawn, drawn.detach(), leave_one_out_advantages(scores[answers]))
@@ -55,7 +55,7 @@ def test_policy_gradient_from_samples_is_unbiased():
     logits_M = LOGITS.repeat(M, 1).requires_grad_()
     logps_M = logits_M.log_softmax(-1)
     answers = torch.multinomial(LOGITS.softmax(-1).repeat(M, 1), n, True, generator=torch.Generator().manual_seed(0))
-    advantages = torch.stack([leave_one_out_advantages(group) for group in regularised(logps_M[0])[answers]])
+    advantages = torch.stack([leave_one_out_advantages(group) for group in regularized(logps_M[0])[answers]])
     drawn = logps_M.gather(1, answers)
     losses = policy_gradient_loss(drawn.flatten(), drawn.detach().flatten(), advantages.flatten())
     found = -gradient(logits_M, losses.sum() / n)
@@ -94,7 +94,7 @@ def test_policy_steps_on_a_fixed_reward_reach_the_closed_form(steps_a_stage):
     logits = REFERENCE.clone().requires_grad_()
     for _ in range(1200 // steps_a_stage):
         old = logits.detach().log_softmax(-1)
-        scores = regularised(old)
+        scores = regularized(old)
         advantages = scores - (old.exp() * scores).sum()
         for _ in range(steps_a_stage):
             losses = policy_gradient_loss(logits.log_softmax(-1), old, advantages)
@@ -119,7 +119,7 @@ def contrast_gradient(rewards, **options):
     return gradient(rewards, (losses * weights.flatten()).sum())
 
 
-LINEAR = {"kind": "linear", "regularisation": 0.0}
+LINEAR = {"kind": "linear", "regularization": 0.0}
 
 
 @pytest.mark.parametrize("others", [torch.zeros_like(REWARDS), REWARDS / 2, REWARDS.flip(0)])
@@ -147,7 +147,7 @@ def test_alternating_reward_steps_and_best_policies_recover_the_demonstrator():
     torch.testing.assert_close(rewards - rewards.mean(), REWARDS - REWARDS.mean(), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"kind": "logistic"}, {"kind": "linear", "regularisation": 1.0}])
+@pytest.mark.parametrize("options", [{"kind": "logistic"}, {"kind": "linear", "regularization": 1.0}])
 def test_losses_that_bound_the_reward_pull_it_to_zero_once_the_policy_has_caught_up(options):
     """Where samples are drawn like demonstrations, nothing tells them apart: the step goes against the reward."""
     step = -contrast_gradient(REWARDS - REWARDS.mean(), **options)

@@ -15,7 +15,7 @@ from tutelage.data import (
     tokenize_dataset,
 )
 from tutelage.errors import UserError
-from tutelage.groups import Kind
+from tutelage.groups import Role
 from tutelage.testing.tokenizers import STYLES, tiny_tokenizer
 
 CHAT_STYLES = [style for style in STYLES if style != "plain"]
@@ -55,7 +55,7 @@ def shown(tokenization: Tokenization, token_ids) -> str:
 
 
 def complete(tokenization, prompt, text):
-    return tokenization.completion(prompt, text, Kind.DEMONSTRATION)
+    return tokenization.completion(prompt, text, Role.DEMONSTRATION)
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_prompt_and_completion_are_what_the_template_renders(style, conversation
         expected = [tokenizer.bos_token_id, *expected]
     assert list(token_ids) == expected
     assert token_ids.count(tokenizer.bos_token_id) == (1 if BOS[style] else 0)
-    assert completion.ended
+    assert completion.finished
     assert completion.token_ids.count(tokenization.end_of_turn_id(True)) == 1
     assert completion.token_ids[-1] == tokenization.end_of_turn_id(True)
 
@@ -141,7 +141,7 @@ def test_text_completions_end_with_eos(style):
     tokenization = tokenization_of(style)
     completion = complete(tokenization, "How many? ", "There were 34.")
     assert shown(tokenization, completion.token_ids) == "There were 34." + EOS[style]
-    assert completion.ended
+    assert completion.finished
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_the_length_limit_includes_the_end_of_turn(style, prompt):
     assert exact == whole
     tokenization = tokenization_of(style, max_completion_length=length - 1)
     cut = complete(tokenization, prompt, "There were 34 and 56 more.")
-    assert not cut.ended
+    assert not cut.finished
     assert cut.token_ids == whole.token_ids[:-1]
     assert not set(cut.token_ids) & tokenization.stop_ids(prompt == [USER])
 
@@ -302,8 +302,8 @@ def test_groups():
     (demonstration,) = read_row(PAIRS[0], number=4)
     group, pair = tokenization.group(demonstration), tokenization.preference_group(demonstration)
     assert (group.row, group.prompt_ids) == (3, tokenization.prompt_ids("2 + 2 ="))
-    assert [completion.kind for completion in group.completions] == [Kind.DEMONSTRATION]
-    assert [completion.kind for completion in pair.completions] == [Kind.PREFERRED, Kind.REJECTED]
+    assert [completion.role for completion in group.completions] == [Role.DEMONSTRATION]
+    assert [completion.role for completion in pair.completions] == [Role.PREFERRED, Role.REJECTED]
     assert [tokenization.text(completion.token_ids) for completion in pair.completions] == [" 4", " 5"]
     assert pair.prompt_ids == group.prompt_ids
 
@@ -343,7 +343,7 @@ def test_rows_hold_the_groups_and_dropped_ones_are_counted():
     assert [preference_group_from_row(row) for row in dataset] == [
         tokenization.preference_group(each) for each in demonstrations
     ]
-    assert summary == DataSummary(rows=4, demonstrations=3, pairs=1, cut=1, long_prompts=1)
+    assert summary == DataSummary(rows=4, demonstrations=3, pairs=1, truncated=1, long_prompts=1)
 
 
 @pytest.mark.parametrize("turns", ["last", "all"])

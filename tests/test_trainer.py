@@ -15,9 +15,9 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.logprobs import cached_logps
-from tutelage.models import load_model, load_tokenizer
+from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.sampling.base import Sample
+from tutelage.scoring.logps import cached_logps
 from tutelage.testing.tokenizers import tiny_tokenizer
 
 IN_ORDER = {"train_sampling_strategy": "sequential"}
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_changes_no_gradient(training):
         assert_same_weights(models[0], models[1], 1e-6)
 
 
-@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
 def test_both_layouts_train_the_same(training, layout):
     fixed = training.run("irft", name=layout, layout=layout, num_samples=2, **SGD)
     assert fixed.layout == layout
@@ -257,14 +257,14 @@ def test_cut_samples_have_no_end_of_turn_and_demonstrations_are_cut_alike(traini
     completions = [c for stage in range(4) for group in trainer.store.groups(stage) for c in group.completions]
     for completion in completions:
         assert len(completion.token_ids) <= 4
-        assert completion.ended == (completion.token_ids[-1] == end)
+        assert completion.finished == (completion.token_ids[-1] == end)
         assert end not in completion.token_ids[:-1]
-        assert completion.ended or len(completion.token_ids) == 4
-    assert {(completion.kind.value, completion.ended) for completion in completions} == {
-        (kind, ended) for kind in ("demonstration", "sample") for ended in (True, False)
+        assert completion.finished or len(completion.token_ids) == 4
+    assert {(completion.role.value, completion.finished) for completion in completions} == {
+        (kind, finished) for kind in ("demonstration", "sample") for finished in (True, False)
     }
-    cut = [not c.ended for group in trainer.store.groups(0) for c in group.completions[1:]]
-    assert history(trainer, "samples/cut_fraction")[0] == pytest.approx(sum(cut) / len(cut))
+    cut = [not c.finished for group in trainer.store.groups(0) for c in group.completions[1:]]
+    assert history(trainer, "samples/truncated_fraction")[0] == pytest.approx(sum(cut) / len(cut))
 
 
 def test_copies_of_the_demonstration_are_dropped_and_counted(training):
@@ -363,7 +363,7 @@ def test_a_stream_trains_as_the_rows_do(training):
 
 def test_a_stream_that_is_too_short_is_an_error(training):
     trainer = training.trainer("irft", data=training.rows(12).to_iterable_dataset(), max_steps=4, stages_per_epoch=2)
-    with pytest.raises(UserError, match=r"end after 3 of 4 optimiser steps.*repeat"):
+    with pytest.raises(UserError, match=r"end after 3 of 4 optimizer steps.*repeat"):
         trainer.train()
 
 
@@ -387,7 +387,7 @@ def test_everything_watched_is_logged(training):
     step |= {"time/sampling", "time/reference", "time/training"}
     step |= {f"logps/{kind}" for kind in ("demonstrations", "samples")}
     step |= {f"rewards/{what}" for what in ("demonstrations", "samples", "margin", "accuracy")}
-    stage = {"pairs/dropped", "samples/cut_fraction", "samples/distinct_1", "samples/distinct_2"}
+    stage = {"pairs/dropped", "samples/truncated_fraction", "samples/distinct_1", "samples/distinct_2"}
     stage |= {"length/demonstrations", "length/samples"}
     assert sum(step <= line for line in seen.lines) == 4
     assert sum(stage <= line for line in seen.lines) == 4
@@ -518,7 +518,7 @@ class FakeHub:
 def test_pushing_uploads_the_runs_own_card(training, monkeypatch, adapter):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setattr("tutelage.trainer.upload_folder", hub.upload_folder)
+    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
     options = {"peft_config": training.lora() if adapter else None, "source": "sums"}
     trainer = training.run("irft", name="my-policy", options=options)
     trainer.save_model()
@@ -537,7 +537,7 @@ def test_pushing_uploads_the_runs_own_card(training, monkeypatch, adapter):
 
 def test_a_card_can_show_an_evaluation(training):
     trainer = training.trainer("sft")
-    record = {"name": "x", "algorithm": "sft", "model": "m", "dataset": "d", "seed": 0, "demonstration_passes": 1.0}
+    record = {"name": "x", "algorithm": "sft", "model": "m", "dataset": "d", "seed": 0, "demonstration_epochs": 1.0}
     evaluation = {"accuracy_greedy": {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 12}}
     trainer.create_model_card(record={**record, "settings": {}, "history": [], "evaluation": evaluation})
     assert "| accuracy_greedy | 0.25 | 0.1 to 0.4 | 12 |" in (training.folder / "run" / "README.md").read_text()
@@ -547,7 +547,7 @@ def test_a_card_can_show_an_evaluation(training):
 
 
 def test_more_stages_than_steps_is_an_error_before_any_work(training):
-    with pytest.raises(UserError, match="5 stages do not fit into an epoch of 4 optimiser steps"):
+    with pytest.raises(UserError, match="5 stages do not fit into an epoch of 4 optimizer steps"):
         training.trainer("irft", stages_per_epoch=5)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         SPINTrainer,
     )
     from tutelage.errors import UserError
-    from tutelage.groups import Completion, Group, Kind
+    from tutelage.groups import Completion, Group, Role
     from tutelage.rewards import ExplicitReward, ImplicitReward, Reward
 
 __version__ = version("tutelage")
@@ -34,7 +34,7 @@ _HOMES = {
         "SPINTrainer",
     ],
     "tutelage.errors": ["UserError"],
-    "tutelage.groups": ["Completion", "Group", "Kind"],
+    "tutelage.groups": ["Completion", "Group", "Role"],
     "tutelage.rewards": ["ExplicitReward", "ImplicitReward", "Reward"],
 }
 
@@ -45,10 +45,10 @@ __all__ = [
     "IRFTConfig",
     "IRFTTrainer",
     "ImplicitReward",
-    "Kind",
     "RFTConfig",
     "RFTTrainer",
     "Reward",
+    "Role",
     "SFTConfig",
     "SFTTrainer",
     "SPINConfig",

@@ -42,4 +42,4 @@ class UserError(ValueError):
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; raised before the optimiser step, so that no weight is touched by it."""
+    """The loss became NaN or infinite; raised before the optimizer step, so that no weight is touched by it."""

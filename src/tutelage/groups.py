@@ -20,16 +20,16 @@ __all__ = [
     "Batch",
     "Completion",
     "Group",
-    "Kind",
+    "Role",
     "collate_padded",
-    "collate_tree",
+    "collate_shared_prefix",
     "drop_copies",
     "pair_indices",
 ]
 
 
-class Kind(StrEnum):
-    """What a completion is."""
+class Role(StrEnum):
+    """What a completion is to its prompt."""
 
     DEMONSTRATION = "demonstration"
     SAMPLE = "sample"
@@ -42,14 +42,14 @@ class Completion:
     """One answer to a prompt.
 
     Attributes:
-        token_ids: the tokens; the end-of-turn token is the last one if, and only if, ``ended``.
-        kind: demonstration, sample, preferred or rejected.
-        ended: True if it ended by itself, False if it was cut at the length limit.
+        token_ids: the tokens; the end-of-turn token is the last one if, and only if, ``finished``.
+        role: demonstration, sample, preferred or rejected.
+        finished: True if it finished by itself, False if it was cut at the length limit.
     """
 
     token_ids: tuple[int, ...]
-    kind: Kind
-    ended: bool
+    role: Role
+    finished: bool
 
     def __post_init__(self):
         if not self.token_ids:
@@ -68,8 +68,8 @@ class Group:
         prompt_ids: tokens of the prompt, with the BOS token if the tokenizer has one. At least one.
         completions: at least one.
         row: number of the row in the data set, from 0; it names the group in logs and on disk.
-        reference_logps: log-prob of each completion under the reference (nats a sequence), once it is known.
-        old_logps: log-prob of each completion under the policy that drew the samples (nats a sequence), once known.
+        reference_logps: log-prob of each completion under the reference (nats per sequence), once it is known.
+        old_logps: log-prob of each completion under the policy that drew the samples (nats per sequence), once known.
         rewards: reward of each completion, once scored.
     """
 
@@ -131,8 +131,8 @@ class Batch:
 
     Attributes:
         input_ids: [B, L] token ids, padded at the right.
-        position_ids: [B, L]; in the tree layout they restart after the prompt for each completion.
-        attention_mask: [B, L] bool (padded layout: what is no padding) or None (tree layout: see ``branch_ids``).
+        position_ids: [B, L]; in the shared-prefix layout they restart after the prompt for each completion.
+        attention_mask: [B, L] bool (padded layout: what is no padding) or None (shared-prefix layout: see ``branch_ids``).
         branch_ids: [B, L]; 0 for the prompt, k for the k-th completion of the row, -1 for padding.
         predictor_rows, predictor_columns: [N] where the hidden state stands that predicts each completion token.
         targets: [N] the completion tokens.
@@ -162,8 +162,8 @@ class Batch:
         }
         return replace(self, **tensors)
 
-    def tree_mask(self, window: int | None = None) -> torch.Tensor:
-        """Who may attend to whom in the tree layout.
+    def shared_prefix_mask(self, window: int | None = None) -> torch.Tensor:
+        """Who may attend to whom in the shared-prefix layout.
 
         A completion token attends to the prompt and to its own completion, up to itself.
 
@@ -184,12 +184,12 @@ class Batch:
         return mask[:, None]
 
 
-def collate_tree(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
-    """One row a group: the prompt once, then each completion, positions restarting after the prompt.
+def collate_shared_prefix(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
+    """One row per group: the prompt once, then each completion, positions restarting after the prompt.
 
-    >>> demonstration = Completion((7, 8, 2), Kind.DEMONSTRATION, ended=True)
-    >>> sample = Completion((9, 2), Kind.SAMPLE, ended=True)
-    >>> batch = collate_tree([Group((1, 5), (demonstration, sample)), Group((1,), (demonstration,))])
+    >>> demonstration = Completion((7, 8, 2), Role.DEMONSTRATION, finished=True)
+    >>> sample = Completion((9, 2), Role.SAMPLE, finished=True)
+    >>> batch = collate_shared_prefix([Group((1, 5), (demonstration, sample)), Group((1,), (demonstration,))])
     >>> batch.input_ids
     tensor([[1, 5, 7, 8, 2, 9, 2],
             [1, 7, 8, 2, 0, 0, 0]])
@@ -207,7 +207,7 @@ def collate_tree(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
     tensor([0, 0, 0, 1, 1, 2, 2, 2])
     >>> batch.end_rows, batch.end_columns
     (tensor([0, 0, 1]), tensor([4, 6, 3]))
-    >>> batch.tree_mask()[0, 0].int()
+    >>> batch.shared_prefix_mask()[0, 0].int()
     tensor([[1, 0, 0, 0, 0, 0, 0],
             [1, 1, 0, 0, 0, 0, 0],
             [1, 1, 1, 0, 0, 0, 0],
@@ -216,14 +216,14 @@ def collate_tree(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
             [1, 1, 0, 0, 0, 1, 0],
             [1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
-    return _collate(groups, pad_token_id, tree=True)
+    return _collate(groups, pad_token_id, shared_prefix=True)
 
 
 def collate_padded(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
-    """One row a completion: the prompt repeated before each, padded at the right.
+    """One row per completion: the prompt repeated before each, padded at the right.
 
-    >>> demonstration = Completion((7, 8, 2), Kind.DEMONSTRATION, ended=True)
-    >>> sample = Completion((9, 2), Kind.SAMPLE, ended=True)
+    >>> demonstration = Completion((7, 8, 2), Role.DEMONSTRATION, finished=True)
+    >>> sample = Completion((9, 2), Role.SAMPLE, finished=True)
     >>> batch = collate_padded([Group((1, 5), (demonstration, sample))])
     >>> batch.input_ids
     tensor([[1, 5, 7, 8, 2],
@@ -235,10 +235,10 @@ def collate_padded(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
     (tensor([0, 0, 0, 1, 1]), tensor([1, 2, 3, 1, 2]))
     """
     rows = [Group(group.prompt_ids, (completion,)) for group in groups for completion in group.completions]
-    return _collate(rows, pad_token_id, tree=False)
+    return _collate(rows, pad_token_id, shared_prefix=False)
 
 
-def _collate(rows: Sequence[Group], pad_token_id: int, *, tree: bool) -> Batch:
+def _collate(rows: Sequence[Group], pad_token_id: int, *, shared_prefix: bool) -> Batch:
     width = max(len(row) for row in rows)
     input_ids, position_ids, branch_ids = [], [], []
     predictor_rows, predictor_columns, targets, completion_ids = [], [], [], []
@@ -265,7 +265,7 @@ def _collate(rows: Sequence[Group], pad_token_id: int, *, tree: bool) -> Batch:
     return Batch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
-        attention_mask=None if tree else branches_BL >= 0,
+        attention_mask=None if shared_prefix else branches_BL >= 0,
         branch_ids=branches_BL,
         predictor_rows=torch.tensor(predictor_rows),
         predictor_columns=torch.tensor(predictor_columns),

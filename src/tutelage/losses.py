@@ -1,6 +1,6 @@
 """The objectives, as pure functions on tensors: no model, no trainer, no printing.
 
-Log-probs are sums over the tokens of a completion, in nats. Every function returns one value an element and leaves the
+Log-probs are sums over the tokens of a completion, in nats. Every function returns one value per element and leaves the
 averaging to the caller.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = [
     "LossKind",
     "RewardLossKind",
-    "group_normalised_advantages",
+    "group_normalized_advantages",
     "implicit_reward",
     "irft_loss",
     "kl_loss",
@@ -33,7 +33,7 @@ def sft_loss(demonstration_logps: Tensor) -> Tensor:
     """Negative log-likelihood of demonstrations, −log π(y|x).
 
     Args:
-        demonstration_logps: [D] log-prob of each demonstration (nats a sequence) or of each token (nats a token).
+        demonstration_logps: [D] log-prob of each demonstration (nats per sequence) or of each token (nats per token).
 
     Returns:
         [D] loss, in the unit of the input. Divide the sum by the number of tokens for the usual SFT loss.
@@ -44,10 +44,10 @@ def sft_loss(demonstration_logps: Tensor) -> Tensor:
 def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
     """The reward that a policy implies: r(x, y) = β [log π(y|x) − log π_ref(y|x)], up to a constant in y.
 
-    From the closed form of the KL-regularised policy, π ∝ π_ref exp(r/β) (Li et al. 2024, arXiv 2405.17888, §4.2).
+    From the closed form of the KL-regularized policy, π ∝ π_ref exp(r/β) (Li et al. 2024, arXiv 2405.17888, §4.2).
 
     Args:
-        policy_logps, reference_logps: [C] log-probs of the same completions (nats a sequence).
+        policy_logps, reference_logps: [C] log-probs of the same completions (nats per sequence).
         beta: the temperature β > 0; in units of reward a nat.
 
     Returns:
@@ -72,12 +72,12 @@ def irft_loss(
 
         logistic   −log σ(z)          IRFT, Algorithm 2 of Li et al. 2024 (arXiv 2405.17888); SPIN (arXiv 2401.01335)
         hinge      max(0, 1 − z)      SPIN's alternative ℓ
-        linear     −z                 the unregularised maximum-likelihood inverse-RL gradient; has no lower bound
+        linear     −z                 the unregularized maximum-likelihood inverse-RL gradient; has no lower bound
 
     The logistic loss has the form of DPO's (arXiv 2305.18290), with the demonstration preferred to the sample.
 
     Args:
-        policy_demonstration_logps: [P] log π of the demonstration of each pair (nats a sequence).
+        policy_demonstration_logps: [P] log π of the demonstration of each pair (nats per sequence).
         policy_sample_logps: [P] log π of the sample.
         reference_demonstration_logps: [P] log π_t of the demonstration; no gradient is expected through it.
         reference_sample_logps: [P] log π_t of the sample.
@@ -115,8 +115,8 @@ def reward_loss(
     kind: RewardLossKind = "logistic",
     margin: float = 0.0,
     label_smoothing: float = 0.0,
-    centring: float = 0.0,
-    regularisation: float = 1.0,
+    centering: float = 0.0,
+    regularization: float = 1.0,
 ) -> Tensor:
     """Contrast the rewards of demonstrations with those of the policy's samples (or preferred with rejected answers).
 
@@ -128,8 +128,8 @@ def reward_loss(
     ``linear`` is the gradient of maximum-likelihood inverse reinforcement learning (Li et al. 2024, arXiv 2405.17888,
     Algorithm 1), which alone grows without bound. With the squares, the best reward of an answer is
     (p(y) − p(ỹ)) / (ρ (p(y) + p(ỹ))), where p are the answer's probabilities as demonstration and as sample: between
-    −1/ρ and 1/ρ. ``logistic`` is the Bradley-Terry likelihood; without margin, smoothing and centring it is TRL's
-    ``RewardTrainer``'s, and ``centring`` is its ``center_rewards_coefficient`` (Eisenstein et al. 2023, arXiv 2312.09244).
+    −1/ρ and 1/ρ. ``logistic`` is the Bradley-Terry likelihood; without margin, smoothing and centering it is TRL's
+    ``RewardTrainer``'s, and ``centering`` is its ``center_rewards_coefficient`` (Eisenstein et al. 2023, arXiv 2312.09244).
 
     Args:
         preferred_rewards: [P] reward of the demonstration, or of the preferred answer, of each pair.
@@ -137,8 +137,8 @@ def reward_loss(
         kind: which loss.
         margin: reward by which the first should lead.
         label_smoothing: ε in [0, 0.5): how often the pair may be the wrong way round. ``logistic`` only.
-        centring: c ≥ 0, keeps rewards around zero.
-        regularisation: ρ > 0. ``linear`` only.
+        centering: c ≥ 0, keeps rewards around zero.
+        regularization: ρ > 0. ``linear`` only.
 
     Returns:
         [P] loss of each pair; falls as the first gains on the second.
@@ -151,10 +151,10 @@ def reward_loss(
     if kind == "logistic":
         loss = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
     elif kind == "linear":
-        loss = -gap + regularisation / 2 * (preferred_rewards**2 + other_rewards**2)
+        loss = -gap + regularization / 2 * (preferred_rewards**2 + other_rewards**2)
     else:
         raise ValueError(f"unknown loss kind {kind!r}: one of 'logistic', 'linear'")
-    return loss + centring * (preferred_rewards + other_rewards) ** 2
+    return loss + centering * (preferred_rewards + other_rewards) ** 2
 
 
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean()) * n / (n - 1)
 
 
-def group_normalised_advantages(rewards: Tensor, *, epsilon: float = 1e-4) -> Tensor:
-    """Rewards of the samples of one prompt, centred and divided by their spread (Shao et al. 2024, arXiv 2402.03300, GRPO).
+def group_normalized_advantages(rewards: Tensor, *, epsilon: float = 1e-4) -> Tensor:
+    """Rewards of the samples of one prompt, centerd and divided by their spread (Shao et al. 2024, arXiv 2402.03300, GRPO).
 
     Makes a difference of 0.01 between samples as loud as one of 10: noise of a fresh reward is amplified.
 
@@ -202,7 +202,7 @@ def policy_gradient_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *
     (Schulman et al. 2017, arXiv 1707.06347). At ρ = 1 its gradient is REINFORCE's, −A ∇log π.
 
     Args:
-        logps: [S] log π of each sample (nats a sequence), with gradient.
+        logps: [S] log π of each sample (nats per sequence), with gradient.
         old_logps: [S] log π_t, under the policy that drew them.
         advantages: [S] in units of reward; no gradient is expected through them.
         clip_range: ε > 0.
@@ -222,7 +222,7 @@ def kl_loss(logps: Tensor, reference_logps: Tensor) -> Tensor:
     log π − log π_0 over samples of π is.
 
     Args:
-        logps: [S] log π of each sample (nats a sequence), with gradient.
+        logps: [S] log π of each sample (nats per sequence), with gradient.
         reference_logps: [S] log π_0.
 
     Returns:
@@ -235,4 +235,4 @@ def kl_loss(logps: Tensor, reference_logps: Tensor) -> Tensor:
 def _require_same_shape(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError(f"one value a pair is expected in each argument, got shapes {shapes}")
+        raise ValueError(f"one value per pair is expected in each argument, got shapes {shapes}")

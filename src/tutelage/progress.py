@@ -17,7 +17,7 @@ class Progress(Protocol):
         ...
 
     def steps(self, done: int, total: int) -> None:
-        """Optimiser steps done and to do in the run."""
+        """Optimizer steps done and to do in the run."""
         ...
 
 

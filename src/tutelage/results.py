@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
-from tutelage.stages import write_json
+from tutelage.files import write_json
 
 __all__ = [
     "evaluation_record",
@@ -61,7 +61,7 @@ def run_record(*, name: str, algorithm: str, model: str, dataset: str, seed: int
         "seed": seed,
         "start": None,
         "settings": {},
-        "demonstration_passes": 0.0,
+        "demonstration_epochs": 0.0,
         "trained_tokens": 0,
         "sampled_tokens": 0,
         "time_s": {},
@@ -114,7 +114,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "",
         f"Trained with **{record['algorithm']}** from {_data_kinds(record)} by tutelage, starting from "
         f"`{record['model']}`, on `{record['dataset']}` (seed {record['seed']}, "
-        f"{record['demonstration_passes']:g} passes over the demonstrations).",
+        f"{record['demonstration_epochs']:g} passes over the demonstrations).",
         "",
     ]
     if record["algorithm"] == "rft":
@@ -151,8 +151,8 @@ def _data_kinds(record: Mapping[str, Any]) -> str:
 def _rft_stages(record: Mapping[str, Any]) -> str:
     """What the stages did, and which of their policies the weights are."""
     history, settings = record["history"], record["settings"]
-    normalised = settings.get("advantages") == "group_normalised"
-    estimator = "REINFORCE with group-normalised advantages" if normalised else "leave-one-out REINFORCE"
+    normalized = settings.get("advantages") == "group_normalized"
+    estimator = "REINFORCE with group-normalized advantages" if normalized else "leave-one-out REINFORCE"
     stages = sum("reward/loss" in row for row in history)
     ran = sum(row.get("policy/phase") == 1 for row in history)
     text = (
@@ -166,7 +166,7 @@ def _rft_stages(record: Mapping[str, Any]) -> str:
         return text
     if kept["stage"] == 0:
         return f"{text} No stage beat the start: these are its weights."
-    return f"{text} These are the weights after {kept['stage']} of them, chosen on rows kept from training."
+    return f"{text} These are the weights after {kept['stage']} of them, chosen on validation rows."
 
 
 def peak_memory_bytes() -> int | None:
@@ -192,7 +192,7 @@ def reset_peak_memory() -> None:
 
 
 def run_settings(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
-    """What a reader needs to run it again: the algorithm's own fields, the optimiser's and the adapter's."""
+    """What a reader needs to run it again: the algorithm's own fields, the optimizer's and the adapter's."""
     own = [n for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for n in cls.__annotations__]
     names = [name for name in dict.fromkeys([*own, *_TRAINING_FIELDS]) if name in args.__dataclass_fields__]
     settings = {name: _plain(getattr(args, name)) for name in names}

@@ -16,7 +16,7 @@ from torch import Tensor
 from tutelage.errors import UserError
 from tutelage.groups import Group, pair_indices
 from tutelage.losses import LossKind, implicit_reward, irft_loss, sft_loss
-from tutelage.stage_trainer import StageConfig, StageTrainer
+from tutelage.training.stages import StageConfig, StageTrainer
 
 __all__ = ["IRFTConfig", "IRFTTrainer"]
 
@@ -44,7 +44,7 @@ class IRFTConfig(StageConfig):
         },
     )
     sft_weight: float = field(
-        default=0.0, metadata={"help": "Adds the demonstrations' SFT loss (nats a token) with this weight."}
+        default=0.0, metadata={"help": "Adds the demonstrations' SFT loss (nats per token) with this weight."}
     )
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class IRFTConfig(StageConfig):
 
 
 class IRFTTrainer(StageTrainer):
-    """Minimises h(β[log π(y|x) − log π_t(y|x) − log π(ỹ|x) + log π_t(ỹ|x)]) with ỹ drawn from π_t, stage by stage."""
+    """Minimizes h(β[log π(y|x) − log π_t(y|x) − log π(ỹ|x) + log π_t(ỹ|x)]) with ỹ drawn from π_t, stage by stage."""
 
     algorithm: ClassVar[str] = "irft"
     args: IRFTConfig
@@ -105,12 +105,12 @@ class IRFTTrainer(StageTrainer):
             loss = loss + self.args.sft_weight * sft_loss(logps_C[leading]).sum() / counts["demonstration_tokens"]
         rewards_P = implicit_reward(policy_P, reference_P, beta=self.beta)
         sample_rewards_P = implicit_reward(policy_samples_P, reference_samples_P, beta=self.beta)
-        self.watch("logps/demonstrations", policy_P)
-        self.watch("logps/samples", policy_samples_P)
-        self.watch("rewards/demonstrations", rewards_P)
-        self.watch("rewards/samples", sample_rewards_P)
+        self.track("logps/demonstrations", policy_P)
+        self.track("logps/samples", policy_samples_P)
+        self.track("rewards/demonstrations", rewards_P)
+        self.track("rewards/samples", sample_rewards_P)
         margins_P = rewards_P - sample_rewards_P
-        self.watch("rewards/margin", margins_P)
+        self.track("rewards/margin", margins_P)
         # A tie counts half: at a stage's first step every margin is zero.
-        self.watch("rewards/accuracy", (margins_P.sign() + 1) / 2)
+        self.track("rewards/accuracy", (margins_P.sign() + 1) / 2)
         return loss

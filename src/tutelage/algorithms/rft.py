@@ -15,13 +15,13 @@ from torch import Tensor
 from tutelage.errors import UserError
 from tutelage.groups import Group
 from tutelage.losses import (
-    group_normalised_advantages,
+    group_normalized_advantages,
     kl_loss,
     leave_one_out_advantages,
     policy_gradient_loss,
 )
-from tutelage.reward_stage_config import RewardStageConfig
-from tutelage.reward_stage_trainer import RewardStageTrainer
+from tutelage.training.reward_config import RewardStageConfig
+from tutelage.training.reward_phase import RewardStageTrainer
 
 __all__ = ["RFTConfig", "RFTTrainer"]
 
@@ -38,7 +38,7 @@ class RFTConfig(RewardStageConfig):
         metadata={
             "help": "What a sample is judged against: the mean of its prompt's other samples, or that divided by their "
             "spread, which makes small differences loud.",
-            "choices": ["leave_one_out", "group_normalised"],
+            "choices": ["leave_one_out", "group_normalized"],
         },
     )
     kl: str = field(
@@ -82,15 +82,15 @@ class RFTTrainer(RewardStageTrainer):
         )
         log_ratio_C = (logps_C - reference_C).detach()
         shaped_C = rewards_C - self.args.beta * log_ratio_C if self.args.kl == "reward" else rewards_C
-        baseline = leave_one_out_advantages if self.args.advantages == "leave_one_out" else group_normalised_advantages
+        baseline = leave_one_out_advantages if self.args.advantages == "leave_one_out" else group_normalized_advantages
         advantages_C = torch.cat([baseline(part) for part in shaped_C.split([len(g.completions) for g in groups])])
         losses_C = policy_gradient_loss(logps_C, old_C, advantages_C, clip_range=self.args.clip_range)
         if self.args.kl == "loss":
             losses_C = losses_C + self.args.beta * kl_loss(logps_C, reference_C)
         ratio_C = (logps_C - old_C).detach().exp()
-        self.watch("logps/samples", logps_C)
-        self.watch("policy/reward", rewards_C)
-        self.watch("policy/kl", log_ratio_C)
-        self.watch("policy/advantage", advantages_C.abs())
-        self.watch("policy/clip_fraction", ((ratio_C - 1).abs() > self.args.clip_range).float())
+        self.track("logps/samples", logps_C)
+        self.track("policy/reward", rewards_C)
+        self.track("policy/kl", log_ratio_C)
+        self.track("policy/advantage", advantages_C.abs())
+        self.track("policy/clip_fraction", ((ratio_C - 1).abs() > self.args.clip_range).float())
         return losses_C.sum() / max(1, counts["samples"])

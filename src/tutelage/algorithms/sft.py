@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tutelage.groups import Group
 from tutelage.losses import sft_loss
-from tutelage.trainer import DemonstrationTrainer
-from tutelage.trainer_config import DemonstrationConfig
+from tutelage.training.config import DemonstrationConfig
+from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["SFTConfig", "SFTTrainer"]
 
@@ -25,7 +25,7 @@ class SFTConfig(DemonstrationConfig):
 
 
 class SFTTrainer(DemonstrationTrainer):
-    """Minimises −log π(y|x) of the demonstrations, averaged over the completion tokens of an optimiser step."""
+    """Minimizes −log π(y|x) of the demonstrations, averaged over the completion tokens of an optimizer step."""
 
     algorithm: ClassVar[str] = "sft"
 
@@ -34,6 +34,6 @@ class SFTTrainer(DemonstrationTrainer):
         return {"tokens": sum(len(group.completions[0].token_ids) for group in groups)}
 
     def loss(self, groups: Sequence[Group], logps_C: Tensor, counts: dict[str, int]) -> Tensor:
-        """The usual SFT loss, in nats a token."""
-        self.watch("logps/demonstrations", logps_C)
+        """The usual SFT loss, in nats per token."""
+        self.track("logps/demonstrations", logps_C)
         return sft_loss(logps_C).sum() / counts["tokens"]

@@ -1,4 +1,4 @@
-"""SPIN (Chen et al. 2024, arXiv 2401.01335): IRFT with one stage an epoch."""
+"""SPIN (Chen et al. 2024, arXiv 2401.01335): IRFT with one stage per epoch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["SPINConfig", "SPINTrainer"]
 
 @dataclass
 class SPINConfig(IRFTConfig):
-    """Settings of SPIN: those of IRFT with the number of stages fixed at one an epoch."""
+    """Settings of SPIN: those of IRFT with the number of stages fixed at one per epoch."""
 
     stages_per_epoch: int = field(default=1, metadata={"help": "Always 1: with more stages the method is IRFT."})
 
     def __post_init__(self):
         if self.stages_per_epoch != 1:
             raise UserError(
-                f"SPIN has 1 stage an epoch, not {self.stages_per_epoch}.",
+                f"SPIN has 1 stage per epoch, not {self.stages_per_epoch}.",
                 remedy="Use irft for more.",
                 field="stages_per_epoch",
             )

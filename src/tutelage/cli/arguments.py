@@ -18,8 +18,8 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from tutelage.cli.help import help_text
 from tutelage.errors import UserError
-from tutelage.models import load_model
-from tutelage.trainer_config import DemonstrationConfig
+from tutelage.models.loading import load_model
+from tutelage.training.config import DemonstrationConfig
 
 __all__ = ["CommandParser", "DataArguments", "ModelArguments", "parse"]
 

@@ -84,12 +84,12 @@ def sample(args: Sequence[str], console: Console) -> None:
                 "prompt": tokenization.text(prompt),
                 "demonstration": demonstration and tokenization.text(demonstration.token_ids),
                 "samples": [tokenization.text(s.token_ids) for s in samples],
-                "ended": [s.ended for s in samples],
+                "finished": [s.finished for s in samples],
                 "logps": [sum(s.token_logps) for s in samples],
                 "prompt_ids": prompt,
                 "token_ids": [s.token_ids for s in samples],
                 "demonstration_ids": demonstration and demonstration.token_ids,
-                "demonstration_ended": demonstration and demonstration.ended,
+                "demonstration_finished": demonstration and demonstration.finished,
             }
             for place, prompt, demonstration, samples in zip(places, prompts, demonstrations, drawn, strict=True)
         ),

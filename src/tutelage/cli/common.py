@@ -14,7 +14,7 @@ import torch
 from tutelage.cli.arguments import CommandParser
 from tutelage.data import Tokenization, load_dataset
 from tutelage.errors import UserError
-from tutelage.models import check_vocabulary, load_model, load_tokenizer
+from tutelage.models.loading import check_vocabulary, load_model, load_tokenizer
 
 __all__ = [
     "command_parser",

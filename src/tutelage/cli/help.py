@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
 
-from tutelage.trainer_config import DemonstrationConfig
+from tutelage.training.config import DemonstrationConfig
 
 __all__ = ["help_text"]
 
@@ -30,10 +30,10 @@ _COMMON: dict[str, str | None] = {
     "load_in_4bit": None,
     "output_dir": "Where the model, its checkpoints, the samples, results.json and report.html go.",
     "num_train_epochs": "Passes over the demonstrations.",
-    "max_steps": "Stop after so many optimiser steps; above 0 it overrides --num_train_epochs. Streamed data need it.",
+    "max_steps": "Stop after so many optimizer steps; above 0 it overrides --num_train_epochs. Streamed data need it.",
     "per_device_train_batch_size": "Demonstrations in a micro-batch.",
     "per_device_eval_batch_size": "Prompts in a forward pass without gradient.",
-    "gradient_accumulation_steps": "Micro-batches in an optimiser step.",
+    "gradient_accumulation_steps": "Micro-batches in an optimizer step.",
     "lr_scheduler_type": "linear, cosine, constant, constant_with_warmup, … (SchedulerType of transformers).",
     "warmup_steps": None,
     "optim": "adamw_torch_fused, adafactor, rmsprop, … (OptimizerNames of transformers).",
@@ -41,9 +41,9 @@ _COMMON: dict[str, str | None] = {
     "max_grad_norm": None,
     "seed": "Seed of data order, dropout and samples.",
     "eval_strategy": "When to evaluate during training: no, steps or epoch.",
-    "eval_steps": "Optimiser steps between evaluations with --eval_strategy steps; by default --logging_steps.",
+    "eval_steps": "Optimizer steps between evaluations with --eval_strategy steps; by default --logging_steps.",
     "save_strategy": "When to write checkpoints: no, steps, epoch or best.",
-    "save_steps": "Optimiser steps between checkpoints.",
+    "save_steps": "Optimizer steps between checkpoints.",
     "run_name": "What tables and reports call this run; by default the algorithm.",
     "report_to": "Where to send metrics besides the screen: trackio, wandb, tensorboard, … (install it first).",
     "push_to_hub": "Push the trained model to the hub.",

@@ -22,10 +22,10 @@ from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.verifiers import reasoning_gym_rows
-from tutelage.models import load_model, load_tokenizer
+from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
-from tutelage.testing.gemma import GEMMA_LICENCE, gemma_3_270m
+from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
 
 __all__ = ["main"]
 
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[dict[
     )
     with plan.part("model", "getting the model ready"):
         if options.model_name_or_path is None:
-            console.print(GEMMA_LICENCE, style="dim", highlight=False)
+            console.print(GEMMA_LICENSE, style="dim", highlight=False)
             with TerminalProgress(console, "model") as progress, progress.phase("converting (first time only)"):
                 options.model_name_or_path = str(gemma_3_270m())
     out.mkdir(parents=True, exist_ok=True)

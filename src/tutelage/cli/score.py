@@ -30,18 +30,18 @@ from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import Interval, bootstrap_mean, mean_interval
-from tutelage.groups import Completion, Group, Kind
-from tutelage.logprobs import cached_logps
+from tutelage.groups import Completion, Group, Role
 from tutelage.losses import implicit_reward
-from tutelage.models import check_vocabulary, load_tokenizer, require_exists, run_part
+from tutelage.models.loading import check_vocabulary, load_tokenizer, require_exists, run_part
 from tutelage.progress import Progress
 from tutelage.rewards import ExplicitReward, ImplicitReward, Reward
+from tutelage.scoring.logps import cached_logps
 
 __all__ = ["main"]
 
 # What every line of `tutelage sample`, and every line of a stage's samples.jsonl, holds.
-_SAMPLE_COLUMNS = ("row", "prompt", "prompt_ids", "samples", "token_ids", "ended")
-_STAGE_COLUMNS = ("row", "prompt", "prompt_ids", "samples", "completion_ids", "ended")
+_SAMPLE_COLUMNS = ("row", "prompt", "prompt_ids", "samples", "token_ids", "finished")
+_STAGE_COLUMNS = ("row", "prompt", "prompt_ids", "samples", "completion_ids", "finished")
 
 
 def main(args: Sequence[str], console: Console) -> None:
@@ -148,23 +148,25 @@ def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, s
 
 
 def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization) -> Group:
-    token_ids, ended, texts = row.get("completion_ids") or row["token_ids"], row["ended"], row["samples"]
-    kinds = [Kind.SAMPLE] * len(texts)
+    token_ids, finished, texts = row.get("completion_ids") or row["token_ids"], row["finished"], row["samples"]
+    roles = [Role.SAMPLE] * len(texts)
     if row.get("demonstration") is not None:
-        kinds, texts = [Kind.DEMONSTRATION, *kinds], [row["demonstration"], *texts]
+        roles, texts = [Role.DEMONSTRATION, *roles], [row["demonstration"], *texts]
         if "completion_ids" not in row:  # in a stage's file the lists begin with the demonstration already
-            token_ids, ended = [row["demonstration_ids"], *token_ids], [row["demonstration_ended"], *ended]
-    if not len(token_ids) == len(ended) == len(texts):
-        raise ValueError(f"tokens of {len(token_ids)}, texts of {len(texts)} and 'ended' of {len(ended)} completions")
+            token_ids, finished = [row["demonstration_ids"], *token_ids], [row["demonstration_finished"], *finished]
+    if not len(token_ids) == len(finished) == len(texts):
+        raise ValueError(
+            f"tokens of {len(token_ids)}, texts of {len(texts)} and 'finished' of {len(finished)} completions"
+        )
     for ids, text in zip([row["prompt_ids"], *token_ids], [row["prompt"], *texts], strict=True):
         if not all(type(id) is int and 0 <= id < len(tokenization.tokenizer) for id in ids):
             raise ValueError("a token is none of the model's tokenizer")
         if tokenization.text(ids) != text:
             raise ValueError("under the model's tokenizer the tokens read otherwise than the text beside them")
-    completions = zip(token_ids, kinds, ended, strict=True)
+    completions = zip(token_ids, roles, finished, strict=True)
     return Group(
         tuple(row["prompt_ids"]),
-        tuple(Completion(tuple(ids), kind, bool(whole)) for ids, kind, whole in completions),
+        tuple(Completion(tuple(ids), role, bool(whole)) for ids, role, whole in completions),
         row=row["row"],
     )
 
@@ -232,10 +234,10 @@ def _line(group: Group, tokenization: Tokenization) -> dict[str, Any]:
         "prompt": tokenization.text(group.prompt_ids),
         "completions": [
             {
-                "kind": str(completion.kind),
+                "role": str(completion.role),
                 "text": tokenization.text(completion.token_ids),
                 "reward": reward,
-                "ended": completion.ended,
+                "finished": completion.finished,
                 "tokens": len(completion.token_ids),
             }
             for completion, reward in zip(group.completions, group.rewards or (), strict=True)
@@ -245,23 +247,23 @@ def _line(group: Group, tokenization: Tokenization) -> dict[str, Any]:
 
 def _summary(groups: Sequence[Group]) -> Iterator[str]:
     """Means over rows with their intervals; where a row holds several samples, their mean counts."""
-    by_kind = {kind: [found for group in groups if (found := _rewards(group, kind))] for kind in Kind}
-    for kind, rows in by_kind.items():
+    by_role = {role: [found for group in groups if (found := _rewards(group, role))] for role in Role}
+    for role, rows in by_role.items():
         if rows:
-            yield f"mean reward, {kind}: {_shown(bootstrap_mean([fmean(rewards) for rewards in rows]))}"
-    if samples := by_kind[Kind.SAMPLE]:
+            yield f"mean reward, {role}: {_shown(bootstrap_mean([fmean(rewards) for rewards in rows]))}"
+    if samples := by_role[Role.SAMPLE]:
         best = bootstrap_mean([max(rewards) for rewards in samples])
         yield f"mean reward, best of {max(map(len, samples))}: {_shown(best)}"
-    pairs = zip(by_kind[Kind.PREFERRED], by_kind[Kind.REJECTED], strict=True)
+    pairs = zip(by_role[Role.PREFERRED], by_role[Role.REJECTED], strict=True)
     wins = [(preferred > rejected) + (preferred == rejected) / 2 for (preferred,), (rejected,) in pairs]
     if wins:
         yield f"accuracy, preferred over rejected: {_shown(mean_interval(wins))}; a tie counts half"
 
 
-def _rewards(group: Group, kind: Kind) -> list[float]:
-    """Rewards of the group's completions of one kind."""
+def _rewards(group: Group, role: Role) -> list[float]:
+    """Rewards of the group's completions of one role."""
     found = zip(group.completions, group.rewards or (), strict=True)
-    return [reward for completion, reward in found if completion.kind is kind]
+    return [reward for completion, reward in found if completion.role is role]
 
 
 def _shown(interval: Interval) -> str:

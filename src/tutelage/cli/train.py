@@ -26,12 +26,12 @@ from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.progress import LogLines, TerminalProgress, duration
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
-from tutelage.logprobs import probe_layout
-from tutelage.models import load_tokenizer
+from tutelage.models.loading import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.results import evaluation_record, model_card, reset_peak_memory, write_results
-from tutelage.trainer import DemonstrationTrainer
-from tutelage.trainer_config import DemonstrationConfig
+from tutelage.scoring.layout import probe_layout
+from tutelage.training.config import DemonstrationConfig
+from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["ALGORITHMS", "main", "train"]
 

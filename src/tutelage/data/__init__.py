@@ -1,9 +1,15 @@
 """Demonstrations: load and check them, turn them into tokens, look at them."""
 
-from .demonstrations import Demonstration, detect_format, is_conversational, read_row, read_rows
-from .inspection import Inspection, inspect_dataset, print_inspection
-from .loading import load_dataset
-from .tokenization import DataSummary, Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
+from tutelage.data.demonstrations import Demonstration, detect_format, is_conversational, read_row, read_rows
+from tutelage.data.inspection import Inspection, inspect_dataset, print_inspection
+from tutelage.data.loading import load_dataset
+from tutelage.data.tokenization import (
+    DataSummary,
+    Tokenization,
+    group_from_row,
+    preference_group_from_row,
+    tokenize_dataset,
+)
 
 __all__ = [
     "DataSummary",

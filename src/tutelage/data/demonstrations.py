@@ -1,6 +1,6 @@
 """Read demonstrations from rows and check them, whatever their columns are.
 
-The recognised columns are in ``FORMATS`` and, with an example of each, in ``docs/data-formats.md``.
+The recognized columns are in ``FORMATS`` and, with an example of each, in ``docs/data-formats.md``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 
-from ..errors import UserError
+from tutelage.errors import UserError
 
 __all__ = [
     "FORMATS",
@@ -117,7 +117,7 @@ def detect_format(columns: Iterable[str], *, source: str = "data set") -> Format
 def read_rows(
     dataset: Dataset | IterableDataset, *, turns: Turns = "last", source: str = "data set"
 ) -> Iterator[list[Demonstration]]:
-    """The demonstrations of each row, one list a row, in order.
+    """The demonstrations of each row, one list per row, in order.
 
     The list is empty for a row that is left out (see ``read_row``), so that whoever reads can count them.
 
@@ -167,7 +167,7 @@ def read_row(
         row: column names and values.
         number: the row's number in the source, from 1.
         source: file or data set, for messages to people.
-        turns: ``"last"`` reads one demonstration a row. ``"all"`` reads every assistant turn of ``messages`` and of
+        turns: ``"last"`` reads one demonstration per row. ``"all"`` reads every assistant turn of ``messages`` and of
             ``real``, each with the conversation before it as its prompt; other formats have one all the same.
         format: what ``detect_format`` says of the columns, if it is known.
 

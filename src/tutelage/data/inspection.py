@@ -13,9 +13,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import UserError
-from .demonstrations import Turns, read_rows
-from .tokenization import DataSummary, Tokenization
+from tutelage.data.demonstrations import Turns, read_rows
+from tutelage.data.tokenization import DataSummary, Tokenization
+from tutelage.errors import UserError
 
 __all__ = ["Example", "Inspection", "Lengths", "Segment", "inspect_dataset", "print_inspection"]
 
@@ -44,7 +44,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int], limit: int) -> Lengths:
-        """Summarise at least one length.
+        """Summarize at least one length.
 
         >>> Lengths.of([1, 2, 2, 5], limit=4).histogram
         ((1, 1, 1), (2, 2, 2), (3, 3, 0), (4, 4, 0), (5, 5, 1))
@@ -85,7 +85,7 @@ class Example:
     number: int
     prompt: tuple[Segment, ...]
     completion: tuple[Segment, ...]
-    ended: bool
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ def inspect_dataset(
             (completion,) = group.completions
             summary.demonstrations += 1
             summary.pairs += as_trained.pair(group, demonstration, source=source) is not None
-            summary.cut += not completion.ended
+            summary.truncated += not completion.finished
             if len(examples) < NUM_EXAMPLES:
                 prompt = _segments(group.prompt_ids, tokenization)
                 answer = _segments(completion.token_ids, tokenization)
-                examples.append(Example(demonstration.number, prompt, answer, completion.ended))
+                examples.append(Example(demonstration.number, prompt, answer, completion.finished))
     if not prompt_lengths:
         raise UserError("no row holds a demonstration.", file=source)
     return Inspection(
@@ -197,7 +197,7 @@ def _counts(inspection: Inspection) -> Table:
     table.add_row("rows", f"{summary.rows:,}", "")
     table.add_row("demonstrations", f"{summary.demonstrations:,}", "that training would use")
     table.add_row("preference pairs", f"{summary.pairs:,}", "for evaluation; training reads the preferred side alone")
-    table.add_row("cut completions", f"{summary.cut:,}", f"longer than {inspection.completions.limit} tokens")
+    table.add_row("cut completions", f"{summary.truncated:,}", f"longer than {inspection.completions.limit} tokens")
     for reason, count in summary.dropped.items():
         table.add_row("left out", Text(f"{count:,}", style="yellow"), reason)
     return table
@@ -226,7 +226,7 @@ def _histogram(lengths: Lengths) -> Table:
 def _example_panel(example: Example) -> Panel:
     text = _shorten(_styled(example.prompt, "cyan"))
     text.append(_shorten(_styled(example.completion, "green")))
-    if not example.ended:
+    if not example.finished:
         text.append(" ✂ cut here", style="bold red")
     return Panel(
         text, title=f"row {example.number}: prompt [cyan]■[/] completion [green]■[/] special tokens [reverse] ■ [/]"

@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.table import InMemoryTable
 
-from ..errors import UserError
+from tutelage.errors import UserError
 
 __all__ = ["load_dataset"]
 

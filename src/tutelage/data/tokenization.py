@@ -13,9 +13,9 @@ import jinja2
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UserError
-from ..groups import Completion, Group, Kind
-from .demonstrations import Demonstration, Messages, Turns, read_rows
+from tutelage.data.demonstrations import Demonstration, Messages, Turns, read_rows
+from tutelage.errors import UserError
+from tutelage.groups import Completion, Group, Role
 
 __all__ = ["DataSummary", "Tokenization", "group_from_row", "preference_group_from_row", "tokenize_dataset"]
 
@@ -95,8 +95,8 @@ class Tokenization:
         """
         return self._encode_start(self._render_prompt(prompt), is_text=isinstance(prompt, str))
 
-    def completion(self, prompt: str | Messages, text: str, kind: Kind) -> Completion:
-        """The tokens of ``text`` as the answer to ``prompt``, ended or cut.
+    def completion(self, prompt: str | Messages, text: str, role: Role) -> Completion:
+        """The tokens of ``text`` as the answer to ``prompt``, finished or cut.
 
         They are what follows the prompt's tokens in the tokens of prompt and answer together. Where the tokenizer
         merges the end of the prompt with the start of the answer there is no such place, and what the template puts
@@ -126,8 +126,8 @@ class Tokenization:
         if end_of_turn in token_ids:
             token_ids = token_ids[: token_ids.index(end_of_turn)]
         token_ids = (*token_ids, end_of_turn)
-        ended = len(token_ids) <= self.max_completion_length
-        return Completion(token_ids[: self.max_completion_length], kind, ended)
+        finished = len(token_ids) <= self.max_completion_length
+        return Completion(token_ids[: self.max_completion_length], role, finished)
 
     def text(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some tokens."""
@@ -152,7 +152,7 @@ class Tokenization:
                     f"the prompt has {len(prompt_ids)} tokens, the limit is {self.max_prompt_length}.",
                     remedy="Raise --max_prompt_length, or leave such rows out with --on_long_prompt drop.",
                 )
-            completion = self.completion(demonstration.prompt, demonstration.completion, Kind.DEMONSTRATION)
+            completion = self.completion(demonstration.prompt, demonstration.completion, Role.DEMONSTRATION)
         except UserError as error:
             raise _located(error, source, demonstration) from error
         return Group(prompt_ids, (completion,), row=demonstration.row)
@@ -173,13 +173,13 @@ class Tokenization:
         if demonstration.rejected is None:
             return None
         try:
-            rejected = self.completion(demonstration.prompt, demonstration.rejected, Kind.REJECTED)
+            rejected = self.completion(demonstration.prompt, demonstration.rejected, Role.REJECTED)
         except UserError as error:
             raise _located(error, source, demonstration) from error
         (demonstrated,) = group.completions
         if rejected.token_ids == demonstrated.token_ids:
             return None
-        preferred = Completion(demonstrated.token_ids, Kind.PREFERRED, demonstrated.ended)
+        preferred = Completion(demonstrated.token_ids, Role.PREFERRED, demonstrated.finished)
         return Group(group.prompt_ids, (preferred, rejected), row=group.row)
 
     def _render_prompt(self, prompt: str | Messages) -> str:
@@ -275,7 +275,7 @@ class DataSummary:
         rows: rows read.
         demonstrations: demonstrations kept.
         pairs: how many of them can be compared with a rejected answer.
-        cut: how many of them were cut at the length limit.
+        truncated: how many of them were truncated at the length limit.
         empty: rows left out because the last turn of a dialogue in text is empty.
         long_prompts: demonstrations left out because their prompt is too long.
     """
@@ -283,7 +283,7 @@ class DataSummary:
     rows: int = 0
     demonstrations: int = 0
     pairs: int = 0
-    cut: int = 0
+    truncated: int = 0
     empty: int = 0
     long_prompts: int = 0
 
@@ -299,9 +299,9 @@ _FEATURES = Features(
         "row": Value("int64"),
         "prompt_ids": List(Value("int32")),
         "demonstration_ids": List(Value("int32")),
-        "demonstration_ended": Value("bool"),
+        "demonstration_finished": Value("bool"),
         "rejected_ids": List(Value("int32")),
-        "rejected_ended": Value("bool"),
+        "rejected_finished": Value("bool"),
     }
 )
 
@@ -317,11 +317,11 @@ def tokenize_dataset(
     """The tokens of every demonstration, and of the rejected answer where there is one.
 
     Columns of the result: ``row``; ``prompt_ids``, ``demonstration_ids`` and ``rejected_ids``, lists of tokens, the
-    last one empty without a rejected answer; ``demonstration_ended`` and ``rejected_ended``. ``group_from_row`` and
+    last one empty without a rejected answer; ``demonstration_finished`` and ``rejected_finished``. ``group_from_row`` and
     ``preference_group_from_row`` read them. No data is cached on disk.
 
     Args:
-        dataset: of a recognised format; streamed data is read lazily, other data entirely, now.
+        dataset: of a recognized format; streamed data is read lazily, other data entirely, now.
         tokenization: how.
         turns: as in ``read_row``.
         source: file or data set, for messages to people.
@@ -364,7 +364,7 @@ def _tokenized_rows(
             kept += 1
             summary.demonstrations += 1
             summary.pairs += pair is not None
-            summary.cut += not group.completions[0].ended
+            summary.truncated += not group.completions[0].finished
             yield _row(group, pair)
     if not kept:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in summary.dropped.items())
@@ -382,15 +382,15 @@ def _row(group: Group, pair: Group | None) -> dict[str, Any]:
         "row": group.row,
         "prompt_ids": list(group.prompt_ids),
         "demonstration_ids": list(demonstration.token_ids),
-        "demonstration_ended": demonstration.ended,
+        "demonstration_finished": demonstration.finished,
         "rejected_ids": list(rejected.token_ids) if rejected else [],
-        "rejected_ended": rejected.ended if rejected else False,
+        "rejected_finished": rejected.finished if rejected else False,
     }
 
 
 def group_from_row(row: Mapping[str, Any]) -> Group:
     """The prompt with its demonstration, from a row of ``tokenize_dataset``."""
-    demonstration = Completion(tuple(row["demonstration_ids"]), Kind.DEMONSTRATION, row["demonstration_ended"])
+    demonstration = Completion(tuple(row["demonstration_ids"]), Role.DEMONSTRATION, row["demonstration_finished"])
     return Group(tuple(row["prompt_ids"]), (demonstration,), row=row["row"])
 
 
@@ -398,6 +398,6 @@ def preference_group_from_row(row: Mapping[str, Any]) -> Group | None:
     """The prompt with its preferred and rejected answer, from a row of ``tokenize_dataset``; None without a pair."""
     if not row["rejected_ids"]:
         return None
-    preferred = Completion(tuple(row["demonstration_ids"]), Kind.PREFERRED, row["demonstration_ended"])
-    rejected = Completion(tuple(row["rejected_ids"]), Kind.REJECTED, row["rejected_ended"])
+    preferred = Completion(tuple(row["demonstration_ids"]), Role.PREFERRED, row["demonstration_finished"])
+    rejected = Completion(tuple(row["rejected_ids"]), Role.REJECTED, row["rejected_finished"])
     return Group(tuple(row["prompt_ids"]), (preferred, rejected), row=row["row"])

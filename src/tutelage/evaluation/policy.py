@@ -16,16 +16,16 @@ from tutelage.errors import UserError
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.evaluation.verifiers import Verifier, load_verifier
 from tutelage.groups import Group
-from tutelage.logprobs import Layout, cached_logps
 from tutelage.rewards.base import Reward
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
+from tutelage.scoring.logps import Layout, cached_logps
 
 __all__ = ["Evaluation", "EvaluationSet", "ranking"]
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One answer a row, drawn from the policy; the verifier's scores, if there is one."""
+    """One answer per row, drawn from the policy; the verifier's scores, if there is one."""
 
     samples: list[Sample]
     texts: list[str]
@@ -43,7 +43,7 @@ class Evaluation:
 
     Attributes:
         rows: the rows' numbers.
-        demonstration_logps: log π of the demonstration (nats a sequence).
+        demonstration_logps: log π of the demonstration (nats per sequence).
         demonstration_lengths: tokens.
         demonstration_rewards: implicit reward of the demonstration, β log π/π_0; None without a reference.
         preference_rewards: [pairs, 2] implicit rewards of preferred and rejected answer, log π/π_0 (nats); None
@@ -83,7 +83,7 @@ class Evaluation:
                 values[name] = getattr(self, name)
         if self.sampled is not None:
             values["length"] = [len(sample.token_ids) for sample in self.sampled.samples]
-            values["cut"] = [float(not sample.ended) for sample in self.sampled.samples]
+            values["cut"] = [float(not sample.finished) for sample in self.sampled.samples]
         for name, answers in (("sampled", self.sampled), ("greedy", self.greedy)):
             if answers is not None and answers.scores is not None:
                 values[f"accuracy_{name}"] = answers.right
@@ -92,7 +92,7 @@ class Evaluation:
         return values
 
     def metrics(self) -> dict[str, float]:
-        """Means by name, for logs; ``loss`` is the usual one of SFT (nats a token)."""
+        """Means by name, for logs; ``loss`` is the usual one of SFT (nats per token)."""
         means = {name: float(np.mean(values)) for name, values in self._values().items()}
         return {"loss": -sum(self.demonstration_logps) / sum(self.demonstration_lengths)} | means
 
@@ -103,7 +103,7 @@ class Evaluation:
         found: dict[str, Any] = {"num_rows": len(self.rows), "task": self.task}
         found |= {name: mean_interval(numbers).to_dict() for name, numbers in values.items()}
         if cut is not None and length is not None:
-            found |= {"cut_fraction": float(np.mean(cut)), "length_mean": float(np.mean(length))}
+            found |= {"truncated_fraction": float(np.mean(cut)), "length_mean": float(np.mean(length))}
         per_row: dict[str, Any] = {"row": self.rows, "demonstration_logp": self.demonstration_logps}
         for name, answers in (("sampled_score", self.sampled), ("greedy_score", self.greedy)):
             if answers is not None and answers.scores is not None:
@@ -113,7 +113,7 @@ class Evaluation:
 
 @dataclass
 class EvaluationSet:
-    """Held-out rows, tokenised once, and what is remembered about them.
+    """Held-out rows, tokenized once, and what is remembered about them.
 
     Attributes:
         demonstrations, groups: the rows, and each with its demonstration as tokens.
@@ -199,7 +199,7 @@ class EvaluationSet:
         Args:
             beta: temperature of the implicit reward.
             seed: of the answers.
-            sample: draw one answer a row at temperature 1; by default if there is a verifier to score it.
+            sample: draw one answer per row at temperature 1; by default if there is a verifier to score it.
             greedy: also decode one greedily.
             reward: a learned reward to look at.
             on_progress: called with the number of answers drawn so far, sampled and greedy together.

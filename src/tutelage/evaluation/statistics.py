@@ -42,7 +42,7 @@ class Interval:
 
 
 def mean_interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """Mean of ``values`` [n], one a row: the Wilson interval if all are 0 or 1, the bootstrap otherwise.
+    """Mean of ``values`` [n], one per row: the Wilson interval if all are 0 or 1, the bootstrap otherwise.
 
     Raises:
         UserError: no values, or one is NaN or infinite.
@@ -57,7 +57,7 @@ def mean_interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95)
 
 
 def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95) -> Interval:
-    """Percentile bootstrap of the mean of ``values`` [n], one a row.
+    """Percentile bootstrap of the mean of ``values`` [n], one per row.
 
     Draws n rows with replacement, ``resamples`` times, takes the mean of each draw and cuts off both tails. The same
     arguments give the same interval. Values that are all equal give an interval of width zero.
@@ -92,10 +92,10 @@ def proportion_interval(values: ArrayLike, *, confidence: float = 0.95) -> Inter
 
 def _wilson(n: int, p: float, confidence: float) -> Interval:
     z = _z(confidence)
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     # At p = 0 and p = 1 the bound is exactly 0 and 1; rounding must not put it beyond.
-    return Interval(p, max(0.0, centre - half) if p > 0 else 0.0, min(1.0, centre + half) if p < 1 else 1.0, n)
+    return Interval(p, max(0.0, center - half) if p > 0 else 0.0, min(1.0, center + half) if p < 1 else 1.0, n)
 
 
 def bounded_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
@@ -126,7 +126,7 @@ def paired_difference(
     first, second = _checked(a), _checked(b)
     if len(first) != len(second):
         raise UserError(
-            f"a paired difference needs one value a row from both: got {len(first)} and {len(second)}.",
+            f"a paired difference needs one value per row from both: got {len(first)} and {len(second)}.",
             remedy="Keep only the rows that both have, in the same order.",
         )
     difference = first - second

@@ -1,6 +1,6 @@
 """A run's history and the candidates that it chose from as SVG, to stand inside a page.
 
-matplotlib draws with stand-in colours that are then replaced by CSS variables, so that one drawing serves the light
+matplotlib draws with stand-in colors that are then replaced by CSS variables, so that one drawing serves the light
 and the dark page. No text of a user's goes into a drawing: names and titles are the page's to write, and to escape.
 """
 
@@ -20,11 +20,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tutelage.report.runs import Run, candidates, has_gold
+from tutelage.report.runs import Run, candidates, has_verifier_score
 
 __all__ = [
     "GROUPS",
-    "NUM_COLOURS",
+    "NUM_COLORS",
     "TIME_PARTS",
     "Metric",
     "candidate_scores",
@@ -53,9 +53,9 @@ class Metric:
 
 GROUPS = {
     "Likelihood": (
-        Metric("eval_demonstration_logp", "Held-out demonstrations, log-prob", "nats a sequence"),
-        Metric("logps/demonstrations", "Training demonstrations, log-prob", "nats a sequence"),
-        Metric("logps/samples", "Samples, log-prob", "nats a sequence"),
+        Metric("eval_demonstration_logp", "Held-out demonstrations, log-prob", "nats per sequence"),
+        Metric("logps/demonstrations", "Training demonstrations, log-prob", "nats per sequence"),
+        Metric("logps/samples", "Samples, log-prob", "nats per sequence"),
         Metric("loss", "Training loss", "not comparable between algorithms"),
     ),
     "Implicit reward": (
@@ -64,7 +64,7 @@ GROUPS = {
     ),
     "Learned reward": (
         Metric(
-            "holdout/accuracy",
+            "validation/accuracy",
             "Accuracy: demonstration over sample",
             "share of held-out pairs; faint: training, before their step",
             faint="reward/accuracy",
@@ -79,20 +79,20 @@ GROUPS = {
             faint="reward/samples",
             over="stage",
         ),
-        Metric("holdout/gold_gap", "Reward gap of right and wrong samples", "right minus wrong", over="stage"),
+        Metric("validation/verifier_gap", "Reward gap of right and wrong samples", "right minus wrong", over="stage"),
         Metric("reward/length_correlation", "Correlation of reward and length", "−1 to 1", over="stage"),
         Metric("reward/loss", "Reward loss", "of training pairs", over="stage"),
-        Metric("reward/steps", "Length of the reward phase", "optimiser steps", over="stage"),
+        Metric("reward/steps", "Length of the reward phase", "optimizer steps", over="stage"),
         Metric("reward/saturated", "Reward phase stopped early", "1: accuracy saturated, 0: no", over="stage"),
     ),
     "Policy": (
-        Metric("holdout/reward", "Reward of held-out samples", "by the reward of the stage", over="stage"),
-        Metric("holdout/gold", "Gold score of held-out samples", "mean", over="stage"),
-        Metric("holdout/kl", "KL to the start, held-out prompts", "nats a sequence", over="stage"),
+        Metric("validation/reward", "Reward of held-out samples", "by the reward of the stage", over="stage"),
+        Metric("validation/verifier_score", "Verifier score of held-out samples", "mean", over="stage"),
+        Metric("validation/kl", "KL to the start, held-out prompts", "nats per sequence", over="stage"),
         Metric("policy/reward", "Reward of training samples", "by the reward of the stage"),
         Metric("policy/advantage", "Size of the advantage", "mean distance to the prompt's other samples"),
-        Metric("policy/kl", "KL to the start, training prompts", "nats a sequence"),
-        Metric("policy/entropy", "Entropy", "nats a token", over="stage"),
+        Metric("policy/kl", "KL to the start, training prompts", "nats per sequence"),
+        Metric("policy/entropy", "Entropy", "nats per token", over="stage"),
         Metric("policy/clip_fraction", "Beyond the clip range", "share of samples"),
         Metric("policy/phase", "Policy phase", "1: ran, 0: skipped", over="stage"),
     ),
@@ -101,14 +101,14 @@ GROUPS = {
         Metric("length/demonstrations", "Length of demonstrations", "tokens"),
         Metric("samples/distinct_1", "Distinct tokens, distinct-1", "share of all"),
         Metric("samples/distinct_2", "Distinct token pairs, distinct-2", "share of all"),
-        Metric("samples/cut_fraction", "Cut at the length limit", "share of samples"),
+        Metric("samples/truncated_fraction", "Cut at the length limit", "share of samples"),
         Metric("pairs/dropped", "Dropped pairs", "sample equal to its demonstration"),
     ),
-    "Speed": (Metric("tokens_per_second", "Throughput", "tokens a second"),),
+    "Speed": (Metric("tokens_per_second", "Throughput", "tokens per second"),),
 }
 # part of the time: opacity of its bar
-TIME_PARTS = {"sampling": 1.0, "reference": 0.76, "reward": 0.56, "holdout": 0.4, "training": 0.24}
-NUM_COLOURS = 7  # as many as the style sheet has; further runs repeat them with another dash
+TIME_PARTS = {"sampling": 1.0, "reference": 0.76, "reward": 0.56, "validation": 0.4, "training": 0.24}
+NUM_COLORS = 7  # as many as the style sheet has; further runs repeat them with another dash
 
 _DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)))
 _NOT_METRICS = {"step", "epoch", "stage", "total_flos"}
@@ -116,7 +116,7 @@ _MAX_BOUNDARIES = 30  # with a stage every few steps the marks would hide the cu
 _MAX_LABELS = 12  # candidates that are numbered in a drawing
 _INK, _RULE, _PAPER = "#fe0001", "#fe0002", "#fe0003"
 _CSS = {_INK: "var(--ink-2)", _RULE: "var(--rule)", _PAPER: "var(--paper)"} | {
-    f"#fe01{index:02x}": f"var(--run-{index})" for index in range(NUM_COLOURS)
+    f"#fe01{index:02x}": f"var(--run-{index})" for index in range(NUM_COLORS)
 }
 
 
@@ -130,7 +130,7 @@ def other_metrics(runs: Sequence[Run]) -> list[Metric]:
 
 def dash(index: int) -> int:
     """Which dash the run's lines have: 0 is solid."""
-    return index // NUM_COLOURS % len(_DASHES)
+    return index // NUM_COLORS % len(_DASHES)
 
 
 def curve(runs: Sequence[Run], key: str, *, faint: str | None = None, over: str = "step") -> str | None:
@@ -151,8 +151,8 @@ def curve(runs: Sequence[Run], key: str, *, faint: str | None = None, over: str 
             continue
         boundaries = _stage_boundaries(run) if over == "step" else []
         for step in boundaries if len(boundaries) <= _MAX_BOUNDARIES else ():
-            axes.axvline(step, color=_colour(index), alpha=0.5, linewidth=0.8, linestyle=_DASHES[2], zorder=1)
-        style = {"color": _colour(index), "linestyle": _DASHES[dash(index)], "linewidth": 1.5, "markersize": 3}
+            axes.axvline(step, color=_color(index), alpha=0.5, linewidth=0.8, linestyle=_DASHES[2], zorder=1)
+        style = {"color": _color(index), "linestyle": _DASHES[dash(index)], "linewidth": 1.5, "markersize": 3}
         for name, (places, values) in found.items():
             axes.plot(places, values, **style, alpha=lines[name], marker="o" if len(places) <= 12 else None)
     axes.set_xlabel(over)
@@ -160,9 +160,9 @@ def curve(runs: Sequence[Run], key: str, *, faint: str | None = None, over: str 
 
 
 def candidate_scores(run: Run, index: int, over: str) -> str | None:
-    """SVG of the candidate policies' learned reward, with 95% intervals, and gold score; None for fewer than two.
+    """SVG of the candidate policies' learned reward, with 95% intervals, and verifier score; None for fewer than two.
 
-    The gold score has the left axis and a dashed line, the learned reward the right one (the left one if it is alone).
+    The verifier score has the left axis and a dashed line, the learned reward the right one (the left one if it is alone).
     Over the KL the lines follow the stages and the points bear their numbers. A ring marks the policy that was kept.
 
     Args:
@@ -171,28 +171,29 @@ def candidate_scores(run: Run, index: int, over: str) -> str | None:
     found = candidates(run)
     if len(found) < 2:
         return None
-    places, rewards, lows, highs, golds = (
-        [_finite(each.get(field)) for each in found] for field in (over, "reward", "reward_low", "reward_high", "gold")
+    places, rewards, lows, highs, scores = (
+        [_finite(each.get(field)) for each in found]
+        for field in (over, "reward", "reward_low", "reward_high", "verifier_score")
     )
     figure, left = _frame()
-    axes, colour = left, _colour(index)
-    if has_gold(run):
-        left.plot(places, golds, color=_INK, linestyle=_DASHES[1], linewidth=1.3, marker="s", markersize=3)
-        left.set_ylabel("gold score, dashed", color=_INK, fontsize=8.5)
+    axes, color = left, _color(index)
+    if has_verifier_score(run):
+        left.plot(places, scores, color=_INK, linestyle=_DASHES[1], linewidth=1.3, marker="s", markersize=3)
+        left.set_ylabel("verifier score, dashed", color=_INK, fontsize=8.5)
         axes = left.twinx()
         _style(axes)
-    axes.vlines(places, lows, highs, color=colour, alpha=0.3, linewidth=3.5)
-    axes.plot(places, rewards, color=colour, linewidth=1.5, marker="o", markersize=3.5)
-    axes.set_ylabel("learned reward", color=colour, fontsize=8.5)
-    axes.tick_params(axis="y", colors=colour)
-    for each, place, reward, gold in zip(found, places, rewards, golds, strict=True):
+    axes.vlines(places, lows, highs, color=color, alpha=0.3, linewidth=3.5)
+    axes.plot(places, rewards, color=color, linewidth=1.5, marker="o", markersize=3.5)
+    axes.set_ylabel("learned reward", color=color, fontsize=8.5)
+    axes.tick_params(axis="y", colors=color)
+    for each, place, reward, score in zip(found, places, rewards, scores, strict=True):
         if each["chosen"]:
-            for where, height, ink in ((axes, reward, colour), (left, gold, _INK)):
+            for where, height, ink in ((axes, reward, color), (left, score, _INK)):
                 where.plot(place, height, "o", markersize=9, markerfacecolor="none", markeredgecolor=ink)
         if over == "kl" and len(found) <= _MAX_LABELS:
             number = str(each["stage"])
             axes.annotate(number, (place, reward), (5, -9), textcoords="offset points", color=_INK, size=7.5)
-    left.set_xlabel("stage" if over == "stage" else "KL to the start, nats a sequence")
+    left.set_xlabel("stage" if over == "stage" else "KL to the start, nats per sequence")
     if over == "kl":
         left.xaxis.set_major_locator(MaxNLocator(nbins=6))
     return _svg(figure)
@@ -217,7 +218,7 @@ def stage_times(run: Run, index: int) -> str | None:
     bottom = [0.0] * len(stages)
     for part, opacity in TIME_PARTS.items():
         heights = [seconds[stage][part] for stage in stages]
-        axes.bar(stages, heights, bottom=bottom, color=_colour(index), alpha=opacity, width=0.7, zorder=3)
+        axes.bar(stages, heights, bottom=bottom, color=_color(index), alpha=opacity, width=0.7, zorder=3)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.bar(stages, bottom, color=_PAPER, width=0.7, zorder=2)  # so that the grid does not shine through
     axes.set_xlabel("stage")
@@ -244,8 +245,8 @@ def _finite(value: object) -> float:
     return value if _is_number(value) and math.isfinite(value) else math.nan
 
 
-def _colour(index: int) -> str:
-    return f"#fe01{index % NUM_COLOURS:02x}"
+def _color(index: int) -> str:
+    return f"#fe01{index % NUM_COLORS:02x}"
 
 
 def _frame() -> tuple[Figure, Axes]:
@@ -268,7 +269,7 @@ def _style(axes: Axes) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an <svg> element that is the same each time and takes its colours and font from the page."""
+    """The figure as an <svg> element that is the same each time and takes its colors and font from the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "tutelage", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from tutelage.report import charts
-from tutelage.report.runs import Run, has_gold, require_distinct_names
+from tutelage.report.runs import Run, has_verifier_score, require_distinct_names
 from tutelage.report.summary import Cell, Column, duration, summary_columns
 from tutelage.report.verdicts import judge
 
@@ -83,7 +83,7 @@ def _summary(runs: Sequence[Run]) -> str:
         f'<th scope="col" title="{escape(column.help)}">{escape(column.heading)}</th>' for column in columns
     )
     rows = "".join(
-        f'<tr style="{_colour(index)}"><th scope="row">{_name(run, index)}</th>'
+        f'<tr style="{_color(index)}"><th scope="row">{_name(run, index)}</th>'
         + "".join(f"<td>{_value(column.cells[index], column)}</td>" for column in columns)
         + "</tr>"
         for index, run in enumerate(runs)
@@ -119,7 +119,7 @@ def _value(cell: Cell | None, column: Column) -> str:
 
 
 def _selection(runs: Sequence[Run]) -> str:
-    """A row of charts a run that chose among policies: what the learned reward says of them, and what the verifier."""
+    """A row of charts per run that chose among policies: what the learned reward says of them, and what the verifier."""
     rows = []
     for index, run in enumerate(runs):
         drawn = "".join(
@@ -131,13 +131,15 @@ def _selection(runs: Sequence[Run]) -> str:
     if not rows:
         return ""
     note = (
-        "Each point is a policy, scored on rows kept from training by the last learned reward; bars: 95% intervals; "
+        "Each point is a policy, scored on validation rows by the last learned reward; bars: 95% intervals; "
         "ring: the policy that was kept."
     )
     title = "Learned reward of the candidates"
-    if any(map(has_gold, runs)):
-        title = "Learned reward against gold score"
-        note += " Where the learned reward rises and the gold score falls, the policy exploits errors of the reward."
+    if any(map(has_verifier_score, runs)):
+        title = "Learned reward against verifier score"
+        note += (
+            " Where the learned reward rises and the verifier score falls, the policy exploits errors of the reward."
+        )
     return "\n".join([f"<h2>{title}</h2>", *rows, f'<p class="note">{note}</p>'])
 
 
@@ -154,7 +156,7 @@ def _curves(runs: Sequence[Run]) -> str:
         return ""
     legend = "".join(_name(run, index) for index, run in enumerate(runs))
     legend = f'<div class="legend">{legend}</div>' if len(runs) > 1 else ""
-    note = '<p class="note">Dotted vertical lines mark the stages of the run of their colour.</p>'
+    note = '<p class="note">Dotted vertical lines mark the stages of the run of their color.</p>'
     return "\n".join([f"<section><h2>Curves</h2>\n{legend}", *sections, note, "</section>"])
 
 
@@ -168,8 +170,8 @@ def _grid(runs: Sequence[Run], metrics: Iterable[charts.Metric]) -> str:
 
 
 def _figure(title: str, unit: str, svg: str) -> str:
-    labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    return f"<figure><figcaption>{escape(title)}<span>{escape(unit)}</span></figcaption>{labelled}</figure>"
+    labeled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return f"<figure><figcaption>{escape(title)}<span>{escape(unit)}</span></figcaption>{labeled}</figure>"
 
 
 def _time(runs: Sequence[Run]) -> str:
@@ -191,9 +193,9 @@ def _time(runs: Sequence[Run]) -> str:
             if time.get(part)
         )
         total = duration(time["total"]) if "total" in time else "–"
-        rows.append(f'{_name(run, index)}<div class="bar" style="{_colour(index)}">{parts}</div><span>{total}</span>')
+        rows.append(f'{_name(run, index)}<div class="bar" style="{_color(index)}">{parts}</div><span>{total}</span>')
     stages = "".join(
-        _figure(run["name"], "seconds a stage", svg)
+        _figure(run["name"], "seconds per stage", svg)
         for index, run in enumerate(runs)
         if (svg := charts.stage_times(run, index)) is not None
     )
@@ -202,7 +204,7 @@ def _time(runs: Sequence[Run]) -> str:
 
 
 def _samples(runs: Sequence[Run]) -> str:
-    """A card a prompt, in the order of the first run that shows it, with one column a run."""
+    """A card per prompt, in the order of the first run that shows it, with one column per run."""
     by_run = [{sample["row"]: sample for sample in run["samples"]} for run in runs]
     order = _distinct(row for samples in by_run for row in samples)
     if not order:
@@ -275,11 +277,11 @@ def _setting(settings: dict, key: str) -> str:
 
 def _name(run: Run, index: int) -> str:
     dash = f" dash-{charts.dash(index)}" if charts.dash(index) else ""
-    return f'<span class="name{dash}" style="{_colour(index)}">{escape(run["name"])}</span>'
+    return f'<span class="name{dash}" style="{_color(index)}">{escape(run["name"])}</span>'
 
 
-def _colour(index: int) -> str:
-    return f"--c:var(--run-{index % charts.NUM_COLOURS})"
+def _color(index: int) -> str:
+    return f"--c:var(--run-{index % charts.NUM_COLORS})"
 
 
 def _distinct(values: Iterable) -> list:

@@ -15,7 +15,7 @@ __all__ = [
     "candidates",
     "control_of",
     "find_run",
-    "has_gold",
+    "has_verifier_score",
     "is_control",
     "is_start",
     "load_run",
@@ -104,16 +104,16 @@ def find_run(runs: Sequence[Run], name: str | None) -> Run | None:
 def candidates(run: Run) -> list[dict[str, Any]]:
     """The policies that the run chose from, by stage, the start first; empty where nothing was chosen.
 
-    Of each: ``stage`` (how many made it), ``reward`` (mean of its samples on kept rows, by the last reward) with the 95% bounds
-    ``reward_low`` and ``reward_high``, ``kl`` to the start (nats a sequence), ``objective`` (reward/scale − β·KL), ``gold``
-    (mean score, with ``gold_low`` and ``gold_high``, None without a verifier) and ``chosen``.
+    Of each: ``stage`` (how many made it), ``reward`` (mean of its samples on validation rows, by the last reward) with the 95% bounds
+    ``reward_low`` and ``reward_high``, ``kl`` to the start (nats per sequence), ``objective`` (reward/scale − β·KL), ``verifier_score``
+    (mean score, with ``verifier_score_low`` and ``verifier_score_high``, None without a verifier) and ``chosen``.
     """
     return sorted(run["selection"], key=lambda candidate: candidate["stage"])
 
 
-def has_gold(run: Run) -> bool:
+def has_verifier_score(run: Run) -> bool:
     """Whether a verifier scored the policies that the run chose from."""
-    return any(candidate["gold"] is not None for candidate in candidates(run))
+    return any(candidate["verifier_score"] is not None for candidate in candidates(run))
 
 
 def is_control(run: Run) -> bool:

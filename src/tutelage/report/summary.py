@@ -1,4 +1,4 @@
-"""The summary: one row a run, and only the columns that have a value."""
+"""The summary: one row per run, and only the columns that have a value."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: its heading, what its number is, and one cell a run, None where the run has no value."""
+    """A column: its heading, what its number is, and one cell per run, None where the run has no value."""
 
     heading: str
     help: str
@@ -112,7 +112,7 @@ def _evaluated(key: str, digits: int = 2) -> Callable[[Run], Cell | None]:
 
 
 def _passes(run: Run) -> Cell | None:
-    passes = run.get("demonstration_passes")
+    passes = run.get("demonstration_epochs")
     return None if passes is None else Cell(f"{passes:.3g}")
 
 
@@ -132,7 +132,7 @@ _COLUMNS = (
     ("greedy accuracy", "Share of prompts whose greedy answer is right", _evaluated("accuracy_greedy")),
     (
         "demonstration log-prob",
-        "Log-prob of held-out demonstrations, nats a sequence",
+        "Log-prob of held-out demonstrations, nats per sequence",
         _evaluated("demonstration_logp"),
     ),
     (

@@ -43,7 +43,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     The control is the run called "continued-sft", or else the run that the method started from. "Helped" is said
     only when the 95% interval of the paired difference excludes zero. Runs whose held-out demonstrations became more
     than 10% less likely (in nats) than under their start are called collapsed. Of a run that chose among policies by a
-    learned reward it is said which was kept, and whether training went on to raise that reward while the gold score
+    learned reward it is said which was kept, and whether training went on to raise that reward while the verifier score
     fell.
 
     Raises:
@@ -94,7 +94,7 @@ def _judge_method(method: Run, runs: Sequence[Run]) -> list[Verdict]:
     if not found:
         evidence = f"it shares no evaluated rows with {control['name']}"
         return [Verdict(f"{name} cannot be judged", evidence, "note")]
-    passes, allowed = method.get("demonstration_passes"), control.get("demonstration_passes")
+    passes, allowed = method.get("demonstration_epochs"), control.get("demonstration_epochs")
     if passes is not None and allowed is not None and not math.isclose(passes, allowed, rel_tol=0.05):
         evidence = f"{name} made {passes:.3g} demonstration passes, {control['name']} {allowed:.3g}"
         found.append(Verdict("Not an equal budget", evidence, "note"))
@@ -175,8 +175,8 @@ def _kept(run: Run) -> Verdict | None:
             f"held-out learned reward {signed(kept['reward'])} at {signed(kept['kl'])} nats KL, objective (reward/scale − β·KL) "
             f"{signed(kept['objective'])} against {signed(start['objective'])} at the start"
         )
-        if None not in (kept["gold"], start["gold"]):
-            evidence += f", gold score {signed(kept['gold'])} against {signed(start['gold'])}"
+        if None not in (kept["verifier_score"], start["verifier_score"]):
+            evidence += f", verifier score {signed(kept['verifier_score'])} against {signed(start['verifier_score'])}"
         return Verdict(f"{run['name']} kept the policy after {_stages(kept)}", evidence, "note")
     evidence = f"no stage beat it; its objective (held-out learned reward/scale − β·KL) is {signed(kept['objective'])}"
     if later:
@@ -186,12 +186,14 @@ def _kept(run: Run) -> Verdict | None:
 
 
 def _hacked(run: Run) -> Verdict | None:
-    """A warning where the learned reward of the last policy is surely above the start's and its gold score surely below."""
+    """A warning where the learned reward of the last policy is surely above the start's and its verifier score surely below."""
     found = candidates(run)
-    if not found or None in (found[0]["gold"], found[-1]["gold"]):
+    if not found or None in (found[0]["verifier_score"], found[-1]["verifier_score"]):
         return None
     first, last = found[0], found[-1]
-    fell = last.get("gold_high", last["gold"]) < first.get("gold_low", first["gold"])
+    fell = last.get("verifier_score_high", last["verifier_score"]) < first.get(
+        "verifier_score_low", first["verifier_score"]
+    )
     if not (last["reward_low"] > first["reward_high"] and fell):
         return None
     rewards = (
@@ -200,7 +202,7 @@ def _hacked(run: Run) -> Verdict | None:
     )
     evidence = (
         f"from the start to the policy after {_stages(last)} the held-out learned reward rose from {' to '.join(rewards)}, but the "
-        f"gold score fell from {signed(first['gold'])} to {signed(last['gold'])}"
+        f"verifier score fell from {signed(first['verifier_score'])} to {signed(last['verifier_score'])}"
     )
     return Verdict(f"Reward hacking in {run['name']}", evidence, "hurt")
 

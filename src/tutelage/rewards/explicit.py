@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from tutelage.errors import UserError
+from tutelage.files import write_json
 from tutelage.groups import Group
-from tutelage.logprobs import Layout, end_hidden_states, in_batches
-from tutelage.models import WeightSet, base_causal_lm, fingerprint, first_line, require_exists, run_part
-from tutelage.stages import write_json
+from tutelage.models.loading import base_causal_lm, first_line, require_exists, run_part
+from tutelage.models.weights import WeightSet, fingerprint
+from tutelage.scoring.logps import Layout, end_hidden_states, in_batches
 
 __all__ = ["ExplicitReward"]
 
@@ -33,7 +34,7 @@ _FACTS = "reward.json"
 class ExplicitReward:
     """r(x, y) = w · h, the head's weights times the body's last hidden state at the completion's last token.
 
-    That token is the end-of-turn token of a completion that ended, and the token it was cut at of one that was not.
+    That token is the end-of-turn token of a completion that finished, and the token it was cut at of one that was not.
 
     Args:
         model: the body, a transformers model with or without adapters and with any head, which is not used.
@@ -105,7 +106,7 @@ class ExplicitReward:
         return torch.tensor([value for values in self.scores(groups) for value in values])
 
     def scores(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """As ``score``, one tuple a group."""
+        """As ``score``, one tuple per group."""
         with self.active(), self.autocast():
             return in_batches(self.rewards, self.model, groups, batch_size=self.batch_size)
 

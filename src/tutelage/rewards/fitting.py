@@ -5,44 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tutelage.errors import NonFiniteLossError
-from tutelage.groups import Group, drop_copies, pair_indices
+from tutelage.groups import Group, pair_indices
 from tutelage.losses import RewardLossKind, reward_loss
 from tutelage.rewards.explicit import ExplicitReward
 
 __all__ = [
-    "CutSamples",
     "RewardFitter",
     "RewardObjective",
-    "contrast",
-    "policy_rewards",
-    "reward_scale",
 ]
-
-CutSamples = Literal["floor", "score", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
 class RewardObjective:
-    """What a reward phase minimises: w_d · loss of demonstrations over samples + w_p · loss of preference pairs.
+    """What a reward phase minimizes: w_d · loss of demonstrations over samples + w_p · loss of preference pairs.
 
     The weighted sum is that of Li et al. 2024, "Joint Demonstration and Preference Learning" (AIHF, arXiv 2406.06874).
 
     Attributes:
-        kind, margin, label_smoothing, centring, regularisation: of ``reward_loss``.
+        kind, margin, label_smoothing, centering, regularization: of ``reward_loss``.
         demonstration_weight, preference_weight: w_d and w_p.
     """
 
     kind: RewardLossKind = "logistic"
     margin: float = 0.0
     label_smoothing: float = 0.0
-    centring: float = 0.0
-    regularisation: float = 1.0
+    centering: float = 0.0
+    regularization: float = 1.0
     demonstration_weight: float = 1.0
     preference_weight: float = 1.0
 
@@ -54,19 +48,19 @@ class RewardObjective:
             kind=self.kind,
             margin=self.margin,
             label_smoothing=self.label_smoothing,
-            centring=self.centring,
-            regularisation=self.regularisation,
+            centering=self.centering,
+            regularization=self.regularization,
         )
 
 
 class RewardFitter:
-    """Carries a reward's optimiser from one reward phase to the next.
+    """Carries a reward's optimizer from one reward phase to the next.
 
     Args:
         reward: what learns.
-        objective: what it minimises.
+        objective: what it minimizes.
         optimizer: over ``reward.parameters``.
-        batch_size: groups an optimiser step.
+        batch_size: groups an optimizer step.
         micro_batch_size: groups a forward pass.
         preferences: preference pairs as groups; every step takes the next ``batch_size`` of them.
         max_grad_norm: longer gradients are shortened to it; 0 leaves them.
@@ -108,7 +102,7 @@ class RewardFitter:
         Args:
             groups: contrasts, the first completion of each over the others (see ``contrast``).
             phase: its number, which decides the order of the groups.
-            passes: over the groups. ``steps`` in optimiser steps goes before it.
+            passes: over the groups. ``steps`` in optimizer steps goes before it.
             on_step: called after each step with the number of steps done and what the step saw.
 
         Returns:
@@ -149,7 +143,7 @@ class RewardFitter:
         return 0.0
 
     def planned_steps(self, groups: int, passes: int = 1, steps: int | None = None) -> int:
-        """Optimiser steps that a phase over so many groups takes if it does not stop early; none without a group."""
+        """Optimizer steps that a phase over so many groups takes if it does not stop early; none without a group."""
         if not groups:
             return 0
         return steps if steps is not None else passes * math.ceil(groups / self.batch_size)
@@ -167,7 +161,7 @@ class RewardFitter:
         return [self.preferences[index % len(self.preferences)] for index in range(first, first + self.batch_size)]
 
     def _step(self, batch: list[Group], phase: int) -> dict[str, float]:
-        """One optimiser step; what it saw is of demonstrations and samples alone."""
+        """One optimizer step; what it saw is of demonstrations and samples alone."""
         sums = dict.fromkeys(("loss", "accuracy", "demonstrations", "samples"), 0.0)
         pairs = sum(len(group.completions) - 1 for group in batch)
         preferences = self._preference_batch() if self.preferences else []
@@ -214,7 +208,7 @@ class RewardFitter:
         loss.backward()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state, and how many steps it made on how many completion tokens."""
+        """The optimizer's state, and how many steps it made on how many completion tokens."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "steps_done": self.steps_done,
@@ -225,55 +219,6 @@ class RewardFitter:
         """Go on from ``state_dict``."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_done, self.tokens_done = state["steps_done"], state["tokens_done"]
-
-
-def contrast(group: Group, cut_samples: CutSamples) -> Group | None:
-    """The group as a reward should compare it, or None where nothing is left to compare.
-
-    Samples that equal the demonstration go. So do, unless ``cut_samples`` is "score", those that ended where the
-    demonstration was cut or the other way round: telling them apart takes no more than a look at the last token, and a
-    reward would learn that and little else.
-    """
-    group = drop_copies(group)
-    ended = group.completions[0].ended
-    keep = [i for i, c in enumerate(group.completions) if i > 0 and (cut_samples == "score" or c.ended == ended)]
-    return group.select([0, *keep]) if keep else None
-
-
-def policy_rewards(group: Group, cut_samples: CutSamples) -> list[float | None]:
-    """Rewards of a scored group's samples as a policy may be judged by them; None for one that is left out.
-
-    ``floor``: a cut sample is never better than the worst of its prompt that ended; where none ended, all are left out,
-    because the reward has compared no cut answer with a whole one. ``drop``: cut samples are left out. ``score``: all as
-    they are.
-
-    Args:
-        group: its first completion is the demonstration; ``rewards`` are known.
-    """
-    assert group.rewards is not None
-    found = list(zip(group.rewards[1:], (c.ended for c in group.completions[1:]), strict=True))
-    if cut_samples == "score":
-        return [reward for reward, _ in found]
-    if cut_samples == "drop":
-        return [reward if ended else None for reward, ended in found]
-    worst = min((reward for reward, ended in found if ended), default=None)
-    return [None if worst is None else reward if ended else min(reward, worst) for reward, ended in found]
-
-
-def reward_scale(rewards: Sequence[Sequence[float | None]]) -> float:
-    """What rewards are divided by: their spread within a prompt where that is above 1, else 1.
-
-    Rewards are scaled down, never up: while a reward can hardly tell samples apart, what it says stays quiet.
-
-    Args:
-        rewards: of the samples of each prompt; None for one that is left out.
-
-    Returns:
-        max(1, root of the mean variance within a prompt).
-    """
-    told = ([reward for reward in row if reward is not None] for row in rewards)
-    variances = [torch.tensor(row).var().item() for row in told if len(row) > 1]
-    return max(1.0, (sum(variances) / len(variances)) ** 0.5) if variances else 1.0
 
 
 def _non_finite(what: str, value: float, phase: int) -> NonFiniteLossError:

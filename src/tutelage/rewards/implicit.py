@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tutelage.errors import UserError
 from tutelage.groups import Group
-from tutelage.logprobs import Layout, cached_logps
 from tutelage.losses import implicit_reward
-from tutelage.models import WeightSet
+from tutelage.models.weights import WeightSet
+from tutelage.scoring.logps import Layout, cached_logps
 
 __all__ = ["ImplicitReward"]
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tutelage.groups import Completion, Kind
+from tutelage.groups import Completion, Role
 
 __all__ = ["Sample", "Sampler", "SamplingParams", "uniforms"]
 
@@ -49,20 +49,20 @@ class Sample:
     """A completion drawn from a policy.
 
     Attributes:
-        token_ids: the tokens, with the stop token that ended it, if one did.
+        token_ids: the tokens, with the stop token that finished it, if one did.
         token_logps: log-prob of each under the policy it was drawn from, temperature and filters included (nats); at
             temperature 0 under the policy as it is.
-        ended: False if it was cut at the length limit.
+        finished: False if it was cut at the length limit.
     """
 
     token_ids: tuple[int, ...]
     token_logps: tuple[float, ...]
-    ended: bool
+    finished: bool
 
     @property
     def completion(self) -> Completion:
         """As a member of a group."""
-        return Completion(self.token_ids, Kind.SAMPLE, self.ended)
+        return Completion(self.token_ids, Role.SAMPLE, self.finished)
 
 
 class Sampler(Protocol):
@@ -87,7 +87,7 @@ class Sampler(Protocol):
             on_finished: called with a prompt's place in ``prompts`` and its samples as soon as all of them are drawn.
 
         Returns:
-            one list of samples a prompt, in the order of ``prompts``.
+            one list of samples per prompt, in the order of ``prompts``.
         """
         ...
 
@@ -95,7 +95,7 @@ class Sampler(Protocol):
 def uniforms(seed: int, stage: int, rows: np.ndarray, draws: np.ndarray, position: int) -> np.ndarray:
     """One number in [0, 1) for a token, a function of where the token stands and of nothing else.
 
-    A counter-based generator: the coordinates are absorbed one after the other by the finaliser of SplitMix64
+    A counter-based generator: the coordinates are absorbed one after the other by the finalizer of SplitMix64
     (Steele, Lea and Flood 2014), so batch size, order, process count and resumption change no sample.
 
     Args:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tutelage.attention import attention_by_products
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.memory import keep_freed_memory
-from tutelage.models import LMHead, adapters_under_autocast, base_causal_lm, evaluation_mode
+from tutelage.models.attention import attention_by_products
+from tutelage.models.head import LMHead
+from tutelage.models.loading import base_causal_lm
+from tutelage.models.memory import keep_freed_memory
+from tutelage.models.modes import adapters_under_autocast, evaluation_mode
 from tutelage.sampling.base import Sample, SamplingParams, uniforms
 
 __all__ = ["TransformersSampler", "draw_tokens"]
@@ -32,7 +34,7 @@ _CPU_PREFILL_TOKENS, _ACCELERATOR_PREFILL_TOKENS = 2**11, 2**14
 class TransformersSampler:
     """Draws completions from a causal language model of transformers, adapters included.
 
-    On a CPU it asks the process to keep freed memory (``tutelage.memory``).
+    On a CPU it asks the process to keep freed memory (``tutelage.models.memory``).
 
     Args:
         model: sampled from as it stands at each call; put into evaluation mode meanwhile.
@@ -162,7 +164,7 @@ class _Decoding:
     draws: np.ndarray
     token_ids: list[list[int]]
     token_logps: list[list[float]]
-    ended: list[bool]
+    finished: list[bool]
 
     @staticmethod
     def of(prompts: list[Sequence[int]], rows: list[int], draws: Sequence[int]) -> _Decoding:
@@ -174,7 +176,7 @@ class _Decoding:
             draws=np.tile(np.asarray(draws, dtype=np.int64), len(prompts)),
             token_ids=[[] for _ in parents],
             token_logps=[[] for _ in parents],
-            ended=[False for _ in parents],
+            finished=[False for _ in parents],
         )
 
     def extend(
@@ -185,13 +187,15 @@ class _Decoding:
             if running[place]:
                 self.token_ids[index].append(token)
                 self.token_logps[index].append(logp)
-                self.ended[index] = token in stop_ids
-        return running & ~np.asarray([self.ended[index] for index in live])
+                self.finished[index] = token in stop_ids
+        return running & ~np.asarray([self.finished[index] for index in live])
 
     def samples(self) -> list[list[Sample]]:
         made: list[list[Sample]] = [[] for _ in self.prompts]
-        for parent, ids, logps, ended in zip(self.parents, self.token_ids, self.token_logps, self.ended, strict=True):
-            made[parent].append(Sample(tuple(ids), tuple(logps), ended))
+        for parent, ids, logps, finished in zip(
+            self.parents, self.token_ids, self.token_logps, self.finished, strict=True
+        ):
+            made[parent].append(Sample(tuple(ids), tuple(logps), finished))
         return made
 
 
@@ -202,9 +206,9 @@ def draw_tokens(
     params: SamplingParams,
     transform: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at one uniform number a row.
+    """Draw one token per row by inverting the cumulative distribution at one uniform number per row.
 
-    Sampling by a random number a token of the vocabulary (``torch.multinomial``, Gumbel noise) costs several times
+    Sampling by a random number per token of the vocabulary (``torch.multinomial``, Gumbel noise) costs several times
     a decoding step at 262,144 tokens; here a softmax and the sums of its blocks are all that goes over the vocabulary.
 
     Args:

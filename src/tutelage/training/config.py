@@ -36,7 +36,7 @@ class DemonstrationConfig(TrainingArguments):
             "when all parameters are trained. The run's first line says which."
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Compute in bfloat16 (mixed precision). On unless fp16 is."},
@@ -52,7 +52,7 @@ class DemonstrationConfig(TrainingArguments):
         default=2, metadata={"help": "Keep the last so many checkpoints; older ones are removed."}
     )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Has no effect here: the columns a row needs are known."}
+        default=False, metadata={"help": "Has no effect here: the columns that a row needs are known."}
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt, in tokens; see --on_long_prompt."})
     max_completion_length: int = field(
@@ -80,9 +80,9 @@ class DemonstrationConfig(TrainingArguments):
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How a prompt and its completions meet the model: 'tree' runs the prompt once, 'padded' repeats "
-            "it for each completion, 'auto' takes the tree where a check on the model finds the same numbers.",
-            "choices": ["auto", "tree", "padded"],
+            "help": "How a prompt and its completions meet the model: 'shared_prefix' runs the prompt once, 'padded' repeats "
+            "it for each completion, 'auto' takes the shared-prefix layout where a check on the model finds the same numbers.",
+            "choices": ["auto", "shared_prefix", "padded"],
         },
     )
     verifier: str | None = field(

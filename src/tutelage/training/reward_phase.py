@@ -1,4 +1,4 @@
-"""Stages that learn a reward before they improve the policy: sample, fit the reward, look at both on kept rows, go on."""
+"""Stages that learn a reward before they improve the policy: sample, fit the reward, look at both on validation rows, go on."""
 
 from __future__ import annotations
 
@@ -22,50 +22,38 @@ from transformers import Trainer
 from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import preference_group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.evaluation.candidates import Candidates, Standing
-from tutelage.evaluation.holdout import hold_out
 from tutelage.evaluation.policy import Evaluation, EvaluationSet, ranking
+from tutelage.files import write_json
 from tutelage.groups import Group
 from tutelage.losses import RewardLossKind
-from tutelage.models import (
-    add_adapter,
-    check_vocabulary,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    load_weights,
-    save_weights,
-    without_dropout,
-)
-from tutelage.reward_stage_config import RewardStageConfig
+from tutelage.models.loading import add_adapter, check_vocabulary, load_model, load_tokenizer
+from tutelage.models.modes import without_dropout
+from tutelage.models.weights import fingerprint, load_weights, save_weights
+from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
 from tutelage.rewards.explicit import ExplicitReward
-from tutelage.rewards.fitting import (
-    CutSamples,
-    RewardFitter,
-    RewardObjective,
-    contrast,
-    policy_rewards,
-    reward_scale,
-)
-from tutelage.stage_trainer import StageTrainer
-from tutelage.stages import StagePasses, write_json
+from tutelage.rewards.fitting import RewardFitter, RewardObjective
+from tutelage.training.reward_config import RewardStageConfig
+from tutelage.training.schedule import StageEpochs
+from tutelage.training.selection import Candidates, Standing
+from tutelage.training.stages import StageTrainer
+from tutelage.training.validation import split_validation
 
 __all__ = ["RewardStageTrainer"]
 
 logger = logging.getLogger(__name__)
 
-# Names in the random stream of what is sampled besides a stage's own samples. The kept rows get the same random numbers
+# Names in the random stream of what is sampled besides a stage's own samples. The validation rows get the same random numbers
 # at every stage, so that policies differ by less chance.
 _KEPT_ROWS, _INITIAL_POLICY = 1 << 20, 1 << 21
 
 
 class RewardStageTrainer(StageTrainer):
-    """Adds a reward to stages. A stage first fits the reward to its samples; then its optimiser steps move the policy.
+    """Adds a reward to stages. A stage first fits the reward to its samples; then its optimizer steps move the policy.
 
     The reward has its own weights in the place of the policy's (``WeightSet``) on the same frozen base, or a model of its
     own. The policy is left alone in the first ``reward_warmup_stages``, and in every stage whose reward does not rank the
-    demonstrations of the kept rows over fresh samples better than chance. After training the policy is set back to the
-    stage that does best on the kept rows by the last reward and the KL.
+    demonstrations of the validation rows over fresh samples better than chance. After training the policy is set back to the
+    stage that does best on the validation rows by the last reward and the KL.
 
     Args:
         preference_dataset: preference pairs for the reward.
@@ -92,17 +80,17 @@ class RewardStageTrainer(StageTrainer):
             peft_config.base_model_name_or_path = None
         kept_prompts: set[tuple[int, ...]] = set()
         if train_dataset is not None:
-            self.holdout, self.train_dataset = hold_out(
+            self.validation, self.train_dataset = split_validation(
                 train_dataset,
                 self.train_dataset,
                 self.tokenization,
-                rows=args.holdout_rows,
+                rows=args.validation_rows,
                 seed=args.seed,
                 turns=cast(Turns, args.turns),
                 verifier=args.verifier,
                 source=options.get("source", "training data"),
             )
-            kept_prompts = {group.prompt_ids for group in self.holdout.groups}
+            kept_prompts = {group.prompt_ids for group in self.validation.groups}
         self.reward = self._make_reward(peft_config)
         preferences = self._preferences(preference_dataset, preference_source)
         self.fitter = self._make_fitter([pair for pair in preferences if pair.prompt_ids not in kept_prompts])
@@ -110,7 +98,7 @@ class RewardStageTrainer(StageTrainer):
         self._fitted = -1
         self._initial_policy = fingerprint(self.policy.named_parameters())
         if train_dataset is not None:
-            self.candidates = Candidates(self.store, self.holdout, self.policy, self._kept_rows_sampled)
+            self.candidates = Candidates(self.store, self.validation, self.policy, self._kept_rows_sampled)
             self.set_initial_training_values(args, self.get_train_dataloader())
 
     # --- the parts --------------------------------------------------------------------------------------------------
@@ -151,8 +139,8 @@ class RewardStageTrainer(StageTrainer):
                 kind=cast(RewardLossKind, args.reward_loss),
                 margin=args.reward_margin,
                 label_smoothing=args.reward_label_smoothing,
-                centring=args.reward_centring,
-                regularisation=args.reward_regularisation,
+                centering=args.reward_centering,
+                regularization=args.reward_regularization,
                 demonstration_weight=args.demonstration_weight,
                 preference_weight=args.preference_weight,
             ),
@@ -184,7 +172,7 @@ class RewardStageTrainer(StageTrainer):
                 field="preference_dataset",
             )
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
-        compared = [contrast(groups[index], self._cut_samples) for index in order]
+        compared = [contrast(groups[index], self._truncated_samples) for index in order]
         return [group for group in compared if group is not None]
 
     @property
@@ -195,10 +183,10 @@ class RewardStageTrainer(StageTrainer):
     @property
     def passes(self) -> int:
         """Passes of the policy phase over a stage's samples."""
-        return self.args.policy_passes
+        return self.args.policy_epochs
 
     def get_train_dataloader(self) -> DataLoader:
-        """As transformers'; with several passes a stage's batches come several times.
+        """As transformers'; with several epochs per stage its batches come several times.
 
         Raises:
             UserError: several passes over streamed data.
@@ -207,10 +195,10 @@ class RewardStageTrainer(StageTrainer):
             return super().get_train_dataloader()
         if isinstance(self.train_dataset, IterableDataset):
             raise UserError(
-                "streamed data can be gone over once.", remedy="Leave --policy_passes at 1.", field="policy_passes"
+                "streamed data can be gone over once.", remedy="Leave --policy_epochs at 1.", field="policy_epochs"
             )
         args, rows = self.args, cast(Any, self.train_dataset)
-        batches = StagePasses(
+        batches = StageEpochs(
             len(rows),
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
@@ -271,7 +259,7 @@ class RewardStageTrainer(StageTrainer):
             self.store.write_groups(self.stage, "scored", scored, self.tokenization.text)
             begin = time.perf_counter()
             found = self._judge(scored, fit)
-            self.took("holdout", time.perf_counter() - begin)
+            self.took("validation", time.perf_counter() - begin)
             write_json(folder / "reward.json", found)
             self.log({name: value for name, value in found.items() if isinstance(value, (int, float))})
         else:
@@ -287,10 +275,10 @@ class RewardStageTrainer(StageTrainer):
         """The reward phase of the stage; empty if there was nothing to compare."""
         if self._fitted != self.stage - 1:  # a resumed run: the reward as the last stage left it
             self._load_reward(self.stage - 1)
-        fitted = groups + self._standing_negatives(groups)
+        fitted = groups + self._initial_policy_negatives(groups)
         for earlier in range(max(0, self.stage - self.args.reward_replay_stages), self.stage):
             fitted += self.store.groups(earlier)
-        pairs = [pair for group in fitted if (pair := contrast(group, self._cut_samples))]
+        pairs = [pair for group in fitted if (pair := contrast(group, self._truncated_samples))]
         if not pairs:
             return {}
         tokens = self.fitter.tokens_done
@@ -299,7 +287,7 @@ class RewardStageTrainer(StageTrainer):
             facts = self.fitter.fit(
                 pairs,
                 phase=self.stage,
-                passes=self.args.reward_passes,
+                passes=self.args.reward_epochs,
                 steps=self.args.reward_steps,
                 on_step=lambda done, facts: advance(done),
             )
@@ -320,7 +308,7 @@ class RewardStageTrainer(StageTrainer):
         self._fitted = self.stage
 
     def _load_reward(self, stage: int) -> None:
-        """The reward and its optimiser as a stage left them; before the first stage they are fresh."""
+        """The reward and its optimizer as a stage left them; before the first stage they are fresh."""
         if stage >= 0 and not (self.store.path(stage) / "reward.json").exists():
             raise UserError(
                 f"the reward of stage {stage} is missing.",
@@ -337,7 +325,7 @@ class RewardStageTrainer(StageTrainer):
             )
         self._fitted = self.stage
 
-    def _standing_negatives(self, groups: list[Group]) -> list[Group]:
+    def _initial_policy_negatives(self, groups: list[Group]) -> list[Group]:
         """Samples of π_0 for the stage's rows, where they are asked for and the policy is another by now."""
         if self.args.reward_pairs == "demonstration_vs_sample" or not self._moved:
             return []
@@ -376,21 +364,23 @@ class RewardStageTrainer(StageTrainer):
             "reward/samples": float(np.mean(flat)),
             "reward/gap": float(np.mean(demonstrations) - np.mean(flat)),
             "reward/length_correlation": _correlation(flat, lengths),
-            "holdout/reward": standing.reward.mean,
-            "holdout/kl": candidate.kl,
-            "holdout/demonstration_logp": candidate.demonstration_logp,
+            "validation/reward": standing.reward.mean,
+            "validation/kl": candidate.kl,
+            "validation/demonstration_logp": candidate.demonstration_logp,
             "policy/entropy": _entropy(scored),
-            "scale": reward_scale([policy_rewards(group, self._cut_samples) for group in scored]),
+            "scale": reward_scale([policy_rewards(group, self._truncated_samples) for group in scored]),
             "samples/left_out": float(
-                np.mean([r is None for g in scored for r in policy_rewards(g, self._cut_samples)])
+                np.mean([r is None for g in scored for r in policy_rewards(g, self._truncated_samples)])
             ),
         }
         if standing.accuracy is not None:
-            found |= {"holdout/accuracy": standing.accuracy.mean, "holdout/accuracy_low": standing.accuracy.low}
-        if candidate.gold is not None:
-            found["holdout/gold"] = float(np.mean([score for row in candidate.gold for score in row]))
-        if standing.gold_gap is not None:
-            found["holdout/gold_gap"] = standing.gold_gap
+            found |= {"validation/accuracy": standing.accuracy.mean, "validation/accuracy_low": standing.accuracy.low}
+        if candidate.verifier_scores is not None:
+            found["validation/verifier_score"] = float(
+                np.mean([score for row in candidate.verifier_scores for score in row])
+            )
+        if standing.verifier_gap is not None:
+            found["validation/verifier_gap"] = standing.verifier_gap
         if self.fitter.preferences:
             found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.fitter.preferences[:256])))
         reason = self._obstacle(fit, standing, max(float(np.ptp(row)) for row in samples))
@@ -407,46 +397,46 @@ class RewardStageTrainer(StageTrainer):
             return (
                 "no sample can be compared with its demonstration, so the reward could not learn: all are equal to it, or "
                 "differ from it by being cut; then start from an SFT checkpoint, raise --max_completion_length or use "
-                "--cut_samples score"
+                "--truncated_samples score"
             )
         if spread < 1e-6:
             return "the reward is the same for all samples of each prompt"
         accuracy = standing.accuracy
         if accuracy is None or accuracy.low <= 0.5:
             shown = f"{accuracy.mean:.2f} ({accuracy.low:.2f} to {accuracy.high:.2f})" if accuracy else "unknown"
-            return f"the reward does not beat chance on the rows kept from training: accuracy {shown}"
+            return f"the reward does not beat chance on the validation rows: accuracy {shown}"
         return None
 
     @property
-    def _cut_samples(self) -> CutSamples:
-        return cast(CutSamples, self.args.cut_samples)
+    def _truncated_samples(self) -> TruncatedSamples:
+        return cast(TruncatedSamples, self.args.truncated_samples)
 
     def _for_policy(self, group: Group, scale: float) -> list[Group]:
         """The group with its rewards as the policy phase sees them; nothing where too few samples are left to compare."""
-        rewards = policy_rewards(group, self._cut_samples)
+        rewards = policy_rewards(group, self._truncated_samples)
         kept = [index for index, reward in enumerate(rewards, start=1) if reward is not None]
         scaled = tuple((reward or 0.0) / scale for reward in rewards)
         group = replace(group, rewards=(0.0, *scaled)).select([0, *kept])
         return [self.policy_group(group)] if len(kept) > 1 else []
 
-    # --- the rows kept from training --------------------------------------------------------------------------------
+    # --- the validation rows --------------------------------------------------------------------------------
 
     def _look(self, stage: int) -> None:
         """Make a candidate of the policy as it stands, if it is a new one."""
         begin = time.perf_counter()
         self._count_samples(self.candidates.look(stage))
-        self.took("holdout", time.perf_counter() - begin)
+        self.took("validation", time.perf_counter() - begin)
 
     def _kept_rows_sampled(self, groups: list[Group]) -> list[Group]:
-        with self.progress.phase("sampling for the kept rows", len(groups)):
+        with self.progress.phase("sampling for the validation rows", len(groups)):
             return self.with_reference(self.with_samples(groups, stage=_KEPT_ROWS))
 
     def _standings(self) -> dict[int, Standing]:
         """Every candidate through the reward as it is now."""
-        return self.candidates.standings(self.reward, beta=self.args.beta, cut_samples=self._cut_samples)
+        return self.candidates.standings(self.reward, beta=self.args.beta, truncated_samples=self._truncated_samples)
 
     def train(self, *args, **kwargs):
-        """As the engine's; then the policy is set to the stage that does best on the kept rows by reward and KL."""
+        """As the engine's; then the policy is set to the stage that does best on the validation rows by reward and KL."""
         output = super().train(*args, **kwargs)
         if self.stage < 0:  # resumed where training had ended
             assert self.schedule is not None
@@ -483,7 +473,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entropy(groups: Sequence[Group]) -> float:
-    """Entropy of the policy by its own samples: mean of −log π (nats a token)."""
+    """Entropy of the policy by its own samples: mean of −log π (nats per token)."""
     logps = [logp for group in groups for logp in (group.old_logps or ())[1:]]
     return -sum(logps) / sum(len(c.token_ids) for group in groups for c in group.completions[1:])
 

@@ -1,24 +1,71 @@
-"""Log-probs of targets under a linear head, a block of the vocabulary at a time."""
+"""The language-model head, and log-probs of targets under it, a block of the vocabulary at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from tutelage.models import LMHead
-
-__all__ = ["head_logps"]
+__all__ = ["LMHead", "head_logps"]
 
 # Logits of one block hold about this many numbers. On a CPU they stay in the last-level cache between the products; an
 # accelerator wants products that are large.
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**21, 2**26
 # Logits of a few tokens over all of the vocabulary, for a head that cannot be read in blocks.
 _WHOLE_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class LMHead:
+    """The last linear layer and what the architecture does to its output: cap · tanh(scale · (W h + b) / cap)."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+    @staticmethod
+    def of(base: PreTrainedModel) -> LMHead:
+        config = base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        module = cast(nn.Module, base.get_output_embeddings())
+        return LMHead(module, float(scale), getattr(config, "final_logit_softcapping", None))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of logits."""
+        return cast(Tensor, self.module.weight).shape[0]
+
+    @property
+    def is_linear(self) -> bool:
+        """True for a plain linear layer without adapters."""
+        return type(self.module) is nn.Linear
+
+    def raw_logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, V] what the linear layer gives, in the model's precision; ``transform`` makes logits of it."""
+        return self.module(hidden_NH)
+
+    def transform(self, raw_NV: Tensor) -> Tensor:
+        """[N, V] float32 logits from the linear layer's output."""
+        logits_NV = raw_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def damping(self, logits: Tensor) -> Tensor | None:
+        """∂ logits / ∂ (scale · raw), of the logits' shape; None where it is 1 everywhere."""
+        return None if self.softcap is None else 1 - (logits / self.softcap) ** 2
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, V] float32."""
+        return self.transform(self.raw_logits(hidden_NH))
 
 
 def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size: int | None = None) -> Tensor:
@@ -55,7 +102,7 @@ class _HeadLogps(torch.autograd.Function):
     """log p(y) = z_y − log Σ_v exp z_v with z = W h, as FlashAttention goes over keys (arXiv 2205.14135, algorithm 1).
 
     Each block meets the largest logit so far and the sum of exponentials below it, and is forgotten. ∂ log p(y)/∂h =
-    W_y − Σ_v p_v W_v, but for the gradient from above, which is one factor a token: so the same pass sums Σ_v p_v W_v, and
+    W_y − Σ_v p_v W_v, but for the gradient from above, which is one factor per token: so the same pass sums Σ_v p_v W_v, and
     a head that stays as it is costs two matrix products. One that is trained reads its blocks again in backward.
     """
 

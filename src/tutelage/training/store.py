@@ -1,111 +1,22 @@
-"""When a stage begins and ends, and what it leaves on disk."""
+"""What a stage leaves on disk."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from tutelage.errors import UserError
-from tutelage.groups import PER_COMPLETION, Completion, Group, Kind
+from tutelage.files import write_json
+from tutelage.groups import PER_COMPLETION, Completion, Group, Role
 
-__all__ = ["StagePasses", "StageSchedule", "StageStore", "write_json"]
-
-
-@dataclass(frozen=True, slots=True)
-class StageSchedule:
-    """Cuts an epoch of optimiser steps into stages of like length.
-
-    Attributes:
-        steps_per_epoch: optimiser steps S of an epoch.
-        stages_per_epoch: T. Stage i of an epoch holds the steps from ⌊i S / T⌋ up to ⌊(i+1) S / T⌋.
-        passes: how often the steps of a stage are taken before the next begins; an epoch then has S · passes steps.
-
-    Raises:
-        UserError: more stages than steps.
-
-    >>> [StageSchedule(10, 4).bounds(stage) for stage in range(5)]
-    [(0, 2), (2, 5), (5, 7), (7, 10), (10, 12)]
-    >>> StageSchedule(10, 4).stage_of(7)
-    3
-    >>> [StageSchedule(3, 2, passes=2).bounds(stage) for stage in range(3)]
-    [(0, 2), (2, 6), (6, 8)]
-    """
-
-    steps_per_epoch: int
-    stages_per_epoch: int
-    passes: int = 1
-
-    def __post_init__(self):
-        if self.stages_per_epoch < 1:
-            raise UserError("must be at least 1.", field="stages_per_epoch")
-        if self.stages_per_epoch > self.steps_per_epoch:
-            raise UserError(
-                f"{self.stages_per_epoch} stages do not fit into an epoch of {self.steps_per_epoch} optimiser steps.",
-                remedy=f"Use --stages_per_epoch {self.steps_per_epoch} or less, a smaller batch, or more data.",
-                field="stages_per_epoch",
-            )
-
-    def bounds(self, stage: int) -> tuple[int, int]:
-        """First optimiser step of the stage, and the first step after it; steps count from 0 over all epochs."""
-        epoch, index = divmod(stage, self.stages_per_epoch)
-        first, end = (
-            (epoch * self.steps_per_epoch + edge * self.steps_per_epoch // self.stages_per_epoch) * self.passes
-            for edge in (index, index + 1)
-        )
-        return first, end
-
-    def stage_of(self, step: int) -> int:
-        """The stage that an optimiser step belongs to."""
-        epoch, step = divmod(step // self.passes, self.steps_per_epoch)
-        # The largest index with ⌊index · S / T⌋ ≤ step.
-        index = ((step + 1) * self.stages_per_epoch - 1) // self.steps_per_epoch
-        return epoch * self.stages_per_epoch + index
-
-
-class StagePasses:
-    """Batches of row numbers for a data loader, those of each stage several times over. Rows are shuffled each epoch.
-
-    An optimiser step that the last rows do not fill is left out.
-
-    Args:
-        rows: of the data set.
-        batch_size: rows of a micro-batch.
-        accumulation: micro-batches of an optimiser step.
-        stages_per_epoch, passes: as for ``StageSchedule``.
-        seed: of the shuffling, together with the epoch.
-    """
-
-    def __init__(self, rows: int, batch_size: int, accumulation: int, stages_per_epoch: int, passes: int, seed: int):
-        self.rows, self.batch_size, self.accumulation, self.seed = rows, batch_size, accumulation, seed
-        self.schedule = StageSchedule(-(-rows // batch_size) // accumulation, stages_per_epoch)
-        self.passes, self.epoch = passes, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Micro-batches of an epoch, all passes together."""
-        return self.schedule.steps_per_epoch * self.accumulation * self.passes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.rows, generator=generator).tolist()
-        batches = [order[start : start + self.batch_size] for start in range(0, self.rows, self.batch_size)]
-        for stage in range(self.schedule.stages_per_epoch):
-            first, end = self.schedule.bounds(stage)
-            for _ in range(self.passes):
-                yield from batches[first * self.accumulation : end * self.accumulation]
+__all__ = ["StageStore"]
 
 
 class StageStore:
-    """What each stage sampled, one folder a stage, in files that people can read.
+    """What each stage sampled, one folder per stage, in files that people can read.
 
     ``stage-0003/samples.jsonl`` has a line for each prompt: row, text and tokens of prompt, demonstration and samples,
     and the reference log-probs. ``manifest.json`` says from which policy, with which settings. While a stage is being
@@ -211,13 +122,6 @@ class StageStore:
         return {group.row: group for group in kept} | groups
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write to a temporary name and rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -237,7 +141,7 @@ def _append(file: IO[str], groups: Iterable[Group], text: Callable[[tuple[int, .
             "prompt": text(group.prompt_ids),
             "demonstration": text(demonstration.token_ids),
             "samples": [text(sample.token_ids) for sample in samples],
-            "ended": [completion.ended for completion in group.completions],
+            "finished": [completion.finished for completion in group.completions],
             **{name: getattr(group, name) for name in PER_COMPLETION if getattr(group, name) is not None},
             "prompt_ids": group.prompt_ids,
             "completion_ids": [completion.token_ids for completion in group.completions],
@@ -252,11 +156,11 @@ def _read_groups(path: Path) -> Iterator[Group]:
             if not line.endswith(b"\n"):
                 return  # torn by a kill in the middle of the line
             record = json.loads(line)
-            kinds = [Kind.DEMONSTRATION] + [Kind.SAMPLE] * len(record["samples"])
-            completions = zip(record["completion_ids"], kinds, record["ended"], strict=True)
+            roles = [Role.DEMONSTRATION] + [Role.SAMPLE] * len(record["samples"])
+            completions = zip(record["completion_ids"], roles, record["finished"], strict=True)
             yield Group(
                 prompt_ids=tuple(record["prompt_ids"]),
-                completions=tuple(Completion(tuple(ids), kind, ended) for ids, kind, ended in completions),
+                completions=tuple(Completion(tuple(ids), role, finished) for ids, role, finished in completions),
                 row=record["row"],
                 **{name: tuple(record[name]) for name in PER_COMPLETION if name in record},
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tutelage.errors import UserError
-from tutelage.stage_trainer import StageConfig
+from tutelage.training.stages import StageConfig
 
 __all__ = ["RewardStageConfig"]
 
@@ -30,7 +30,7 @@ class RewardStageConfig(StageConfig):
             "noisy steps learn more from a stage's samples than a few exact ones."
         },
     )
-    policy_passes: int = field(
+    policy_epochs: int = field(
         default=1,
         metadata={
             "help": "How often the policy phase goes over a stage's samples; the importance ratios are clipped. Several at a "
@@ -44,7 +44,7 @@ class RewardStageConfig(StageConfig):
     reward_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the reward; constant."})
     reward_batch_size: int = field(
         default=8,
-        metadata={"help": "Groups an optimiser step of the reward. Its gradient is noisy early; steps help it more."},
+        metadata={"help": "Groups an optimizer step of the reward. Its gradient is noisy early; steps help it more."},
     )
     reward_loss: str = field(
         default="logistic",
@@ -58,17 +58,17 @@ class RewardStageConfig(StageConfig):
     reward_label_smoothing: float = field(
         default=0.0, metadata={"help": "How often a sample may be the better answer, in [0, 0.5); logistic only."}
     )
-    reward_centring: float = field(
+    reward_centering: float = field(
         default=0.01, metadata={"help": "Weight of the squared sum of a pair's rewards, which keeps them around zero."}
     )
-    reward_regularisation: float = field(
+    reward_regularization: float = field(
         default=1.0, metadata={"help": "ρ of the linear loss: rewards stay within ±1/ρ. Linear only."}
     )
-    reward_passes: int = field(
+    reward_epochs: int = field(
         default=2, metadata={"help": "Passes of a reward phase over the stage's groups (K, in passes)."}
     )
     reward_steps: int | None = field(
-        default=None, metadata={"help": "K, optimiser steps of a reward phase; goes before --reward_passes."}
+        default=None, metadata={"help": "K, optimizer steps of a reward phase; goes before --reward_epochs."}
     )
     reward_replay_stages: int = field(
         default=0, metadata={"help": "Fit the reward also on the samples of so many stages before."}
@@ -91,11 +91,11 @@ class RewardStageConfig(StageConfig):
         },
     )
     saturation: float = field(default=0.97, metadata={"help": "Training accuracy at which a reward phase ends."})
-    cut_samples: str = field(
+    truncated_samples: str = field(
         default="floor",
         metadata={
             "help": "Completions cut at the length limit. floor: the reward compares them only with demonstrations that "
-            "were cut too, and in the policy phase one is never better than the worst of its prompt that ended. "
+            "were cut too, and in the policy phase one is never better than the worst of its prompt that finished. "
             "score: like any other. drop: as floor for the reward, left out of the policy phase.",
             "choices": ["floor", "score", "drop"],
         },
@@ -117,7 +117,7 @@ class RewardStageConfig(StageConfig):
     init_reward_from: str | None = field(
         default=None, metadata={"help": "Start from the reward of an earlier run (its reward folder)."}
     )
-    holdout_rows: int | None = field(
+    validation_rows: int | None = field(
         default=None,
         metadata={
             "help": "Rows kept from training: on them the policy phase waits for the reward, and the best stage is chosen. "
@@ -139,7 +139,7 @@ class RewardStageConfig(StageConfig):
             )
         if self.fp16:
             raise UserError("the reward phase has no loss scaling.", remedy="Use --bf16.", field="fp16")
-        for name in ("policy_passes", "reward_passes", "reward_steps", "reward_batch_size", "holdout_rows"):
+        for name in ("policy_epochs", "reward_epochs", "reward_steps", "reward_batch_size", "validation_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
         for name in (
@@ -149,11 +149,11 @@ class RewardStageConfig(StageConfig):
             "reward_warmup_stages",
             "beta",
             "reward_margin",
-            "reward_centring",
+            "reward_centering",
         ):
             if getattr(self, name) < 0:
                 raise UserError(f"must not be below 0, but is {getattr(self, name):g}.", field=name)
-        for name in ("reward_learning_rate", "reward_regularisation"):
+        for name in ("reward_learning_rate", "reward_regularization"):
             if getattr(self, name) <= 0:
                 raise UserError(f"must be above 0, not {getattr(self, name):g}.", field=name)
         if not 0 <= self.reward_label_smoothing < 0.5:

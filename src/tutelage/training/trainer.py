@@ -1,7 +1,7 @@
 """The engine on ``transformers.Trainer``: groups in, log-probs, a loss, and what is watched meanwhile.
 
 An algorithm is a subclass that says how much there is to average over (``counts``) and what the loss is (``loss``);
-one that samples derives from ``tutelage.stage_trainer.StageTrainer``.
+one that samples derives from ``tutelage.training.stages.StageTrainer``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
-from tutelage.logprobs import Layout, completion_logps, probe_layout
-from tutelage.memory import keep_freed_memory
-from tutelage.models import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
+from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
+from tutelage.models.memory import keep_freed_memory
 from tutelage.progress import Progress, Silent
 from tutelage.results import model_card, run_record, run_settings
-from tutelage.trainer_config import DemonstrationConfig
+from tutelage.scoring.layout import probe_layout
+from tutelage.scoring.logps import Layout, completion_logps
+from tutelage.training.config import DemonstrationConfig
 
 __all__ = ["DemonstrationTrainer"]
 
@@ -49,12 +50,12 @@ logger = logging.getLogger(__name__)
 class DemonstrationTrainer(Trainer):
     """Trains a policy from demonstrations; subclasses say with which loss.
 
-    On a CPU it asks the process to keep freed memory (``tutelage.memory``).
+    On a CPU it asks the process to keep freed memory (``tutelage.models.memory``).
 
     Args:
         model: a causal language model, with or without an adapter, or its name or path.
         args: the algorithm's config.
-        train_dataset: rows in any of the recognised formats (``docs/data-formats.md``), map-style or streaming.
+        train_dataset: rows in any of the recognized formats (``docs/data-formats.md``), map-style or streaming.
         eval_dataset: held-out rows, map-style; preference pairs among them are ranked by the implicit reward.
         processing_class: the tokenizer; by default the one that lies with the model.
         peft_config: an adapter to put on the model and to train alone.
@@ -68,7 +69,7 @@ class DemonstrationTrainer(Trainer):
 
     algorithm: ClassVar[str] = ""
     args: DemonstrationConfig
-    layout: Literal["tree", "padded"]
+    layout: Literal["shared_prefix", "padded"]
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class DemonstrationTrainer(Trainer):
                 f"{max(args.world_size, args.n_gpu)} processes or devices: training runs on one so far.",
                 remedy="Start one process and show it one device (CUDA_VISIBLE_DEVICES=0).",
             )
-        # The loss comes averaged over the whole optimiser step (``num_items_in_batch``): transformers must not divide
+        # The loss comes averaged over the whole optimizer step (``num_items_in_batch``): transformers must not divide
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._choose_layout(cast(Layout, args.layout))
@@ -158,35 +159,35 @@ class DemonstrationTrainer(Trainer):
         """The model in training, without the wrappers that a launcher puts around it."""
         return self.accelerator.unwrap_model(cast(nn.Module, self.model))
 
-    def _choose_layout(self, layout: Layout) -> Literal["tree", "padded"]:
+    def _choose_layout(self, layout: Layout) -> Literal["shared_prefix", "padded"]:
         probe = probe_layout(self.policy)
-        if layout == "tree" and probe.layout != "tree":
-            raise UserError(f"the tree layout does not work: {probe.reason}.", remedy="Use --layout auto.")
+        if layout == "shared_prefix" and probe.layout != "shared_prefix":
+            raise UserError(f"the shared-prefix layout does not work: {probe.reason}.", remedy="Use --layout auto.")
         return probe.layout if layout == "auto" else layout
 
     # --- what an algorithm says -------------------------------------------------------------------------------------
 
     def counts(self, groups: Sequence[Group]) -> dict[str, int]:
-        """How many of each thing that the loss averages over the groups of an optimiser step hold."""
+        """How many of each thing that the loss averages over the groups of an optimizer step hold."""
         raise NotImplementedError
 
     def loss(self, groups: Sequence[Group], logps_C: Tensor, counts: dict[str, int]) -> Tensor:
-        """The groups' share of the optimiser step's loss.
+        """The groups' share of the optimizer step's loss.
 
         Args:
             groups: one micro-batch.
-            logps_C: [C] log-probs of their completions under the policy (nats a sequence), with gradient.
-            counts: ``counts`` of all groups of the optimiser step, to divide by.
+            logps_C: [C] log-probs of their completions under the policy (nats per sequence), with gradient.
+            counts: ``counts`` of all groups of the optimizer step, to divide by.
 
         Returns:
             scalar; the shares of the micro-batches add up to the loss of the step.
         """
         raise NotImplementedError
 
-    # --- one optimiser step -----------------------------------------------------------------------------------------
+    # --- one optimizer step -----------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one optimiser step, and what to average their loss over."""
+        """The micro-batches of one optimizer step, and what to average their loss over."""
         return self._step_of(list(islice(epoch_iterator, num_batches)))
 
     def _step_of(self, batches: list[list[Group]]) -> tuple[list[list[Group]], dict[str, int]]:
@@ -225,7 +226,7 @@ class DemonstrationTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As transformers', and a micro-batch may be empty: it has no gradient, not one of zeros.
 
-        An optimiser leaves weights without a gradient where they are; zeros would move them by momentum and decay.
+        An optimizer leaves weights without a gradient where they are; zeros would move them by momentum and decay.
         """
         if inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -236,7 +237,7 @@ class DemonstrationTrainer(Trainer):
         return torch.zeros((), device=self.args.device)
 
     def floating_point_ops(self, inputs: list[Group]) -> int:  # type: ignore[override]
-        """Six operations a parameter and token, as transformers estimates it."""
+        """Six operations per parameter and token, as transformers estimates it."""
         return (
             6
             * sum(len(group) for group in inputs)
@@ -273,7 +274,7 @@ class DemonstrationTrainer(Trainer):
 
     # --- what is watched --------------------------------------------------------------------------------------------
 
-    def watch(self, name: str, values: Tensor | Sequence[float]) -> None:
+    def track(self, name: str, values: Tensor | Sequence[float]) -> None:
         """Add values to the mean that the next log line shows under ``name``."""
         total = values.detach().sum().item() if isinstance(values, Tensor) else float(sum(values))
         self._sums[name][0] += total
@@ -353,7 +354,7 @@ class DemonstrationTrainer(Trainer):
             seed=self.args.seed,
             start=start,
             settings=run_settings(self.args, self.policy) | {"layout": self.layout},
-            demonstration_passes=round(self.state.epoch or 0.0, 4),
+            demonstration_epochs=round(self.state.epoch or 0.0, 4),
             trained_tokens=self.trained_tokens,
             sampled_tokens=self.sampled_tokens,
             time_s={**self.seconds, "total": sum(self.seconds.values())},
@@ -397,7 +398,7 @@ class DemonstrationTrainer(Trainer):
 
 
 class _Guard(TrainerCallback):
-    """Stops before an optimiser step whose gradient is not finite, takes the time, says how far the run is."""
+    """Stops before an optimizer step whose gradient is not finite, takes the time, says how far the run is."""
 
     def __init__(self, trainer: DemonstrationTrainer):
         self.trainer = trainer
@@ -443,5 +444,5 @@ class _Costs(TrainerCallback):
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:
-    """Tokenised rows to groups; they become tensors only when the model meets them."""
+    """Tokenized rows to groups; they become tensors only when the model meets them."""
     return [group_from_row(row) for row in rows]

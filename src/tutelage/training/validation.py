@@ -13,10 +13,10 @@ from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 
-__all__ = ["hold_out"]
+__all__ = ["split_validation"]
 
 
-def hold_out(
+def split_validation(
     dataset: Dataset | IterableDataset,
     tokenized: Any,
     tokenization: Tokenization,
@@ -37,7 +37,7 @@ def hold_out(
         turns, verifier, source: as for ``EvaluationSet.of``.
 
     Returns:
-        the kept rows, and the tokenised data without their prompts.
+        the validation rows, and the tokenized data without their prompts.
 
     Raises:
         UserError: more than half would be kept, or nothing would remain.
@@ -49,9 +49,9 @@ def hold_out(
         if wanted > len(dataset) // 2:
             raise UserError(
                 f"{wanted} of {len(dataset)} rows would be kept from training.",
-                remedy="Give more data, or lower --holdout_rows.",
+                remedy="Give more data, or lower --validation_rows.",
                 file=source,
-                field="holdout_rows",
+                field="validation_rows",
             )
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         raw = dataset.select(sorted(order[:wanted]))

@@ -1,9 +1,9 @@
 """The least that a training step or a decoding can take: what its mathematics needs, at rates measured on this machine.
 
-    python -m benchmarks.floors step '{"model_path": "…"}'
+    python -m benchmarks.roofline step '{"model_path": "…"}'
 
 prints a floor and what it is made of, as JSON. Operations are those of matrix products, a multiplication and an addition
-counting two; what is elementwise (norms, softmax, the optimiser) costs nothing here, so a floor is out of reach, and the
+counting two; what is elementwise (norms, softmax, the optimizer) costs nothing here, so a floor is out of reach, and the
 question is how far.
 """
 
@@ -89,7 +89,7 @@ def _causal_pairs(length: int, window: int | None) -> int:
 
 
 def training_operations(config: PreTrainedConfig, step: Sequence[Group], *, rank: int | None) -> Operations:
-    """Operations of one optimiser step, forward and backward.
+    """Operations of one optimizer step, forward and backward.
 
     T tokens through a weight of I inputs and O outputs take 2·T·I·O operations forward, as many again for the gradient of
     the input and as many again for the gradient of the weight, each where it is needed::
@@ -198,12 +198,12 @@ def _body_rate(config: PreTrainedConfig, tokens: int) -> float:
 
 
 def step_floor(work: Work, tokens: float = 0) -> dict[str, Any]:
-    """Of an optimiser step on demonstrations and samples."""
+    """Of an optimizer step on demonstrations and samples."""
     return _training_floor(work, groups(work))
 
 
 def sft_floor(work: Work, tokens: float = 0) -> dict[str, Any]:
-    """Of an optimiser step on the demonstrations alone."""
+    """Of an optimizer step on the demonstrations alone."""
     return _training_floor(work, [group.select([0]) for group in groups(work)])
 
 
@@ -230,7 +230,7 @@ def decoding_floor(work: Work, tokens: float) -> dict[str, Any]:
     prompts = [len(group.prompt_ids) for group in groups(work)]
     layers = sum(inputs * outputs for inputs, outputs in linear_layers(config).values())
     head = config.hidden_size * config.vocab_size
-    cached = 2 * config.num_key_value_heads * _head_dim(config)  # numbers a token and layer
+    cached = 2 * config.num_key_value_heads * _head_dim(config)  # numbers per token and layer
     windows = _windows(config)
     rates = _rates(config, body_tokens=len(prompts), head_tokens=len(prompts))
     rates["prompts"] = _body_rate(config, sum(prompts))
@@ -272,7 +272,7 @@ def measured_floor(kind: str, work: Work, tokens: float = 0) -> dict[str, Any]:
     Returns:
         ``seconds`` of a repetition, and the operations and rates they follow from.
     """
-    command = [sys.executable, "-m", "benchmarks.floors", kind, json.dumps(dataclasses.asdict(work)), str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.roofline", kind, json.dumps(dataclasses.asdict(work)), str(tokens)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

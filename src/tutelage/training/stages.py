@@ -18,12 +18,13 @@ from transformers.trainer_utils import IntervalStrategy
 from tutelage.data.demonstrations import is_conversational
 from tutelage.errors import UserError
 from tutelage.groups import Group, drop_copies
-from tutelage.logprobs import cached_logps
-from tutelage.models import WeightSet, fingerprint
+from tutelage.models.weights import WeightSet, fingerprint
 from tutelage.sampling import Sampler, SamplingParams, TransformersSampler
-from tutelage.stages import StageSchedule, StageStore
-from tutelage.trainer import DemonstrationTrainer
-from tutelage.trainer_config import DemonstrationConfig
+from tutelage.scoring.logps import cached_logps
+from tutelage.training.config import DemonstrationConfig
+from tutelage.training.schedule import StageSchedule
+from tutelage.training.store import StageStore
+from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["StageConfig", "StageTrainer"]
 
@@ -35,7 +36,7 @@ class StageConfig(DemonstrationConfig):
     stages_per_epoch: int = field(
         default=4,
         metadata={
-            "help": "T: into how many stages an epoch of demonstrations is cut. Each samples from the policy as it then "
+            "help": "T: the number of stages per epoch. Each samples from the policy as it then "
             "is. More stages: fresher opponents, less collapse, a little more time."
         },
     )
@@ -79,7 +80,7 @@ class StageConfig(DemonstrationConfig):
 
 
 class StageTrainer(DemonstrationTrainer):
-    """Adds stages to the engine. A stage owns consecutive optimiser steps.
+    """Adds stages to the engine. A stage owns consecutive optimizer steps.
 
     At a stage's first step the prompts of all its steps are drawn from the data loader; the policy samples for them;
     reference log-probs are computed once and kept; samples equal to their demonstration are dropped and counted; then
@@ -133,7 +134,7 @@ class StageTrainer(DemonstrationTrainer):
         return values
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one optimiser step; begins a stage when none is left of the last one."""
+        """The micro-batches of one optimizer step; begins a stage when none is left of the last one."""
         if not self._steps:
             self._begin_stage(epoch_iterator)
         return self._step_of(self._steps.popleft() if self._steps else [])
@@ -160,7 +161,7 @@ class StageTrainer(DemonstrationTrainer):
         steps = [list(islice(epoch_iterator, accumulation)) for _ in range(step, end)]
         if not all(steps):
             raise UserError(
-                f"the data end after {step + sum(map(bool, steps))} of {self.state.max_steps} optimiser steps.",
+                f"the data end after {step + sum(map(bool, steps))} of {self.state.max_steps} optimizer steps.",
                 remedy="Lower --max_steps, or give a stream that is long enough (IterableDataset.repeat).",
                 field="max_steps",
             )
@@ -176,7 +177,7 @@ class StageTrainer(DemonstrationTrainer):
             self._steps.append([[group for entry in batch for group in prepared[entry.row]] for batch in batches])
 
     def prepare_stage(self, recorded: dict[int, Group], *, at_start: bool) -> dict[int, list[Group]]:
-        """What the optimiser steps of a stage train on for each of its rows: an algorithm's say.
+        """What the optimizer steps of a stage train on for each of its rows: an algorithm's say.
 
         Here the row's group and those replayed with it, without copies of the demonstration.
 
@@ -256,7 +257,7 @@ class StageTrainer(DemonstrationTrainer):
         return [replace(group, reference_logps=values) for group, values in zip(groups, logps, strict=True)]
 
     def policy_logps(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """Log-probs of all completions under the policy as it stands (nats a sequence), one tuple a group."""
+        """Log-probs of all completions under the policy as it stands (nats per sequence), one tuple per group."""
         with self.compute_loss_context_manager():
             return cached_logps(
                 self.policy,
@@ -294,7 +295,7 @@ class StageTrainer(DemonstrationTrainer):
         self.log(
             {
                 "pairs/dropped": copies,
-                "samples/cut_fraction": _mean([not c.ended for g in groups for c in g.completions[1:]]),
+                "samples/truncated_fraction": _mean([not c.finished for g in groups for c in g.completions[1:]]),
                 "samples/distinct_1": distinct_n(samples, 1),
                 "samples/distinct_2": distinct_n(samples, 2),
                 "length/demonstrations": _mean([len(g.completions[0].token_ids) for g in groups]),

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tutelage.models import precision
+from tutelage.models.modes import precision
 
 __all__ = ["attention_by_products", "product_attention"]
 
@@ -28,7 +28,7 @@ def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
     """Within, a model on a CPU that attends by SDPA does so by ``product_attention``, in bfloat16 and over short rows.
 
     torch's fused kernel for CPUs runs at a fraction of the rate of matrix products. What it spares is the probabilities, heads ×
-    L² numbers a row and layer that a backward pass needs, so rows of over 512 tokens stay with it; and so does a model
+    L² numbers per row and layer that a backward pass needs, so rows of over 512 tokens stay with it; and so does a model
     that recomputes its activations, because it does that outside.
 
     Args:

@@ -1,4 +1,4 @@
-"""The policies that a run passes through, seen on the rows kept from training, and the choice among them."""
+"""The policies that a run passes through, seen on the validation rows, and the choice among them."""
 
 from __future__ import annotations
 
@@ -14,44 +14,45 @@ from torch import nn
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.statistics import Interval, bounded_interval, mean_interval
+from tutelage.files import write_json
 from tutelage.groups import Group
-from tutelage.models import fingerprint, load_weights, save_weights
+from tutelage.models.weights import fingerprint, load_weights, save_weights
 from tutelage.rewards.base import Reward
-from tutelage.rewards.fitting import CutSamples, contrast, policy_rewards, reward_scale
-from tutelage.stages import StageStore, write_json
+from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
+from tutelage.training.store import StageStore
 
 __all__ = ["Candidate", "Candidates", "Standing", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A policy that a run passed through, seen through its samples for the rows kept from training.
+    """A policy that a run passed through, seen through its samples for the validation rows.
 
     Attributes:
         stage: the number of stages that made it; 0 is the start.
         groups: each row's demonstration and samples, with ``old_logps`` under the policy and ``reference_logps``
             under π_0.
-        gold: the verifier's score of each sample, by row; None without a verifier.
+        verifier_scores: the verifier's score of each sample, by row; None without a verifier.
     """
 
     stage: int
     groups: list[Group]
-    gold: list[list[float]] | None = None
+    verifier_scores: list[list[float]] | None = None
 
     @staticmethod
     def of(stage: int, groups: list[Group], rows: EvaluationSet) -> Candidate:
         """The policy's samples, scored by the rows' verifier if there is one."""
-        gold = None
+        scores = None
         if rows.verifier is not None:
-            gold = [
+            scores = [
                 [rows.verify(index, sample.token_ids) for sample in group.completions[1:]]
                 for index, group in enumerate(groups)
             ]
-        return Candidate(stage, groups, gold)
+        return Candidate(stage, groups, scores)
 
     @property
     def kl(self) -> float:
-        """Estimate of KL(π‖π_0): mean of log π − log π_0 over the samples (nats a sequence)."""
+        """Estimate of KL(π‖π_0): mean of log π − log π_0 over the samples (nats per sequence)."""
         return float(
             np.mean(
                 [
@@ -64,7 +65,7 @@ class Candidate:
 
     @property
     def demonstration_logp(self) -> float:
-        """Mean log π of the demonstrations (nats a sequence)."""
+        """Mean log π of the demonstrations (nats per sequence)."""
         return float(np.mean([group.old_logps[0] for group in self.groups]))  # type: ignore[index]
 
     def rewards(self, reward: Reward) -> list[list[float]]:
@@ -72,31 +73,33 @@ class Candidate:
         values = iter(reward.score(self.groups).tolist())
         return [[next(values) for _ in group.completions] for group in self.groups]
 
-    def samples(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> list[list[float | None]]:
+    def samples(
+        self, rewards: Sequence[Sequence[float]], truncated_samples: TruncatedSamples
+    ) -> list[list[float | None]]:
         """What ``rewards`` gives each row's samples; None for one that is left out, see ``policy_rewards``."""
         return [
-            policy_rewards(replace(group, rewards=tuple(values)), cut_samples)
+            policy_rewards(replace(group, rewards=tuple(values)), truncated_samples)
             for group, values in zip(self.groups, rewards, strict=True)
         ]
 
-    def accuracy(self, rewards: Sequence[Sequence[float]], cut_samples: CutSamples) -> Interval | None:
+    def accuracy(self, rewards: Sequence[Sequence[float]], truncated_samples: TruncatedSamples) -> Interval | None:
         """How often the demonstration is over a sample, a row counting once; a tie counts half."""
         rows = []
         for group, values in zip(self.groups, rewards, strict=True):
-            compared = contrast(replace(group, rewards=tuple(values)), cut_samples)
+            compared = contrast(replace(group, rewards=tuple(values)), truncated_samples)
             if compared is not None:
                 gaps = compared.rewards[0] - np.array(compared.rewards[1:])  # type: ignore[index]
                 rows.append(float(np.mean((np.sign(gaps) + 1) / 2)))
         return bounded_interval(rows) if rows else None
 
-    def gold_gap(self, samples: Sequence[Sequence[float]]) -> float | None:
+    def verifier_gap(self, samples: Sequence[Sequence[float]]) -> float | None:
         """Mean reward of right samples minus that of wrong ones."""
-        if self.gold is None:
+        if self.verifier_scores is None:
             return None
         scored = [
-            (reward, gold >= 1)
-            for rewards, golds in zip(samples, self.gold, strict=True)
-            for reward, gold in zip(rewards, golds, strict=True)
+            (reward, score >= 1)
+            for rewards, scores in zip(samples, self.verifier_scores, strict=True)
+            for reward, score in zip(rewards, scores, strict=True)
         ]
         right, wrong = [r for r, good in scored if good], [r for r, good in scored if not good]
         return float(np.mean(right) - np.mean(wrong)) if right and wrong else None
@@ -110,18 +113,18 @@ class Standing:
         reward: mean reward of its samples, with the interval over rows.
         accuracy: how often the reward puts a demonstration over a sample; None where nothing can be compared.
         objective: E r / scale − β KL, what the policy phase raises; the scale is that of all candidates compared.
-        gold_gap: mean reward of right samples minus that of wrong ones, where there are both.
+        verifier_gap: mean reward of right samples minus that of wrong ones, where there are both.
     """
 
     candidate: Candidate
     reward: Interval
     accuracy: Interval | None
     objective: float
-    gold_gap: float | None
+    verifier_gap: float | None
 
     def to_dict(self, *, chosen: bool) -> dict[str, Any]:
         """An entry of the ``selection`` in results.json."""
-        gold = self.candidate.gold
+        scores = self.candidate.verifier_scores
         return {
             "stage": self.candidate.stage,
             "reward": self.reward.mean,
@@ -129,23 +132,23 @@ class Standing:
             "reward_high": self.reward.high,
             "kl": self.candidate.kl,
             "objective": self.objective,
-            **_gold(gold),
+            **_verifier_score(scores),
             "chosen": chosen,
         }
 
 
 def compare(
-    candidates: Sequence[Candidate], reward: Reward, *, beta: float, cut_samples: CutSamples
+    candidates: Sequence[Candidate], reward: Reward, *, beta: float, truncated_samples: TruncatedSamples
 ) -> list[Standing]:
     """Look at candidates through one reward, on one scale: only differences of a reward mean anything.
 
     Args:
         candidates: of the same rows.
         beta: weight of the KL, in units of scaled reward a nat.
-        cut_samples: as the reward phase treats them.
+        truncated_samples: as the reward phase treats them.
     """
     rewards = [candidate.rewards(reward) for candidate in candidates]
-    samples = [c.samples(values, cut_samples) for c, values in zip(candidates, rewards, strict=True)]
+    samples = [c.samples(values, truncated_samples) for c, values in zip(candidates, rewards, strict=True)]
     scale = reward_scale([row for rows in samples for row in rows])
     told = [reward for rows in samples for row in rows for reward in row if reward is not None]
     # A sample that is left out is one that was cut: a policy must not gain by cutting more.
@@ -155,20 +158,20 @@ def compare(
         Standing(
             candidate=candidate,
             reward=mean_interval([float(np.mean(row)) for row in rows]),
-            accuracy=candidate.accuracy(values, cut_samples),
+            accuracy=candidate.accuracy(values, truncated_samples),
             objective=float(np.mean(rows)) / scale - beta * candidate.kl,
-            gold_gap=candidate.gold_gap(rows),
+            verifier_gap=candidate.verifier_gap(rows),
         )
         for candidate, values, rows in zip(candidates, rewards, counted, strict=True)
     ]
 
 
-def _gold(scores: list[list[float]] | None) -> dict[str, float | None]:
-    """Mean gold score with its 95% bounds over rows; None without a verifier."""
+def _verifier_score(scores: list[list[float]] | None) -> dict[str, float | None]:
+    """Mean verifier score with its 95% bounds over rows; None without a verifier."""
     if scores is None:
-        return {"gold": None, "gold_low": None, "gold_high": None}
+        return {"verifier_score": None, "verifier_score_low": None, "verifier_score_high": None}
     found = mean_interval([float(np.mean(row)) for row in scores])
-    return {"gold": found.mean, "gold_low": found.low, "gold_high": found.high}
+    return {"verifier_score": found.mean, "verifier_score_low": found.low, "verifier_score_high": found.high}
 
 
 class Candidates:
@@ -196,7 +199,7 @@ class Candidates:
         """Record the policy as it stands, unless it is still the one looked at last.
 
         Returns:
-            the kept rows' groups if they were sampled for this look, by this process or by one that was killed; else none.
+            the validation rows' groups if they were sampled for this look, by this process or by one that was killed; else none.
         """
         name = fingerprint(self.policy.named_parameters())
         self.read(stage - 1)
@@ -209,7 +212,7 @@ class Candidates:
             return []
         groups = self.draw(self.rows.groups)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.store.write_groups(stage, "holdout", groups, self.rows.tokenization.text)
+        self.store.write_groups(stage, "validation", groups, self.rows.tokenization.text)
         save_weights(self._weights, self._path(stage, "policy.safetensors"))
         write_json(path, {"policy": name, "stage": stage, "settings": self.store.settings})
         self.by_stage[stage] = Candidate.of(stage, groups, self.rows)
@@ -228,16 +231,18 @@ class Candidates:
                 continue
             if not self._is_of_these_rows(stage):
                 raise UserError(
-                    "the rows kept from training, or the sampling settings, differ from the first run's.",
+                    "the validation rows, or the sampling settings, differ from the first run's.",
                     remedy="Resume with the data and settings of the first run.",
                     file=str(path),
                 )
-            self.by_stage[stage] = Candidate.of(stage, self.store.groups(stage, "holdout"), self.rows)
+            self.by_stage[stage] = Candidate.of(stage, self.store.groups(stage, "validation"), self.rows)
             self._last = self._record(stage)["policy"]
 
-    def standings(self, reward: Reward, *, beta: float, cut_samples: CutSamples) -> dict[int, Standing]:
+    def standings(self, reward: Reward, *, beta: float, truncated_samples: TruncatedSamples) -> dict[int, Standing]:
         """Every candidate through a reward, by stage in order."""
-        found = compare([c for _, c in sorted(self.by_stage.items())], reward, beta=beta, cut_samples=cut_samples)
+        found = compare(
+            [c for _, c in sorted(self.by_stage.items())], reward, beta=beta, truncated_samples=truncated_samples
+        )
         return {standing.candidate.stage: standing for standing in found}
 
     def best(self, standings: dict[int, Standing]) -> int:
@@ -265,8 +270,8 @@ class Candidates:
         return json.loads(self._path(stage, "candidate.json").read_text(encoding="utf-8"))
 
     def _is_of_these_rows(self, stage: int) -> bool:
-        """Whether a recorded candidate answers the kept rows of this run, under its settings."""
-        found = [(group.prompt_ids, group.completions[0]) for group in self.store.groups(stage, "holdout")]
+        """Whether a recorded candidate answers the validation rows of this run, under its settings."""
+        found = [(group.prompt_ids, group.completions[0]) for group in self.store.groups(stage, "validation")]
         return found == [(group.prompt_ids, group.completions[0]) for group in self.rows.groups] and (
             self._record(stage)["settings"] == self.store.settings
         )

@@ -1,0 +1,1 @@
+"""Models: load them, hold other weights for them, their head, attention and memory."""

@@ -1,0 +1,86 @@
+"""Sets of values for a model's trainable weights: hold, exchange, save and name them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+__all__ = [
+    "WeightSet",
+    "fingerprint",
+    "load_weights",
+    "save_weights",
+]
+
+
+class WeightSet:
+    """Another set of values for a model's trainable weights: π_0's, or those of a reward on the same frozen base.
+
+    Holds the trainable weights alone: a few megabytes with adapters, which share the frozen base; as much as the model
+    itself when all parameters are trained.
+
+    Attributes:
+        parameters: the set's own parameters, for an optimizer; gradients of a backward pass within ``active`` land here.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._slots = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [nn.Parameter(p.detach().clone()) for p in self._slots]
+        self._is_active = False
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within, the model has this set's weights; tensors change hands and nothing is copied.
+
+        A backward pass belongs inside too: autograd reads a weight when it needs it. Inside itself it changes nothing.
+        """
+        if self._is_active:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        self._is_active = not self._is_active
+        torch.clear_autocast_cache()  # autocast knows a weight by its identity, not by its values
+        for slot, parameter in zip(self._slots, self.parameters, strict=True):
+            slot.data, parameter.data = parameter.data, slot.data
+            slot.grad, parameter.grad = parameter.grad, slot.grad
+
+
+def save_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
+    """Write weights in their order, by a temporary name; ``load_weights`` reads them."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def load_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
+    """Take over weights that ``save_weights`` wrote, in the same order."""
+    state = load_file(path)
+    for index, parameter in enumerate(parameters):
+        parameter.copy_(state[str(index)])
+
+
+def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """A short name for the state of weights: equal states have equal names.
+
+    Reads at most 64 numbers of each tensor, so that it is cheap at any size; a training step moves nearly all of them.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        flat = parameter.detach().flatten()
+        probe = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+        digest.update(name.encode() + probe.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,61 @@
+"""One forward pass of a batch: the body alone, in either layout, and its completion positions under the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tutelage.groups import Batch
+from tutelage.models.attention import attention_by_products
+from tutelage.models.head import LMHead, head_logps
+from tutelage.models.loading import base_causal_lm
+from tutelage.models.modes import adapters_under_autocast
+
+__all__ = ["hidden_states", "token_logps"]
+
+
+def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None) -> Tensor:
+    """Log-prob of every completion token of a batch.
+
+    Args:
+        batch: from ``collate_shared_prefix`` (its ``attention_mask`` is None) or ``collate_padded``.
+
+    Returns:
+        [N] float32 (nats per token), in the order of ``batch.targets``; differentiable.
+    """
+    base = base_causal_lm(model)
+    batch = batch.to(base.device)
+    with attention_by_products(base, batch.input_ids.shape[1]):
+        hidden_BLH = hidden_states(base, batch)
+    hidden_NH = hidden_BLH[batch.predictor_rows.to(hidden_BLH.device), batch.predictor_columns.to(hidden_BLH.device)]
+    return head_logps(LMHead.of(base), hidden_NH, batch.targets.to(hidden_NH.device), block_size=block_size)
+
+
+def hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
+    # A text-only base model never sees the prompt's logits: its body alone runs, the head is ours.
+    if batch.attention_mask is not None:
+        inputs = {"attention_mask": batch.attention_mask.long()}
+    else:
+        inputs = {"attention_mask": _shared_prefix_attention(base, batch), "position_ids": batch.position_ids}
+    with adapters_under_autocast(base):
+        return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def _shared_prefix_attention(base: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
+    """The shared-prefix layout's mask in the form the model takes: one 4D mask, or one for each kind of layer."""
+    config = base.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+
+    def mask(window: int | None) -> Tensor:
+        mask_BLL = batch.shared_prefix_mask(window)
+        if config._attn_implementation == "eager":  # adds its mask to the scores instead of selecting by it
+            return torch.zeros(mask_BLL.shape, dtype=base.dtype, device=mask_BLL.device).masked_fill(
+                ~mask_BLL, torch.finfo(base.dtype).min
+            )
+        return mask_BLL
+
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds:
+        return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
+    return mask(window)

@@ -1,0 +1,105 @@
+"""Which layout a model takes: found out on the model itself, and not assumed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tutelage.errors import UserError
+from tutelage.groups import Batch, Completion, Group, Role, collate_padded, collate_shared_prefix
+from tutelage.models.loading import base_causal_lm
+from tutelage.models.modes import evaluation_mode, precision
+from tutelage.scoring.forward import token_logps
+
+__all__ = ["LayoutProbe", "probe_layout"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutProbe:
+    """What the probe found: the layout to use, and why, in words for the log."""
+
+    layout: Literal["shared_prefix", "padded"]
+    reason: str
+
+
+_probes: WeakKeyDictionary[nn.Module, LayoutProbe] = WeakKeyDictionary()
+
+
+def probe_layout(model: nn.Module) -> LayoutProbe:
+    """Compare the layouts on the model itself and say which to use; the answer is kept for the model's lifetime.
+
+    Random tokens go through the model's own ``forward`` one sequence at a time, then through the padded layout and
+    the shared-prefix layout. Prompts reach over a sliding window of up to 1,024 tokens, so that a wrong mask shows.
+
+    Raises:
+        UserError: not even the padded layout agrees with the model's own logits (an unknown step after its head).
+    """
+    base = base_causal_lm(model)
+    if base not in _probes:
+        _probes[base] = _probe(model, base)
+        logger.info("layout: %s (%s)", _probes[base].layout, _probes[base].reason)
+    return _probes[base]
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
+    config = base.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(config.vocab_size, (length,), generator=generator).tolist())
+
+    window = getattr(config, "sliding_window", None) or 0
+    longest = min((window if window <= 1024 else 0) + 4, getattr(config, "max_position_embeddings", None) or 2048)
+    groups = [
+        Group(tokens(prompt), tuple(Completion(tokens(n), Role.SAMPLE, finished=False) for n in lengths))
+        for prompt, lengths in ((max(longest, 8) - 4, (3, 4, 2)), (3, (2, 4)))
+    ]
+    # Low precision rounds differently in each layout; a wrong mask or a wrong head moves random tokens by nats.
+    tolerance = 1e-3 if precision(base) in (torch.float32, torch.float64) else 0.15
+
+    def disagreement(batch: Batch, truth_N: Tensor) -> float:
+        return (token_logps(model, batch) - truth_N).abs().mean().item()
+
+    with evaluation_mode(model):
+        truth_N = torch.cat([_own_logps(base, group.prompt_ids, c) for group in groups for c in group.completions])
+        padded = disagreement(collate_padded(groups), truth_N)
+        if not padded <= tolerance:
+            raise UserError(
+                f"{type(base).__name__} changes its logits after the head in a way tutelage does not know: its own "
+                f"log-probs differ by {padded:.3g} nats per token.",
+                remedy="Use another architecture, or report this one with its config.",
+            )
+        try:
+            tree = disagreement(collate_shared_prefix(groups), truth_N)
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+            # An architecture may refuse the shared-prefix layout in any way it likes; refusing is the answer the probe is after.
+            return LayoutProbe(
+                "padded", f"{type(base).__name__} does not takes the shared-prefix layout: {_first_line(error)}"
+            )
+    if not tree <= tolerance:
+        return LayoutProbe(
+            "padded",
+            f"{type(base).__name__}'s log-probs in the shared-prefix layout differ by {tree:.3g} nats per token",
+        )
+    return LayoutProbe("shared_prefix", f"same log-probs as separate rows to {tree:.1g} nats per token")
+
+
+def _own_logps(base: PreTrainedModel, prompt_ids: tuple[int, ...], completion: Completion) -> Tensor:
+    ids = torch.tensor([prompt_ids + completion.token_ids], device=base.device)
+    logits = base(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
+    targets = torch.tensor(completion.token_ids, device=logits.device)
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}".rstrip(": ")
