@@ -118,7 +118,7 @@ def run_seed(
                 "demonstration_logp": metrics["demonstration_logp"],
                 "trained_tokens": trainer.trained_tokens,
                 "sampled_tokens": trainer.sampled_tokens,
-                "seconds": sum(trainer.seconds.values()),
+                "seconds": sum(trainer.costs.seconds.values()),
             }
             if isinstance(trainer, RFTTrainer):
                 found[name]["selection"] = trainer.selection

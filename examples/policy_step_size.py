@@ -22,7 +22,7 @@ from rich.table import Table
 
 from tutelage.data import Tokenization, load_dataset
 from tutelage.evaluation.policy import EvaluationSet
-from tutelage.groups import Group
+from tutelage.groups import Group, Role
 from tutelage.losses import leave_one_out_advantages, policy_gradient_loss
 from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.models.weights import WeightSet, load_weights
@@ -40,12 +40,13 @@ def mixed_precision() -> torch.autocast:
 
 def numbers(groups: list[Group], name: str) -> torch.Tensor:
     """[C] what is known of all completions."""
-    return torch.tensor([value for group in groups for value in getattr(group, name)])
+    known = (group.values(name) if name == "reward" else group.sums(name) for group in groups)
+    return torch.tensor([value for values in known for value in values])
 
 
 def policy_phase(model, groups: list[Group], *, rate: float, batch: int, passes: int, beta: float) -> None:
     """Leave-one-out REINFORCE with clipped ratios and the KL in the reward, as ``RFTTrainer`` does it."""
-    scale = reward_scale([group.rewards or () for group in groups])
+    scale = reward_scale([group.values("reward") for group in groups])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     model.train()
@@ -56,7 +57,7 @@ def policy_phase(model, groups: list[Group], *, rate: float, batch: int, passes:
             with mixed_precision():
                 logps = completion_logps(model, chosen)
             old = numbers(chosen, "old_logps")
-            shaped = numbers(chosen, "rewards") / scale - beta * (logps - old).detach()
+            shaped = numbers(chosen, "reward") / scale - beta * (logps - old).detach()
             parts = shaped.split([len(group.completions) for group in chosen])
             advantages = torch.cat([leave_one_out_advantages(part) for part in parts])
             optimizer.zero_grad()
@@ -112,7 +113,7 @@ def main() -> None:
     reward = ExplicitReward.fresh(model, shared=True, pad_token_id=tokenization.pad_id, autocast=mixed_precision)
     load_weights(reward.parameters, store.path(options.stages[-1]) / "reward.safetensors")
     samples = [
-        replace(group, rewards=values).select(range(1, len(values)))
+        group.with_values("reward", values).select(group.places(Role.SAMPLE))
         for group, values in zip(groups, reward.scores(groups), strict=True)
     ]
     start = WeightSet(model)

@@ -444,17 +444,19 @@ def test_sample(tutelage, refusal, model, sums, tmp_path):
     assert [line["row"] for line in lines] == list(range(8))
     tokenization = Tokenization(load_tokenizer(model), max_completion_length=6)
     for line, row in zip(lines, SUMS, strict=True):
-        assert (line["prompt"], line["demonstration"]) == (row["prompt"], row["completion"])
-        assert len(line["samples"]) == len(line["finished"]) == len(line["logps"]) == 2
+        shown, *samples = line["completions"]
+        assert (line["prompt"], shown["text"]) == (row["prompt"], row["completion"])
         assert tuple(line["prompt_ids"]) == tokenization.prompt_ids(row["prompt"])
         demonstration = tokenization.completion(row["prompt"], row["completion"], Role.DEMONSTRATION)
-        assert tuple(line["demonstration_ids"]) == demonstration.token_ids
-        assert line["demonstration_finished"] == demonstration.finished
-        assert all(1 <= len(ids) <= 6 for ids in line["token_ids"])
-        assert all(
-            finished or len(ids) == 6 for finished, ids in zip(line["finished"], line["token_ids"], strict=True)
-        )
-        assert all(logp < 0 for logp in line["logps"])
+        assert tuple(shown["token_ids"]) == demonstration.token_ids
+        assert (shown["role"], shown["finished"]) == ("demonstration", demonstration.finished)
+        assert [sample["role"] for sample in samples] == ["sample", "sample"]
+        for sample in samples:
+            assert 1 <= len(sample["token_ids"]) <= 6
+            assert sample["finished"] or len(sample["token_ids"]) == 6
+            logps = sample["token_values"]["sampler_logps"]
+            assert len(logps) == len(sample["token_ids"])
+            assert all(logp < 0 for logp in logps)
     before = output.read_bytes()
     error = refusal(*command)
     assert str(output) in error
@@ -467,7 +469,8 @@ def test_sample_takes_prompts_alone(tutelage, refusal, model, tmp_path):
     command = ["sample", "--model_name_or_path", model, "--dataset_name", data, "--max_completion_length", 6]
     assert tutelage(*command, "--output", tmp_path / "samples.jsonl")[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert [(line["prompt"], line["demonstration"]) for line in lines] == [(row["prompt"], None) for row in SUMS]
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in SUMS]
+    assert all([found["role"] for found in line["completions"]] == ["sample"] for line in lines)
     error = refusal(*command, "--output", tmp_path / "more.jsonl", "--max_prompt_length", 2)
     assert "row 1, field 'prompt'" in error
 

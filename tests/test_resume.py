@@ -59,6 +59,9 @@ class CountingSampler:
     def kill():
         raise Killed
 
+    def take_weights(self, policy):
+        pass
+
     def sample(self, prompts, params, *, rows=None, stage=0, **options):
         seen = self.rows.setdefault(stage, [])
         if stage == self.die_in and len(seen) >= self.after:
@@ -72,7 +75,7 @@ def make(training, name, *, adapter=False, callbacks=(), data=None, **settings):
     options = {"callbacks": list(callbacks), "peft_config": training.lora(lora_dropout=0.1) if adapter else None}
     data = data if data is not None else training.rows(24)
     trainer = training.trainer("irft", model=model, name=name, data=data, options=options, **{**SETTINGS, **settings})
-    trainer.sampler = CountingSampler(trainer)
+    trainer.stages.rollout.sampler = CountingSampler(trainer)
     return trainer
 
 
@@ -84,11 +87,11 @@ def assert_same(resumed, whole):
     assert resumed.state.global_step == whole.state.global_step == 12
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
-    assert (resumed.trained_tokens, resumed.sampled_tokens) == (whole.trained_tokens, whole.sampled_tokens)
+    assert resumed.costs.state_dict()["tokens"] == whole.costs.state_dict()["tokens"]
     logged = sum(line.get("time/training", 0.0) for line in resumed.state.log_history)
-    assert resumed.seconds["training"] == pytest.approx(logged), "what the killed run spent counts too"
+    assert resumed.costs.seconds["training"] == pytest.approx(logged), "what the killed run spent counts too"
     for stage in range(4):
-        assert resumed.store.groups(stage) == whole.store.groups(stage)
+        assert resumed.stages.store.lines(stage, "samples") == whole.stages.store.lines(stage, "samples")
 
 
 @pytest.fixture(scope="module", params=POLICIES)
@@ -123,26 +126,28 @@ def test_killed_at_a_step(training, whole, event, step, checkpoint):
     resumed.train(resume_from_checkpoint=last)
     assert_same(resumed, expected)
     stages_sampled = {3: 3, 6: 2, 5: 2, 11: 0}[step] - (event == "on_step_begin" and step == 6)
-    assert len(resumed.sampler.rows) == stages_sampled, "what was sampled is not sampled again"
+    assert len(resumed.stages.rollout.sampler.rows) == stages_sampled, "what was sampled is not sampled again"
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_killed_while_sampling(training, whole, stage):
     expected, settings = whole
     killed = make(training, "run", **settings)
-    killed.sampler = CountingSampler(killed, die_in=stage, after=6)
+    killed.stages.rollout.sampler = CountingSampler(killed, die_in=stage, after=6)
     with pytest.raises(Killed):
         killed.train()
-    recorded = killed.sampler.rows[stage]
-    part = killed.store.path(stage) / "samples.jsonl.part"
+    recorded = killed.stages.rollout.sampler.rows[stage]
+    part = killed.stages.store.path(stage) / "samples.jsonl.part"
     assert [json.loads(line)["row"] for line in part.read_text(encoding="utf-8").splitlines()] == recorded
     assert 6 <= len(recorded) < 12
 
     resumed = make(training, "run", **settings)
     resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
     assert_same(resumed, expected)
-    assert sorted(recorded + resumed.sampler.rows[stage]) == sorted(g.row for g in expected.store.groups(stage))
-    assert len(resumed.sampler.rows[stage]) == 12 - len(recorded)
+    assert sorted(recorded + resumed.stages.rollout.sampler.rows[stage]) == sorted(
+        g.row for g in expected.stages.store.groups(stage)
+    )
+    assert len(resumed.stages.rollout.sampler.rows[stage]) == 12 - len(recorded)
     assert not part.exists()
 
 
@@ -152,7 +157,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_resume import POLICIES, CountingSampler, Training, make
 trainer = make(Training(Path(sys.argv[2])), "run", **POLICIES["adapter"])
-trainer.sampler = CountingSampler(trainer, die_in=2, after=6, die=lambda: os._exit(9))
+trainer.stages.rollout.sampler = CountingSampler(trainer, die_in=2, after=6, die=lambda: os._exit(9))
 trainer.train()
 """
 
@@ -163,22 +168,22 @@ def test_a_process_that_dies_while_sampling(training, whole):
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(training.folder)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 9
     resumed = make(training, "run", **settings)
-    part = resumed.store.path(2) / "samples.jsonl.part"
+    part = resumed.stages.store.path(2) / "samples.jsonl.part"
     recorded = part.read_bytes().count(b"\n")
     with part.open("ab") as file:
         file.write(b'{"row": 3, "prompt": "torn')
     resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
     assert_same(resumed, expected)
-    assert len(resumed.sampler.rows[2]) == 12 - recorded
+    assert len(resumed.stages.rollout.sampler.rows[2]) == 12 - recorded
 
 
 def stop_in_stage_zero(training, name, **settings):
     """A run that recorded part of its first stage."""
     trainer = make(training, name, **settings)
-    trainer.sampler = CountingSampler(trainer, die_in=0, after=6)
+    trainer.stages.rollout.sampler = CountingSampler(trainer, die_in=0, after=6)
     with pytest.raises(Killed):
         trainer.train()
-    return trainer.sampler.rows[0]
+    return trainer.stages.rollout.sampler.rows[0]
 
 
 @pytest.mark.parametrize("change", ["policy", "base", "temperature", "prompts", "demonstrations"])
@@ -195,9 +200,9 @@ def test_a_record_of_something_else_is_thrown_away(training, change):
     if change in ("policy", "base"):
         resumed.policy.get_input_embeddings().weight.data += 0.01
     resumed.train()
-    assert set(recorded) <= set(resumed.sampler.rows[0])
-    assert len(resumed.sampler.rows[0]) == 12
-    groups = resumed.store.groups(0)
+    assert set(recorded) <= set(resumed.stages.rollout.sampler.rows[0])
+    assert len(resumed.stages.rollout.sampler.rows[0]) == 12
+    groups = resumed.stages.store.groups(0)
     demonstrations = {row["row"]: tuple(row["demonstration_ids"]) for row in resumed.train_dataset}
     assert len(groups) == 12
     assert all(group.completions[0].token_ids == demonstrations[group.row] for group in groups)
@@ -211,7 +216,7 @@ def test_inside_a_stage_its_samples_must_be_there(training):
     other_data = make(training, "run", data=training.rows(24).select(range(23, -1, -1)))
     with pytest.raises(UserError, match="the data differ"):
         other_data.train(resume_from_checkpoint=last)
-    (resumed.store.path(1) / "samples.jsonl").unlink()
+    (resumed.stages.store.path(1) / "samples.jsonl").unlink()
     with pytest.raises(UserError, match=r"samples of stage 1 are missing.*from a checkpoint at the stage's start"):
         resumed.train(resume_from_checkpoint=last)
     again = make(training, "run")

@@ -62,6 +62,9 @@ def learned(model, *, shared=True, seed=1, **options):
     return reward
 
 
+FIRST = (Role.DEMONSTRATION, Role.SAMPLE)
+
+
 def random_groups():
     """Groups of random tokens; no padding token among them."""
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +73,10 @@ def random_groups():
         return tuple(torch.randint(3, 97, (length,), generator=generator).tolist())
 
     return [
-        Group(tokens(prompt), tuple(Completion(tokens(n), Role.SAMPLE, finished=False) for n in lengths))
+        Group(
+            tokens(prompt),
+            tuple(Completion(tokens(n), FIRST[min(i, 1)], finished=False) for i, n in enumerate(lengths)),
+        )
         for prompt, lengths in ((9, (5, 3, 7)), (3, (4, 1)), (12, (2,)))
     ]
 
@@ -403,7 +409,7 @@ def test_a_reward_learns_what_tells_demonstrations_from_samples(kind, base):
     reward, unseen = fresh(base), planted_groups(seed=1)
     assert accuracy(reward, unseen) < 0.8
     facts = fitter(reward, objective=RewardObjective(kind=kind), saturation=None).fit(
-        planted_groups(), phase=0, passes=5
+        planted_groups(), phase=0, epochs=5
     )
     assert accuracy(reward, unseen) >= 0.95
     assert facts["steps"] == 60
@@ -417,7 +423,7 @@ def test_a_phase_stops_once_its_reward_is_saturated_and_says_so(base):
     fitting = fitter(reward, saturation=0.97)
     steps = []
     facts = fitting.fit(
-        planted_groups(), phase=0, passes=5, on_step=lambda done, seen: steps.append((done, seen["accuracy"]))
+        planted_groups(), phase=0, epochs=5, on_step=lambda done, seen: steps.append((done, seen["accuracy"]))
     )
     assert facts["saturated"] == 1
     assert facts["steps"] == len(steps) < 60
@@ -426,7 +432,7 @@ def test_a_phase_stops_once_its_reward_is_saturated_and_says_so(base):
     means = [sum(accuracy for _, accuracy in steps[end - 4 : end]) / 4 for end in range(4, len(steps) + 1)]
     assert means[-1] >= 0.97
     assert max(means[:-1]) < 0.97
-    again = fitting.fit(planted_groups(), phase=1, passes=5)
+    again = fitting.fit(planted_groups(), phase=1, epochs=5)
     assert 4 <= again["steps"] < facts["steps"], "a phase judges by its own steps alone"
     assert again["saturated"] == 1
 
@@ -458,17 +464,17 @@ def test_a_resumed_phase_equals_an_uninterrupted_one(base, tmp_path):
         return reward, fitter(reward, batch_size=5, preferences=preferences, saturation=None, seed=3)
 
     reward, fitting = made()
-    facts = [fitting.fit(groups[phase], phase=phase, passes=2) for phase in (0, 1)]
+    facts = [fitting.fit(groups[phase], phase=phase, epochs=2) for phase in (0, 1)]
 
     first, fitting = made()
-    assert fitting.fit(groups[0], phase=0, passes=2) == facts[0]
+    assert fitting.fit(groups[0], phase=0, epochs=2) == facts[0]
     save_weights(first.parameters, tmp_path / "reward.safetensors")
     torch.save(fitting.state_dict(), tmp_path / "optimizer.pt")
     resumed, fitting = made()
     load_weights(resumed.parameters, tmp_path / "reward.safetensors")
     assert_same(values(resumed.parameters), values(first.parameters))
     fitting.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    assert fitting.fit(groups[1], phase=1, passes=2) == facts[1]
+    assert fitting.fit(groups[1], phase=1, epochs=2) == facts[1]
     assert_same(values(resumed.parameters), values(reward.parameters))
     assert fitting.steps_done == 8
     # Four completion tokens each: twice ten groups of three in two phases, and five pairs in each of eight steps.
@@ -476,7 +482,7 @@ def test_a_resumed_phase_equals_an_uninterrupted_one(base, tmp_path):
 
     forgetful, fitting = made()
     load_weights(forgetful.parameters, tmp_path / "reward.safetensors")
-    fitting.fit(groups[1], phase=1, passes=2)
+    fitting.fit(groups[1], phase=1, epochs=2)
     assert not torch.equal(forgetful.head.weight, reward.head.weight), "the state of the optimizer matters"
 
 
@@ -485,7 +491,7 @@ def test_phases_differ_in_the_order_of_their_groups(base):
     for phase in (0, 0, 1):
         reward = fresh(base)
         seen = recorded(reward)
-        fitter(reward, batch_size=2, saturation=None).fit(groups, phase=phase, passes=2)
+        fitter(reward, batch_size=2, saturation=None).fit(groups, phase=phase, epochs=2)
         order = [frozenset(map(groups.index, batch)) for batch in seen]
         assert [sorted(i for pair in half for i in pair) for half in (order[:4], order[4:])] == [list(range(8))] * 2
         assert order[:4] != order[4:], "each pass has its own order"
@@ -580,7 +586,7 @@ def test_every_preference_has_its_turn(base):
     groups, preferences = planted_groups(6), planted_groups(8, samples=1, seed=4)
     reward = fresh(base)
     seen = recorded(reward)
-    fitter(reward, batch_size=4, preferences=preferences, saturation=None).fit(groups, phase=0, passes=2)
+    fitter(reward, batch_size=4, preferences=preferences, saturation=None).fit(groups, phase=0, epochs=2)
     met = [preferences.index(group) for batch in seen for group in batch if group in preferences]
     assert sorted(met) == sorted([*range(8), *range(8)]), "four a step, four steps"
 
@@ -627,31 +633,41 @@ def completions(*answers):
 def test_contrast_leaves_out_what_a_look_at_the_last_token_tells_apart():
     group = Group((1,), completions(((5, 2), True), ((6, 2), True), ((5, 2), True), ((7, 8), False)), row=4)
     for truncated_samples in ("floor", "drop"):
-        assert contrast(group, truncated_samples) == group.select([0, 1])
-    assert contrast(group, "score") == group.select([0, 1, 3])
+        assert contrast(group, truncated_samples) == [group.select([0, 1])]
+    assert contrast(group, "score") == [group.select([0, 1, 3])]
     cut = Group((1,), completions(((5, 6), False), ((6, 2), True), ((7, 8), False)))
-    assert contrast(cut, "floor") == cut.select([0, 2])
-    assert contrast(cut, "score") == cut
+    assert contrast(cut, "floor") == [cut.select([0, 2])]
+    assert contrast(cut, "score") == [cut]
 
 
-def test_contrast_is_none_where_nothing_is_left():
+def test_contrast_is_empty_where_nothing_is_left():
     equal = Group((1,), completions(((5, 2), True), ((5, 2), True)))
-    assert contrast(equal, "score") is None
+    assert contrast(equal, "score") == []
     all_cut = Group((1,), completions(((5, 2), True), ((7, 8), False)))
-    assert contrast(all_cut, "floor") is None
-    assert contrast(all_cut, "score") == all_cut
+    assert contrast(all_cut, "floor") == []
+    assert contrast(all_cut, "score") == [all_cut]
 
 
 def test_contrast_keeps_what_is_known_about_the_completions():
-    group = Group(
-        (1,),
-        completions(((5, 2), True), ((5, 2), True), ((6, 2), True)),
-        old_logps=(-1.0, -2.0, -3.0),
-        rewards=(1, 2, 3),
+    group = Group((1,), completions(((5, 2), True), ((5, 2), True), ((6, 2), True)))
+    group = group.with_token_values("old_logps", [(-1.0, 0.0), (-2.0, 0.0), (-3.0, -0.5)]).with_values(
+        "reward", [1, 2, 3]
     )
-    found = contrast(group, "floor")
-    assert found.old_logps == (-1.0, -3.0)
-    assert found.rewards == (1, 3)
+    (found,) = contrast(group, "floor")
+    assert found.sums("old_logps") == (-1.0, -3.5)
+    assert found.values("reward") == (1, 3)
+
+
+def test_contrast_of_several_demonstrations_compares_like_with_like():
+    """Two that finished and a truncated one: each against the samples that came to an end as it did."""
+    roles = [Role.DEMONSTRATION, Role.SAMPLE, Role.DEMONSTRATION, Role.SAMPLE, Role.DEMONSTRATION]
+    finished = [True, True, False, False, True]
+    group = Group(
+        (1,), tuple(Completion((5, i), role, end) for i, (role, end) in enumerate(zip(roles, finished, strict=True)))
+    )
+    assert contrast(group, "floor") == [group.select([0, 1, 4]), group.select([2, 3])]
+    assert contrast(group, "score") == [group]
+    assert group.pairs == [(0, 1), (0, 3), (2, 1), (2, 3), (4, 1), (4, 3)]
 
 
 @pytest.mark.parametrize(
@@ -667,7 +683,7 @@ def test_contrast_keeps_what_is_known_about_the_completions():
 def test_cut_samples_in_the_policy_phase(truncated_samples, finished, expected):
     samples = tuple(Completion((5, index), Role.SAMPLE, whole) for index, whole in enumerate(finished))
     demonstration = Completion((9,), Role.DEMONSTRATION, finished=True)
-    group = Group((1,), (demonstration, *samples), rewards=(7.0, 1.0, 3.0, 2.0))
+    group = Group((1,), (demonstration, *samples)).with_values("reward", (7.0, 1.0, 3.0, 2.0))
     assert policy_rewards(group, truncated_samples) == expected
 
 

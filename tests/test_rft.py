@@ -25,11 +25,12 @@ from tutelage.groups import Completion, Group, Role
 from tutelage.models.loading import base_causal_lm, load_model, load_tokenizer
 from tutelage.sampling import TransformersSampler
 from tutelage.sampling.base import Sample
-from tutelage.scoring.logps import cached_logps, completion_logps
+from tutelage.scoring.logps import TokenLogps, cached_logps, completion_logps
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
-from tutelage.training.reward_phase import _INITIAL_POLICY
+from tutelage.training.reward_phase import INITIAL_POLICY
 from tutelage.training.selection import Candidate, compare
+from tutelage.training.trainer import Step
 
 # Two stages of two steps on 16 rows, 4 kept. Random policies do not end by themselves, so that a reward finds soon
 # enough what demonstrations have and samples have not.
@@ -92,6 +93,9 @@ class Scripted:
     def __init__(self, answers):
         self.answers = answers
 
+    def take_weights(self, policy):
+        pass
+
     def sample(self, prompts, params, *, num_samples=1, rows=None, stage=0, on_finished=None):
         return [[Sample(ids, (0.0,) * len(ids), finished) for ids, finished in self.answers(row)] for row in rows]
 
@@ -99,9 +103,9 @@ class Scripted:
 def trained_on(trainer):
     """What the policy phase and the reward phase see, as they see it: two lists of groups."""
     policy, reward = [], []
-    loss, rewards = trainer.loss, trainer.fitter._rewards
-    trainer.loss = lambda groups, *rest: policy.extend(groups) or loss(groups, *rest)
-    trainer.fitter._rewards = lambda groups: reward.extend(groups) or rewards(groups)
+    loss, rewards = trainer.objective.loss, trainer.stages.phase.fitter._rewards
+    trainer.objective.loss = lambda tokens, step: policy.extend(tokens.groups) or loss(tokens, step)
+    trainer.stages.phase.fitter._rewards = lambda groups: reward.extend(groups) or rewards(groups)
     return policy, reward
 
 
@@ -147,16 +151,23 @@ def test_the_loss_of_a_step_by_hand(training, advantages, kl):
     groups = [
         Group(
             (1,),
-            tuple(Completion((5, i), Role.SAMPLE, finished=True) for i, _ in enumerate(rewards)),
-            old_logps=tuple(old),
-            reference_logps=tuple(reference),
-            rewards=tuple(rewards),
+            tuple(
+                Completion(
+                    (5, i),
+                    Role.SAMPLE,
+                    True,
+                    {"old_logps": (before / 4, before * 3 / 4), "reference_logps": (start, 0.0)},
+                    {"scaled_reward": reward},
+                )
+                for i, (before, start, reward) in enumerate(zip(old, reference, rewards, strict=True))
+            ),
         )
         for old, reference, rewards in zip(OLD, REFERENCE, REWARDS, strict=True)
     ]
     logps_C = torch.tensor([value for row in NOW for value in row], requires_grad=True)
-    assert trainer.counts(groups) == {"samples": 5}
-    loss = trainer.loss(groups, logps_C, {"samples": 10})  # one of two micro-batches
+    tokens = TokenLogps(groups, (logps_C / 2).repeat_interleave(2), torch.arange(5).repeat_interleave(2))
+    assert trainer.objective.counts(groups) == {"samples": 5}
+    loss = trainer.objective.loss(tokens, Step({"samples": 10}, 0, lambda *_: None))  # one of two micro-batches
     loss.backward()
     losses, gradients = by_hand(advantages, kl)
     assert loss.item() == pytest.approx(sum(losses) / 10, rel=1e-4)
@@ -173,10 +184,11 @@ def test_the_policy_phase_equals_a_loop_written_out(training, adapter):
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
     trainer.train()
-    groups = [group.select([1, 2]) for group in trainer.store.groups(0, "scored")]
-    assert [group.rewards for group in groups] == [tuple(map(spread, group.completions)) for group in groups]
+    groups = [group.select([1, 2]) for group in trainer.stages.store.groups(0)]
+    found = [line["rewards"] for line in trainer.stages.store.lines(0, "rewards")]
+    assert found == [[2.0, *map(spread, group.completions)] for group in groups]
     logps = completion_logps(policy, groups)
-    rewards = torch.tensor([group.rewards for group in groups])
+    rewards = torch.tensor(found)[:, 1:]
     advantages = (rewards - rewards.flip(1)).flatten()  # of two samples; the policy is π_0 yet, so no KL
     (-(logps * advantages).sum() / 8).backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -194,7 +206,7 @@ def test_the_policy_phase_equals_a_loop_written_out(training, adapter):
 def test_the_base_and_the_start_stay_as_they_are(training):
     trainer = make(training, adapter=True, num_train_epochs=2)
     frozen = {name: value for name, value in weights(trainer.policy).items() if "lora" not in name}
-    start = [parameter.detach().clone() for parameter in trainer.initial.parameters]
+    start = [parameter.detach().clone() for parameter in trainer.stages.rollout.initial.parameters]
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
     trainer.train()
@@ -203,7 +215,7 @@ def test_the_base_and_the_start_stay_as_they_are(training):
     found = weights(trainer.policy)
     assert frozen
     assert all(torch.equal(found[name], value) for name, value in frozen.items())
-    assert all(map(torch.equal, trainer.initial.parameters, start))
+    assert all(map(torch.equal, trainer.stages.rollout.initial.parameters, start))
 
 
 def test_the_reference_of_an_sft_adapter_is_the_base_with_that_adapter(training):
@@ -222,12 +234,12 @@ def test_the_reference_of_an_sft_adapter_is_the_base_with_that_adapter(training)
     trainer.train()
     assert phases(trainer) == [1, 1]
     for stage in (0, 1):
-        groups = trainer.store.groups(stage)
-        found = torch.tensor([group.reference_logps for group in groups])
+        groups = trainer.stages.store.groups(stage)
+        found = torch.tensor([group.sums("reference_logps") for group in groups])
         torch.testing.assert_close(found, torch.tensor(cached_logps(start, groups)), atol=1e-4, rtol=0)
         with start.disable_adapter():
             assert (found - torch.tensor(cached_logps(start, groups))).abs().mean() > 0.1
-    old = torch.tensor([group.old_logps for group in trainer.store.groups(1)])
+    old = torch.tensor([group.sums("old_logps") for group in trainer.stages.store.groups(1)])
     assert (old - found).abs().mean() > 1e-3, "the policy had moved by then"
 
 
@@ -279,7 +291,7 @@ def test_a_reward_that_knows_nothing_moves_no_policy(training, caplog, reward, s
     first, second = warnings_of(caplog)
     assert re.search("stage 0: the policy stays as it is: .*" + said, first)
     assert second.startswith("stage 1: ")
-    reason = json.loads((trainer.store.path(1) / "reward.json").read_text(encoding="utf-8"))["reason"]
+    reason = json.loads((trainer.stages.store.path(1) / "reward.json").read_text(encoding="utf-8"))["reason"]
     assert re.search(said, reason)
 
 
@@ -300,7 +312,7 @@ def test_samples_that_are_all_cut_teach_nothing_and_that_is_said(training, caplo
     assert history(trainer, "samples/truncated_fraction") == [1, 1]
     assert phases(trainer) == [0, 0]
     assert "raise --max_completion_length or use --truncated_samples score" in warnings_of(caplog)[0]
-    assert not (trainer.store.path(0) / "reward.safetensors").exists()
+    assert not (trainer.stages.store.path(0) / "reward.safetensors").exists()
 
 
 # --- validation rows ---------------------------------------------------------------------------------------------
@@ -338,22 +350,24 @@ def test_kept_rows_train_neither_policy_nor_reward(training, kind):
     trainer.train()
     assert set(phases(trainer)) == {1}
     # The policy phase trains on samples alone, so there the prompt tells.
-    kept = {group.prompt_ids for group in trainer.validation.groups}
+    kept = {group.prompt_ids for group in trainer.stages.phase.candidates.rows.groups}
     assert len(kept) == (8 if kind == "all turns" else 4)
     assert all(len(seen) > 8 and kept.isdisjoint(group.prompt_ids for group in seen) for seen in (policy, reward))
     everything = 24 if kind == "all turns" else 20
     assert len({group.prompt_ids for group in reward}) == everything - len(kept), "all others do"
-    recorded = {group.prompt_ids for group in trainer.store.groups(0, "validation")}
+    recorded = {group.prompt_ids for group in trainer.stages.store.groups(0, "validation")}
     assert recorded == kept
 
 
 def test_how_many_rows_are_kept(training):
     settings = {**QUICK, "validation_rows": None}
-    assert len(training.trainer("rft", data=training.rows(40), **settings).validation.groups) == 16
-    assert len(training.trainer("rft", data=training.rows(200), **settings).validation.groups) == 20
-    assert len(training.trainer("rft", data=training.rows(1300), **settings).validation.groups) == 128
-    other = training.trainer("rft", data=training.rows(40), seed=1, **settings).validation.groups
-    assert other != training.trainer("rft", data=training.rows(40), **settings).validation.groups
+    assert len(training.trainer("rft", data=training.rows(40), **settings).stages.phase.candidates.rows.groups) == 16
+    assert len(training.trainer("rft", data=training.rows(200), **settings).stages.phase.candidates.rows.groups) == 20
+    assert (
+        len(training.trainer("rft", data=training.rows(1300), **settings).stages.phase.candidates.rows.groups) == 128
+    )
+    other = training.trainer("rft", data=training.rows(40), seed=1, **settings).stages.phase.candidates.rows.groups
+    assert other != training.trainer("rft", data=training.rows(40), **settings).stages.phase.candidates.rows.groups
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------------
@@ -367,7 +381,7 @@ class Judged:
         trainer.reward.scores = self.scores
 
     def scores(self, groups):
-        stage = next((s for s, c in self.trainer.candidates.by_stage.items() if c.groups is groups), None)
+        stage = next((s for s, c in self.trainer.stages.phase.candidates.by_stage.items() if c.groups is groups), None)
         value = None if stage is None else self.values(self.trainer.stage).get(stage, 0.0)
         return [
             tuple(
@@ -387,21 +401,23 @@ def judged_run(training, values, **settings):
 
 
 def chosen(trainer):
-    (stage,) = [entry["stage"] for entry in trainer.selection if entry["chosen"]]
+    (stage,) = [entry["stage"] for entry in trainer.stages.phase.selection if entry["chosen"]]
     return stage
 
 
 @pytest.mark.parametrize("best", [0, 1, 4])
 def test_the_best_candidate_is_what_is_exported(training, best):
     trainer, models = judged_run(training, lambda stage: {best: 5.0}, beta=0.0)
-    assert [entry["stage"] for entry in trainer.selection] == [0, 1, 2, 3, 4]
-    assert [entry["reward"] for entry in trainer.selection] == [5.0 * (stage == best) for stage in range(5)]
+    assert [entry["stage"] for entry in trainer.stages.phase.selection] == [0, 1, 2, 3, 4]
+    assert [entry["reward"] for entry in trainer.stages.phase.selection] == [
+        5.0 * (stage == best) for stage in range(5)
+    ]
     assert chosen(trainer) == best
     assert_same_weights(trainer.policy, models[best])
     assert all(distance(models[best], model) > 1e-5 for stage, model in enumerate(models) if stage != best)
-    groups = trainer.store.groups(best, "validation")
+    groups = trainer.stages.store.groups(best, "validation")
     found = torch.tensor(cached_logps(trainer.policy, groups))
-    torch.testing.assert_close(found, torch.tensor([g.old_logps for g in groups]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, torch.tensor([g.sums("old_logps") for g in groups]), atol=1e-4, rtol=0)
 
 
 def test_the_start_wins_where_nothing_beats_it(training):
@@ -415,23 +431,23 @@ def test_reward_is_weighed_against_kl(training):
     trainer, models = judged_run(
         training, lambda stage: {s: 0.01 * s for s in range(5)}, beta=50.0, learning_rate=1e-2
     )
-    for entry in trainer.selection:
+    for entry in trainer.stages.phase.selection:
         assert entry["objective"] == pytest.approx(entry["reward"] - 50.0 * entry["kl"], abs=1e-4)
-    best = max(trainer.selection, key=lambda entry: entry["objective"])
-    assert best["kl"] < trainer.selection[-1]["kl"]
-    assert trainer.selection[0]["kl"] == 0
+    best = max(trainer.stages.phase.selection, key=lambda entry: entry["objective"])
+    assert best["kl"] < trainer.stages.phase.selection[-1]["kl"]
+    assert trainer.stages.phase.selection[0]["kl"] == 0
     assert (best["stage"], best["chosen"]) == (chosen(trainer), True)
     assert_same_weights(trainer.policy, models[best["stage"]])
 
 
 def test_a_reward_that_changes_its_mind_finds_the_start_again(training):
     """It prefers the start, then a candidate whose weights are gone by then, and in the end the start among those left."""
-    values = {1: {0: 5.0}, 2: {0: 5.0, 1: 0.0, 2: 1.0}, 3: {0: 2.0, 1: 9.0, 2: 0.0, 3: 1.0}}
+    values = {1: {0: 5.0}, 2: {0: 5.0, 1: 0.0, 2: 1.0}, 3: {0: 5.0, 1: 9.0, 2: 0.0, 3: 1.0}}
     last = {0: 5.0, 1: 9.0, 2: 0.0, 3: 1.0, 4: 0.0}
     trainer = None
 
     def of(stage):
-        return last if trainer is not None and 4 in trainer.candidates.by_stage else values.get(stage, {})
+        return last if trainer is not None and 4 in trainer.stages.phase.candidates.by_stage else values.get(stage, {})
 
     snapshots = Snapshots()
     trainer = make(training, stages_per_epoch=4, beta=0.0, options={"callbacks": [snapshots]})
@@ -439,25 +455,20 @@ def test_a_reward_that_changes_its_mind_finds_the_start_again(training):
     trainer.train()
     assert chosen(trainer) == 0
     assert_same_weights(trainer.policy, snapshots.models[0])
-    assert [entry["reward"] for entry in trainer.selection] == [5.0, 9.0, 0.0, 1.0, 0.0]
+    assert [entry["reward"] for entry in trainer.stages.phase.selection] == [5.0, 9.0, 0.0, 1.0, 0.0]
 
 
 def test_candidates_are_compared_on_one_scale():
     """Scaled each by its own spread, the second would look worse, though each of its samples has the higher reward."""
 
-    class Given:
-        def score(self, groups):
-            return torch.tensor([reward for group in groups for reward in group.rewards])
-
     def candidate(stage, *samples):
-        completions = tuple(Completion((i + 1,), Role.SAMPLE, finished=True) for i in range(3))
-        zero = (0.0,) * 3
-        groups = [Group((1,), completions, reference_logps=zero, old_logps=zero, rewards=(20.0, *samples))] * 4
-        return Candidate(stage, groups)
+        zero = {"reference_logps": (0.0,), "old_logps": (0.0,)}
+        completions = [Completion((9,), Role.DEMONSTRATION, True, zero, {"reward": 20.0})]
+        completions += [Completion((i + 1,), Role.SAMPLE, True, zero, {"reward": r}) for i, r in enumerate(samples)]
+        return Candidate(stage, [Group((1,), tuple(completions))] * 4)
 
-    first, second = compare(
-        [candidate(0, 10.0, 10.5), candidate(1, 11.0, 17.0)], Given(), beta=0.1, truncated_samples="score"
-    )
+    both = [candidate(0, 10.0, 10.5), candidate(1, 11.0, 17.0)]
+    first, second = compare(both, [c.groups for c in both], beta=0.1, truncated_samples="score")
     assert second.reward.mean > first.reward.mean
     assert second.objective > first.objective
     scale = math.sqrt((0.125 + 18.0) / 2)  # variances of two samples: 0.5² / 2 and 6² / 2
@@ -487,7 +498,7 @@ def test_cut_samples(training, truncated_samples, rewards, compared):
     trainer.train()
     assert phases(trainer) == [1, 1]
     assert len(policy) == len(reward) == 16
-    assert all(group.rewards == pytest.approx(rewards) for group in policy)
+    assert all(group.values("scaled_reward") == pytest.approx(rewards) for group in policy)
     assert all(len(group.completions) == 1 + compared for group in reward)
     assert {c.role for group in policy for c in group.completions} == {Role.SAMPLE}
     # In the choice among policies a sample that was left out counts as the worst of all, 0.1.
@@ -513,9 +524,12 @@ def test_rewards_are_scaled_down_by_their_spread_and_never_up(training):
     plant(trainer, lambda c: 100 * PLANTED.get(c.token_ids, 0.9))
     policy, _ = trained_on(trainer)
     trainer.train()
-    assert [group.rewards for group in policy] == [pytest.approx((1.0, 3.0, 2.0))] * 16  # the spread is 10
+    assert [group.values("scaled_reward") for group in policy] == [
+        pytest.approx((1.0, 3.0, 2.0))
+    ] * 16  # the spread is 10
     assert history(trainer, "scale") == pytest.approx([10, 10])
-    assert [group.rewards[1:] for group in trainer.store.groups(0, "scored")] == [pytest.approx((10, 30, 20))] * 8
+    lines = trainer.stages.store.lines(0, "rewards")
+    assert [line["rewards"][1:] for line in lines] == [pytest.approx((10, 30, 20))] * 8
 
 
 # --- what the reward learns from -----------------------------------------------------------------------------------------
@@ -526,9 +540,9 @@ PAIRS = [{"prompt": f"Is {i}?", "chosen": f" Yes, {i}.", "rejected": f" No, {i}.
 def test_preference_pairs_teach_the_reward(training):
     options = {"preference_dataset": Dataset.from_list(PAIRS)}
     trainer = run(training, options=options, demonstration_weight=0.0, num_train_epochs=2, reward_epochs=4)
-    assert len(trainer.fitter.preferences) == 6
+    assert len(trainer.stages.phase.fitter.preferences) == 6
     assert history(trainer, "preference/accuracy")[-1] == 1.0
-    groups = trainer.fitter.preferences
+    groups = trainer.stages.phase.fitter.preferences
     assert {group.completions[0].role for group in groups} == {Role.PREFERRED}
     without = run(training, name="without", reward_epochs=4)
     assert not history(without, "preference/accuracy")
@@ -551,23 +565,23 @@ def test_the_reward_may_learn_from_samples_of_the_start(training, adapter):
     start = copy.deepcopy(trainer.policy)
     _, reward = trained_on(trainer)
     trainer.train()
-    assert not (trainer.store.path(0) / "initial.jsonl").exists(), "the policy was the start"
-    groups = trainer.store.groups(1)
+    assert not (trainer.stages.store.path(0) / "initial.jsonl").exists(), "the policy was the start"
+    groups = trainer.stages.store.groups(1)
     drawn = TransformersSampler(start, pad_token_id=trainer.tokenization.pad_id).sample(
         [group.prompt_ids for group in groups],
-        trainer.sampling_params,
+        trainer.stages.rollout.params,
         num_samples=2,
         rows=[group.row for group in groups],
-        stage=_INITIAL_POLICY + 1,
+        stage=INITIAL_POLICY + 1,
     )
-    found = trainer.store.groups(1, "initial")
+    found = trainer.stages.store.groups(1, "initial")
     assert [g.completions[1:] for g in found] == [tuple(sample.completion for sample in row) for row in drawn]
     assert [g.completions[0] for g in found] == [g.completions[0] for g in groups]
     assert len(reward) == 8 + 8 + 8
     assert {g.completions for g in found} < {g.completions for g in reward}
-    sampled = [*trainer.store.groups(0), *groups, *found]
-    sampled += [g for stage in (0, 1, 2) for g in trainer.store.groups(stage, "validation")]
-    assert trainer.sampled_tokens == sum(len(c.token_ids) for g in sampled for c in g.completions[1:])
+    sampled = [*trainer.stages.store.groups(0), *groups, *found]
+    sampled += [g for stage in (0, 1, 2) for g in trainer.stages.store.groups(stage, "validation")]
+    assert trainer.costs.sampled_tokens == sum(len(c.token_ids) for g in sampled for c in g.completions[1:])
 
 
 def test_the_reward_may_learn_again_from_earlier_samples(training):
@@ -575,7 +589,7 @@ def test_the_reward_may_learn_again_from_earlier_samples(training):
     plant(trainer, over_samples)
     _, reward = trained_on(trainer)
     trainer.train()
-    own = [{group.completions for group in trainer.store.groups(stage)} for stage in range(4)]
+    own = [{group.completions for group in trainer.stages.store.groups(stage)} for stage in range(4)]
     assert [len(groups) for groups in own] == [4] * 4
     ends = [0, 4, 12, 24, 36]
     for stage in range(4):
@@ -761,7 +775,7 @@ def exported(request, tmp_path_factory):
 def test_the_exported_policy_is_the_trainers(exported):
     trainer, folder = exported
     policy = load_model(str(folder), dtype=torch.float32)
-    groups = trainer.store.groups(0)
+    groups = trainer.stages.store.groups(0)
     found, expected = (torch.tensor(cached_logps(model, groups)) for model in (policy, trainer.policy))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert len(load_tokenizer(str(folder))) == len(trainer.tokenization.tokenizer)
@@ -778,7 +792,7 @@ def test_a_merged_policy_is_the_same_one(exported, tmp_path):
     whole.save_pretrained(tmp_path / "merged")
     merged = load_model(str(tmp_path / "merged"))
     assert not isinstance(merged, PeftModel)
-    groups = trainer.validation.groups
+    groups = trainer.stages.phase.candidates.rows.groups
     found, expected = (torch.tensor(cached_logps(model, groups)) for model in (merged, trainer.policy))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
     tied = merged.config.tie_word_embeddings
@@ -903,11 +917,11 @@ def test_a_planted_answer_is_learned(training, guesser, marks, seed):
     )
     after = chances(trainer.policy, training, WORDS)
     assert after[0] > before[0] + 0.2
-    verifier_scores = {entry["stage"]: entry["verifier_score"] for entry in trainer.selection}
+    verifier_scores = {entry["stage"]: entry["verifier_score"] for entry in trainer.stages.phase.selection}
     assert verifier_scores[chosen(trainer)] > verifier_scores[0] + 0.1
     assert history(trainer, "validation/verifier_score")[0] == pytest.approx(verifier_scores[0])
     assert history(trainer, "validation/verifier_gap")[-1] > 0
-    assert trainer.record(name="x")["selection"] == trainer.selection
+    assert trainer.record(name="x")["selection"] == trainer.stages.phase.selection
 
 
 # --- the command line ----------------------------------------------------------------------------------------------------
@@ -989,19 +1003,17 @@ def test_the_command_line(training, command, monkeypatch, guesser, marks):
 def test_passes_go_over_the_samples_of_a_stage_again(training):
     """Each pass trains on the same scored samples; from the second on the policy is no longer the one that drew them."""
     trainer, seen = make(training, policy_epochs=3, per_device_train_batch_size=4, **SGD), []
-    step_of, loss = trainer._step_of, trainer.loss
+    step_of, loss = trainer._step_of, trainer.objective.loss
 
-    def watched(groups, logps, counts):
-        seen[-1][1].append(
-            (logps.detach() - torch.tensor([x for g in groups for x in g.old_logps])).abs().max().item()
-        )
-        return loss(groups, logps, counts)
+    def seen_by_loss(tokens, step):
+        seen[-1][1].append((tokens.sums().detach() - tokens.known_sums("old_logps")).abs().max().item())
+        return loss(tokens, step)
 
     def noted(batches):
         seen.append((trainer.stage, [], frozenset(group for batch in batches for group in batch)))
         return step_of(batches)
 
-    trainer.loss, trainer._step_of = watched, noted
+    trainer.objective.loss, trainer._step_of = seen_by_loss, noted
     trainer.train()
     assert trainer.state.global_step == 12
     for stage in (0, 1):
@@ -1029,11 +1041,11 @@ def test_neither_rows_nor_pairs_of_a_kept_prompt_train(training):
     ]
     data = Dataset.from_list(rows)
     trainer = make(training, data=data, options={"preference_dataset": data})
-    kept = {group.prompt_ids for group in trainer.validation.groups}
+    kept = {group.prompt_ids for group in trainer.stages.phase.candidates.rows.groups}
     assert kept
     assert kept.isdisjoint(tuple(row["prompt_ids"]) for row in trainer.train_dataset)
-    assert trainer.fitter.preferences
-    assert kept.isdisjoint(pair.prompt_ids for pair in trainer.fitter.preferences)
+    assert trainer.stages.phase.fitter.preferences
+    assert kept.isdisjoint(pair.prompt_ids for pair in trainer.stages.phase.fitter.preferences)
 
 
 def test_a_preference_dataset_that_nobody_loads_is_an_error(training):

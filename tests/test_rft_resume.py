@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from conftest import Training
 from test_resume import CountingSampler, KillAt, Killed, weights
 from tutelage.errors import UserError
-from tutelage.training.reward_phase import _KEPT_ROWS
+from tutelage.training.reward_phase import VALIDATION_ROWS
 
 # 24 rows train: 6 steps in three stages, which begin at 0, 2 and 4. The first leaves the policy as it is. Dropout, order and learning
 # rate differ from step to step, so that a state which is not restored shows.
@@ -59,7 +59,7 @@ def make(training, name="run", *, adapter=False, preferences=False, callbacks=()
         options=options,
         **{**SETTINGS, **settings},
     )
-    trainer.sampler = CountingSampler(trainer)
+    trainer.stages.rollout.sampler = CountingSampler(trainer)
     return trainer
 
 
@@ -83,12 +83,12 @@ def assert_same(resumed, whole):
     assert resumed.state.global_step == whole.state.global_step == 6
     assert_equal(weights(resumed), weights(whole))
     assert_equal(resumed.reward.parameters, whole.reward.parameters)
-    assert_equal(resumed.fitter.state_dict(), whole.fitter.state_dict())
-    assert resumed.selection == whole.selection
-    assert (resumed.trained_tokens, resumed.sampled_tokens) == (whole.trained_tokens, whole.sampled_tokens)
+    assert_equal(resumed.stages.phase.fitter.state_dict(), whole.stages.phase.fitter.state_dict())
+    assert resumed.stages.phase.selection == whole.stages.phase.selection
+    assert resumed.costs.state_dict()["tokens"] == whole.costs.state_dict()["tokens"]
     for stage in range(3):
-        for name in ("samples", "scored"):
-            assert resumed.store.groups(stage, name) == whole.store.groups(stage, name)
+        for name in ("samples", "rewards"):
+            assert resumed.stages.store.lines(stage, name) == whole.stages.store.lines(stage, name)
     logged = [[row for row in trainer.state.log_history if "reward/loss" in row] for trainer in (resumed, whole)]
     assert logged[0] == logged[1]
 
@@ -118,14 +118,14 @@ def resume(training, settings, checkpoint):
 def test_killed_while_sampling(training, whole, stage, checkpoint):
     expected, settings = whole
     killed = make(training, **settings)
-    killed.sampler = CountingSampler(killed, die_in=stage, after=4)
+    killed.stages.rollout.sampler = CountingSampler(killed, die_in=stage, after=4)
     with pytest.raises(Killed):
         killed.train()
-    recorded = killed.sampler.rows[stage]
+    recorded = killed.stages.rollout.sampler.rows[stage]
     assert len(recorded) == 4
     resumed = resume(training, settings, checkpoint)
     assert_same(resumed, expected)
-    assert not set(recorded) & set(resumed.sampler.rows[stage]), "what was sampled is not sampled again"
+    assert not set(recorded) & set(resumed.stages.rollout.sampler.rows[stage]), "what was sampled is not sampled again"
 
 
 @pytest.mark.parametrize(("looks", "checkpoint"), [(0, None), (1, 4), (2, 6)])
@@ -133,14 +133,14 @@ def test_killed_while_sampling_for_the_kept_rows(training, whole, looks, checkpo
     """The start is looked at, and the policies after stages 1 and 2; the last just before the choice."""
     expected, settings = whole
     killed = make(training, **settings)
-    killed.sampler = CountingSampler(killed, die_in=_KEPT_ROWS, after=KEPT * looks)
+    killed.stages.rollout.sampler = CountingSampler(killed, die_in=VALIDATION_ROWS, after=KEPT * looks)
     if looks == 0:
-        killed.sampler.after, killed.sampler.rows[_KEPT_ROWS] = 1, [0]
+        killed.stages.rollout.sampler.after, killed.stages.rollout.sampler.rows[VALIDATION_ROWS] = 1, [0]
     with pytest.raises(Killed):
         killed.train()
     resumed = resume(training, settings, checkpoint)
     assert_same(resumed, expected)
-    assert len(resumed.sampler.rows[_KEPT_ROWS]) == KEPT * (3 - looks)
+    assert len(resumed.stages.rollout.sampler.rows[VALIDATION_ROWS]) == KEPT * (3 - looks)
 
 
 @pytest.mark.parametrize(("stage", "step", "checkpoint"), [(0, 2, None), (2, 1, 4), (2, 3, 4)])
@@ -155,12 +155,12 @@ def test_killed_in_the_reward_phase(training, whole, stage, step, checkpoint):
         if done.count(stage) == step:
             raise Killed
 
-    killed.fitter.optimizer.register_step_post_hook(strike)
+    killed.stages.phase.fitter.optimizer.register_step_post_hook(strike)
     with pytest.raises(Killed):
         killed.train()
     resumed = resume(training, settings, checkpoint)
     assert_same(resumed, expected)
-    assert len(resumed.sampler.rows[_KEPT_ROWS]) == KEPT * (2 if stage == 0 else 1)
+    assert len(resumed.stages.rollout.sampler.rows[VALIDATION_ROWS]) == KEPT * (2 if stage == 0 else 1)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_finished_run_that_is_resumed_is_the_same(training, whole):
     shutil.copytree(expected.args.output_dir, training.folder / "run")
     resumed = resume(training, settings, 6)
     assert_same(resumed, expected)
-    assert resumed.sampler.rows == {}
+    assert resumed.stages.rollout.sampler.rows == {}
 
 
 @pytest.mark.parametrize("steps", [2, 3])
@@ -196,10 +196,10 @@ def test_a_finished_run_of_part_of_an_epoch_is_the_same(training, steps):
     runs = [make(training, **settings) for _ in range(2)]
     runs[0].train()
     runs[1].train(resume_from_checkpoint=get_last_checkpoint(runs[1].args.output_dir))
-    assert runs[0].selection == runs[1].selection
+    assert runs[0].stages.phase.selection == runs[1].stages.phase.selection
     assert_equal(weights(runs[1]), weights(runs[0]))
     assert_equal(runs[1].reward.parameters, runs[0].reward.parameters)
-    assert len(list(runs[0].store.folder.glob("*/samples.jsonl"))) == (steps > 2) + 1
+    assert len(list(runs[0].stages.store.folder.glob("*/samples.jsonl"))) == (steps > 2) + 1
 
 
 def killed_at(training, step, **settings):
@@ -211,7 +211,7 @@ def test_stages_that_are_gone_are_an_error(training):
     """Not a fresh reward in the place of the learned one."""
     killed_at(training, 4)
     resumed = make(training)
-    shutil.rmtree(resumed.store.path(1))
+    shutil.rmtree(resumed.stages.store.path(1))
     with pytest.raises(UserError, match=r"stage-0001: the reward of stage 1 is missing.*Keep the run's stages folder"):
         resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
 
@@ -236,12 +236,12 @@ def test_a_record_of_the_start_of_something_else_is_thrown_away(training, change
     again = make(training, **settings)
     if change == "policy":
         again.policy.get_input_embeddings().weight.data += 0.01
-    again._look(0)
-    assert len(again.sampler.rows[_KEPT_ROWS]) == KEPT
-    recorded = json.loads((again.store.path(0) / "candidate.json").read_text(encoding="utf-8"))
+    again.stages.phase._look(0, again.stages.rollout.begin())
+    assert len(again.stages.rollout.sampler.rows[VALIDATION_ROWS]) == KEPT
+    recorded = json.loads((again.stages.store.path(0) / "candidate.json").read_text(encoding="utf-8"))
     assert recorded["settings"]["temperature"] == again.args.temperature
-    found = [(group.prompt_ids, group.completions[:1]) for group in again.store.groups(0, "validation")]
-    assert found == [(group.prompt_ids, group.completions) for group in again.validation.groups]
+    found = [(group.prompt_ids, group.completions[:1]) for group in again.stages.store.groups(0, "validation")]
+    assert found == [(group.prompt_ids, group.completions) for group in again.stages.phase.candidates.rows.groups]
 
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(7, 6), (11, 9), (4, 4)])
@@ -256,5 +256,5 @@ def test_killed_inside_the_passes_of_a_stage(training, step, checkpoint):
     resumed = resume(training, settings, checkpoint)
     assert_equal(weights(resumed), weights(whole))
     assert_equal(resumed.reward.parameters, whole.reward.parameters)
-    assert resumed.selection == whole.selection
-    assert (resumed.trained_tokens, resumed.sampled_tokens) == (whole.trained_tokens, whole.sampled_tokens)
+    assert resumed.stages.phase.selection == whole.stages.phase.selection
+    assert resumed.costs.state_dict()["tokens"] == whole.costs.state_dict()["tokens"]

@@ -220,9 +220,13 @@ def test_samples(score, tutelage, run, tmp_path):
         demonstration, *drawn = line["completions"]
         assert (line["row"], line["prompt"]) == (row["row"], row["prompt"])
         assert (demonstration["role"], {found["role"] for found in drawn}) == ("demonstration", {"sample"})
-        assert demonstration["reward"] == pytest.approx(truth(row["prompt_ids"] + row["demonstration_ids"]), abs=1e-5)
-        assert [found["finished"] for found in drawn] == row["finished"]
-        for found, ids, text in zip(drawn, row["token_ids"], row["samples"], strict=True):
+        shown_demonstration, *samples_of_row = row["completions"]
+        own = truth(row["prompt_ids"] + shown_demonstration["token_ids"])
+        assert demonstration["reward"] == pytest.approx(own, abs=1e-5)
+        for found, sample in zip(drawn, samples_of_row, strict=True):
+            ids, text = sample["token_ids"], sample["text"]
+            assert found["finished"] == sample["finished"]
+            assert len(sample["token_values"]["sampler_logps"]) == len(ids)
             assert (found["text"], found["tokens"]) == (text, len(ids))
             assert found["reward"] == pytest.approx(truth(row["prompt_ids"] + ids), abs=1e-5)
             changed += tokens.tokenizer(text, add_special_tokens=False)["input_ids"] != ids
@@ -246,7 +250,7 @@ def test_samples_for_prompts_alone(score, tutelage, run, tmp_path):
 def stage_file(run, tmp_path):
     """A stage's samples.jsonl as training writes it."""
     tokens = tokenization(run / "reward")
-    store = StageStore(tmp_path / "stages", {})
+    store = StageStore(tmp_path / "stages", {}, tokens.text)
     store.path(0).mkdir(parents=True)
     samples = Completion((40, 50, 60), Role.SAMPLE, finished=False), Completion((70, 2), Role.SAMPLE, finished=True)
     groups = [
@@ -254,11 +258,10 @@ def stage_file(run, tmp_path):
             tokens.prompt_ids(row["prompt"]),
             (tokens.completion(row["prompt"], row["completion"], Role.DEMONSTRATION), *samples),
             row=number,
-            reference_logps=(-1.0, -2.0, -3.0),
         )
         for number, row in enumerate(SUMS)
     ]
-    store.write_groups(0, "samples", groups, tokens.text)
+    store.write_groups(0, "samples", groups)
     return store.path(0) / "samples.jsonl", groups
 
 
@@ -361,38 +364,34 @@ def ids(text):
     return tiny_tokenizer("zephyr")(text, add_special_tokens=False)["input_ids"]
 
 
-SAMPLE = {
-    "row": 0,
-    "prompt": "What",
-    "demonstration": None,
-    "samples": ["is", "the"],
-    "finished": [False, False],
-    "prompt_ids": ids("What"),
-    "token_ids": [ids("is"), ids("the")],
-}
+def answer(word, **changes):
+    return {"role": "sample", "text": word, "finished": False, "token_ids": ids(word), **changes}
+
+
+def sampled(*answers, **changes):
+    """A line of `tutelage sample`."""
+    answers = list(answers) or [answer("is"), answer("the")]
+    return {"row": 0, "prompt": "What", "completions": answers, "prompt_ids": ids("What"), **changes}
+
+
 BAD_DATA = {
     "no rows": ([], ["is empty"]),
     "unknown columns": ([{"question": "2 + 2", "answer": "4"}], ["'question', 'answer'", "prompt + completion"]),
     "empty completion": ([SUMS[0], {"prompt": "2 + 2", "completion": ""}], ["row 2", "'completion'", "is empty"]),
-    "samples without prompt_ids": ([SAMPLE | {"prompt_ids": None}], ["row 1", "'prompt_ids'", "is missing"]),
-    "samples without a flag": ([SAMPLE, SAMPLE | {"finished": None}], ["row 2", "'finished'", "is missing"]),
-    "fewer flags than samples": ([SAMPLE | {"finished": [False]}], ["row 1", "'finished' of 1 completions"]),
-    "fewer texts than samples": ([SAMPLE | {"samples": ["is"]}], ["row 1", "texts of 1"]),
-    "a demonstration without tokens": ([SAMPLE | {"demonstration": "is"}], ["row 1", "cannot be scored"]),
-    "a sample without tokens": (
-        [SAMPLE | {"samples": ["is", ""], "token_ids": [ids("is"), []]}],
-        ["row 1", "one token"],
-    ),
-    "no samples": ([SAMPLE | {"samples": [], "token_ids": [], "finished": []}], ["row 1", "at least one completion"]),
-    "another text": ([SAMPLE, SAMPLE | {"samples": ["is", "a"]}], ["row 2", "read otherwise", "same tokenizer"]),
-    "a token too high": ([SAMPLE | {"token_ids": [ids("is"), [10**6]]}], ["row 1", "none of the model's tokenizer"]),
-    "a token below 0": ([SAMPLE | {"token_ids": [ids("is"), [-1]]}], ["row 1", "none of the model's tokenizer"]),
-    "words for tokens": ([SAMPLE | {"token_ids": [["is"], ["the"]]}], ["row 1", "none of the model's tokenizer"]),
+    "samples without prompt_ids": ([sampled(prompt_ids=None)], ["row 1", "'prompt_ids'", "is missing"]),
+    "samples without a list": ([sampled(), sampled(completions=None)], ["row 2", "'completions'", "is missing"]),
+    "a sample without tokens": ([sampled(answer("is"), answer("", token_ids=[]))], ["row 1", "one token"]),
+    "a role that is none": ([sampled(answer("is", role="friend"))], ["row 1", "friend"]),
+    "a sample without a text": ([sampled(answer("is"), answer("the", text=None))], ["row 1", "cannot be scored"]),
+    "another text": ([sampled(), sampled(answer("is", text="a"))], ["row 2", "read otherwise", "same tokenizer"]),
+    "a token too high": ([sampled(answer("is", token_ids=[10**6]))], ["row 1", "none of the model's tokenizer"]),
+    "a token below 0": ([sampled(answer("is", token_ids=[-1]))], ["row 1", "none of the model's tokenizer"]),
+    "words for tokens": ([sampled(answer("is", token_ids=["is"]))], ["row 1", "none of the model's tokenizer"]),
 }
 
 
 def test_what_bad_samples_are_made_from_is_good(score, run):
-    (line,), _ = score([SAMPLE], "--reward", run)
+    (line,), _ = score([sampled()], "--reward", run)
     assert [found["text"] for found in line["completions"]] == ["is", "the"]
 
 

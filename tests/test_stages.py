@@ -40,7 +40,17 @@ def test_a_number_of_stages_that_cannot_be(stages):
 def group(row):
     demonstration = Completion((7, 8, row + 10, 2), Role.DEMONSTRATION, finished=True)
     samples = [Completion((9, row + 10), Role.SAMPLE, finished=False), Completion((9, 2), Role.SAMPLE, finished=True)]
-    return Group((1, 5, row + 10), (demonstration, *samples), row=row, reference_logps=(-1.5, -0.1 * row, -1 / 3))
+    group = Group((1, 5, row + 10), (demonstration, *samples), row=row, teacher_prompt_ids=(1, 6))
+    logps = [[-1.5, -0.25, -0.1 * row, -1e-9], [-1 / 3, -0.1 * row], [-0.0, -2.0]]
+    return group.with_token_values("reference_logps", logps).with_values("reward", [0.5, None, -1.0])
+
+
+def known(groups):
+    """Everything that groups know: values do not count where groups are compared."""
+    return [
+        (group, [(dict(c.token_values), dict(c.values)) for c in group.completions])
+        for group in (groups.values() if isinstance(groups, dict) else groups)
+    ]
 
 
 def text(token_ids):
@@ -48,7 +58,7 @@ def text(token_ids):
 
 
 def store(folder, **settings):
-    return StageStore(folder, {**SETTINGS, **settings})
+    return StageStore(folder, {**SETTINGS, **settings}, text)
 
 
 def record(folder, rows, *, stage=0, policy="p0", kept=(), stop_after=None):
@@ -60,7 +70,7 @@ def record(folder, rows, *, stage=0, policy="p0", kept=(), stop_after=None):
                 raise KeyboardInterrupt
             yield [group(row) for row in rows[start : start + 2]]
 
-    return store(folder).write(stage, policy, kept, batches(), text, lambda: {"rows": len(rows)})
+    return store(folder).write(stage, policy, kept, batches(), lambda: {"rows": len(rows)})
 
 
 def test_groups_come_back_as_they_were_written(tmp_path):
@@ -71,6 +81,9 @@ def test_groups_come_back_as_they_were_written(tmp_path):
     assert list(read) == [4, 0, 3]
     assert store(tmp_path).read(0, None) == written
     assert store(tmp_path).groups(0) == [group(4), group(0), group(3)]
+    assert known(read) == known([group(4), group(0), group(3)])
+    assert read[4].completions[0].values == {"reward": 0.5}
+    assert read[4].completions[1].values == {}
 
 
 def test_people_can_read_the_files(tmp_path):
@@ -82,12 +95,43 @@ def test_people_can_read_the_files(tmp_path):
     assert len(lines) == 2
     assert first["row"] == 4
     assert first["prompt"] == "é1 5 14"
-    assert first["demonstration"] == "é7 8 14 2"
-    assert first["samples"] == ["é9 14", "é9 2"]
-    assert first["finished"] == [True, False, True]
+    completions = first["completions"]
+    assert [found["role"] for found in completions] == ["demonstration", "sample", "sample"]
+    assert [found["text"] for found in completions] == ["é7 8 14 2", "é9 14", "é9 2"]
+    assert [found["finished"] for found in completions] == [True, False, True]
+    assert list(first) == ["row", "prompt", "completions", "prompt_ids", "teacher_prompt_ids"], "texts first"
+    assert list(completions[0]) == ["role", "text", "finished", "values", "token_ids", "token_values"]
     assert "é" in lines[0], "letters stand as letters"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest.pop("format") == 2
     assert manifest == {"stage": 0, "policy": "p0", "settings": SETTINGS, "complete": True, "rows": 2}
+
+
+@pytest.mark.parametrize(
+    ("completions", "said"),
+    [
+        ([{"role": "sample", "finished": True}], "token_ids"),
+        ([{"role": "friend", "finished": True, "token_ids": [1]}], "friend"),
+        ([{"role": "sample", "finished": True, "token_ids": [1], "token_values": {"x": [1, 2]}}], "2 x for 1 tokens"),
+    ],
+)
+def test_a_line_that_is_no_group_is_named(tmp_path, completions, said):
+    record(tmp_path, [4, 0])
+    path = tmp_path / "stage-0000" / "samples.jsonl"
+    first, second = path.read_text(encoding="utf-8").splitlines()
+    line = json.dumps({**json.loads(second), "completions": completions})
+    path.write_text(f"{first}\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"samples\.jsonl, row 2.*{said}"):
+        store(tmp_path).groups(0)
+
+
+def test_stages_of_an_earlier_version_are_refused(tmp_path):
+    folder = tmp_path / "stage-0000"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"stage": 0, "policy": "p0", "complete": true}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"manifest.json, field 'format': .*another version.*format 1.*--overwrite"):
+        store(tmp_path)
+    assert folder.exists()
 
 
 def test_a_killed_stage_gives_back_what_it_recorded(tmp_path):
@@ -161,7 +205,7 @@ def test_inside_a_stage_its_record_must_be_whole(tmp_path):
         record(tmp_path, [0, 1, 2, 3], stop_after=1)
     with pytest.raises(UserError, match=r"samples\.jsonl"):
         store(tmp_path).read(0, None)
-    with pytest.raises(UserError, match="stage 0 are missing"):
+    with pytest.raises(UserError, match="samples of stage 0 are missing"):
         store(tmp_path).groups(0)
 
 

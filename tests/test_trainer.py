@@ -57,6 +57,9 @@ class Scripted:
     def __init__(self, answer):
         self.answer, self.demonstrations = answer, {}
 
+    def take_weights(self, policy):
+        pass
+
     def sample(self, prompts, params, *, num_samples=1, rows=None, stage=0, on_finished=None):
         answers = [self.answer(row, self.demonstrations[row]) for row in rows]
         return [[Sample(ids, (0.0,) * len(ids), True)] * num_samples for ids in answers]
@@ -102,7 +105,7 @@ def test_training_equals_a_loop_written_out(training, algorithm, settings):
         frozen = initial if settings.get("reference") == "initial" else copy.deepcopy(model)
         beta = settings.get("beta", [0.1])
         beta = beta[stage % len(beta)]
-        groups = trainer.store.groups(stage)
+        groups = trainer.stages.store.groups(stage)
         assert len(groups) == 24 // stages
         for start in range(0, len(groups), 4):
             losses, sft, tokens = [], 0.0, 0
@@ -155,7 +158,7 @@ def test_an_incomplete_last_step_is_averaged_over_what_it_has(training):
     small = training.run("irft", name="2", per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     large = training.run("irft", name="8", per_device_train_batch_size=8, **settings)
     assert_same_weights(small.model, large.model, 1e-6)
-    assert sum(len(small.store.groups(stage)) for stage in range(2)) == 22
+    assert sum(len(small.stages.store.groups(stage)) for stage in range(2)) == 22
 
 
 def test_gradient_checkpointing_changes_no_gradient(training):
@@ -190,7 +193,7 @@ def test_a_seed_decides_a_run_adapters_included(training):
 
 
 def recorded_logps(trainer, stage):
-    return torch.tensor([group.reference_logps for group in trainer.store.groups(stage)])
+    return torch.tensor([group.sums("reference_logps") for group in trainer.stages.store.groups(stage)])
 
 
 class Snapshots(TrainerCallback):
@@ -222,19 +225,23 @@ def test_recorded_reference_logps_equal_a_frozen_copys(training, policy, referen
     trainer = training.run(
         "irft", model=model, reference=reference, stages_per_epoch=2, learning_rate=1e-2, options=options
     )
-    assert trainer.schedule.bounds(1) == (2, 4)
+    assert trainer.stages.schedule.bounds(1) == (2, 4)
     assert distance(snapshots.models[0], snapshots.models[2]) > 1e-2
     for stage, step in ((0, 0), (1, 0 if reference == "initial" else 2)):
-        truth = torch.tensor(cached_logps(snapshots.models[step], trainer.store.groups(stage)))
+        truth = torch.tensor(cached_logps(snapshots.models[step], trainer.stages.store.groups(stage)))
         torch.testing.assert_close(recorded_logps(trainer, stage), truth, atol=1e-4, rtol=0)
-    other = torch.tensor(cached_logps(snapshots.models[2 if reference == "initial" else 0], trainer.store.groups(1)))
+    other = torch.tensor(
+        cached_logps(snapshots.models[2 if reference == "initial" else 0], trainer.stages.store.groups(1))
+    )
     assert (recorded_logps(trainer, 1) - other).abs().mean() > 0.1, "the copies can be told apart"
 
 
 def test_adapter_and_full_training_start_from_the_same_reference(training):
     full = training.run("irft", name="full", max_steps=1)
     adapter = training.run("irft", name="adapter", max_steps=1, options={"peft_config": training.lora()})
-    assert [g.completions for g in full.store.groups(0)] == [g.completions for g in adapter.store.groups(0)]
+    assert [g.completions for g in full.stages.store.groups(0)] == [
+        g.completions for g in adapter.stages.store.groups(0)
+    ]
     torch.testing.assert_close(recorded_logps(full, 0), recorded_logps(adapter, 0), atol=1e-4, rtol=0)
 
 
@@ -254,7 +261,7 @@ def test_a_stage_starts_at_margin_zero_and_leaves_it(training):
 def test_cut_samples_have_no_end_of_turn_and_demonstrations_are_cut_alike(training, sft_folder):
     trainer = training.run("irft", model=load_model(sft_folder), max_completion_length=4, learning_rate=1e-6)
     end = training.tokenizer.eos_token_id
-    completions = [c for stage in range(4) for group in trainer.store.groups(stage) for c in group.completions]
+    completions = [c for stage in range(4) for group in trainer.stages.store.groups(stage) for c in group.completions]
     for completion in completions:
         assert len(completion.token_ids) <= 4
         assert completion.finished == (completion.token_ids[-1] == end)
@@ -263,7 +270,7 @@ def test_cut_samples_have_no_end_of_turn_and_demonstrations_are_cut_alike(traini
     assert {(completion.role.value, completion.finished) for completion in completions} == {
         (kind, finished) for kind in ("demonstration", "sample") for finished in (True, False)
     }
-    cut = [not c.finished for group in trainer.store.groups(0) for c in group.completions[1:]]
+    cut = [not c.finished for group in trainer.stages.store.groups(0) for c in group.completions[1:]]
     assert history(trainer, "samples/truncated_fraction")[0] == pytest.approx(sum(cut) / len(cut))
 
 
@@ -312,12 +319,12 @@ def test_the_sft_term_learns_from_a_demonstration_whose_sample_was_dropped(train
 def test_three_samples_make_three_pairs(training):
     trainer = training.trainer("irft", num_samples=3)
     counted = []
-    counts = trainer.counts
-    trainer.counts = lambda groups: counted.append(counts(groups)) or counted[-1]
+    counts = trainer.objective.counts
+    trainer.objective.counts = lambda groups: counted.append(counts(groups)) or counted[-1]
     trainer.train()
     assert [step["pairs"] for step in counted] == [12] * 4
-    assert all(len(group.completions) == 4 for group in trainer.store.groups(0))
-    assert len({c.token_ids for group in trainer.store.groups(0) for c in group.completions[1:]}) > 6
+    assert all(len(group.completions) == 4 for group in trainer.stages.store.groups(0))
+    assert len({c.token_ids for group in trainer.stages.store.groups(0) for c in group.completions[1:]}) > 6
 
 
 @pytest.mark.parametrize("reference", ["stage", "initial"])
@@ -333,13 +340,13 @@ def test_replay_trains_on_earlier_samples_under_this_stages_reference(training, 
         learning_rate=1e-2,
     )
     trained = []
-    loss = trainer.loss
-    trainer.loss = lambda groups, *rest: trained.append(groups) or loss(groups, *rest)
+    loss = trainer.objective.loss
+    trainer.objective.loss = lambda tokens, step: trained.append(tokens.groups) or loss(tokens, step)
     trainer.train()
     assert [len(groups) for groups in trained] == [4, 4, 8, 8, 8, 8]
     for stage in (1, 2):
-        earlier = {group.row: group for group in trainer.store.groups(stage - 1)}
-        own = {group.row: group for group in trainer.store.groups(stage)}
+        earlier = {group.row: group for group in trainer.stages.store.groups(stage - 1)}
+        own = {group.row: group for group in trainer.stages.store.groups(stage)}
         steps = trained[2 * stage : 2 * stage + 2]
         replayed = {group.row: group for groups in steps for group in groups if group.row in earlier}
         assert sum(len(groups) for groups in steps) == len(own) + len(replayed) == 16
@@ -347,7 +354,7 @@ def test_replay_trains_on_earlier_samples_under_this_stages_reference(training, 
             row: g.completions for row, g in earlier.items()
         }
         truth = cached_logps(snapshots.models[0 if reference == "initial" else 2 * stage], list(replayed.values()))
-        found = [group.reference_logps for group in replayed.values()]
+        found = [group.sums("reference_logps") for group in replayed.values()]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(truth), atol=1e-4, rtol=0)
 
 
@@ -393,7 +400,7 @@ def test_everything_watched_is_logged(training):
     assert sum(stage <= line for line in seen.lines) == 4
     assert all("stage" in line for line in seen.lines)
     assert history(trainer, "stage")[-1] == 3
-    groups = trainer.store.groups(0)
+    groups = trainer.stages.store.groups(0)
     samples = [c.token_ids for group in groups for c in group.completions[1:]]
     bigrams = [ids[i : i + 2] for ids in samples for i in range(len(ids) - 1)]
     assert history(trainer, "samples/distinct_2")[0] == pytest.approx(len(set(bigrams)) / len(bigrams))
@@ -401,9 +408,9 @@ def test_everything_watched_is_logged(training):
     first = recorded_logps(trainer, 0).mean(0)
     assert history(trainer, "logps/demonstrations")[0] == pytest.approx(first[0].item(), abs=1e-3)
     assert history(trainer, "logps/samples")[0] == pytest.approx(first[1:].mean().item(), abs=1e-3)
-    everything = [g for stage in range(4) for g in trainer.store.groups(stage)]
-    assert trainer.sampled_tokens == sum(len(c.token_ids) for g in everything for c in g.completions[1:])
-    assert trainer.trained_tokens == sum(len(c.token_ids) for g in everything for c in g.completions)
+    everything = [g for stage in range(4) for g in trainer.stages.store.groups(stage)]
+    assert trainer.costs.sampled_tokens == sum(len(c.token_ids) for g in everything for c in g.completions[1:])
+    assert trainer.costs.trained_tokens == sum(len(c.token_ids) for g in everything for c in g.completions)
 
 
 def test_evaluation_during_training(training, monkeypatch):
@@ -464,7 +471,7 @@ def test_mixed_precision_reaches_training_sampling_and_reference(training, refer
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     if reference == "initial":  # autocast keeps casts of weights, and those of the policy are not those of π_0
         with torch.autocast("cpu", torch.bfloat16):
-            truth = torch.tensor(cached_logps(start, trainer.store.groups(1)))
+            truth = torch.tensor(cached_logps(start, trainer.stages.store.groups(1)))
         torch.testing.assert_close(recorded_logps(trainer, 1), truth, atol=0.05, rtol=0.01)
 
 
@@ -494,9 +501,9 @@ def test_the_output_of_a_run_starts_the_next(training, sft_folder, adapter):
     assert len(load_tokenizer(folder)) == len(training.tokenizer)
     irft = training.run("irft", model=folder, name="irft", max_steps=1)
     assert irft.model_name == folder
-    truth = torch.tensor(cached_logps(sft.model, irft.store.groups(0)))
+    truth = torch.tensor(cached_logps(sft.model, irft.stages.store.groups(0)))
     torch.testing.assert_close(recorded_logps(irft, 0), truth, atol=1e-5, rtol=0)
-    before = torch.tensor(cached_logps(load_model(sft_folder), irft.store.groups(0)))
+    before = torch.tensor(cached_logps(load_model(sft_folder), irft.stages.store.groups(0)))
     assert (truth - before).abs().mean() > 1e-3
     assert hasattr(irft.model, "peft_config") == adapter
 

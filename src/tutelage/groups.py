@@ -4,19 +4,20 @@ Shape suffixes used throughout the project::
 
     B  rows of a batch          L  positions of a row       G  groups
     C  completions, in order    N  completion tokens of all completions of a batch, in order
-    H  hidden size              V  vocabulary size
+    P  pairs                    H  hidden size              V  vocabulary size
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import product
+from typing import Any
 
 import torch
 
 __all__ = [
-    "PER_COMPLETION",
     "Batch",
     "Completion",
     "Group",
@@ -25,6 +26,7 @@ __all__ = [
     "collate_shared_prefix",
     "drop_copies",
     "pair_indices",
+    "sum_per_completion",
 ]
 
 
@@ -37,27 +39,38 @@ class Role(StrEnum):
     REJECTED = "rejected"
 
 
+_BETTER, _WORSE = (Role.DEMONSTRATION, Role.PREFERRED), (Role.SAMPLE, Role.REJECTED)
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One answer to a prompt.
 
+    Two completions are equal if tokens, role and ``finished`` are; what is known of them does not count.
+
     Attributes:
         token_ids: the tokens; the end-of-turn token is the last one if, and only if, ``finished``.
         role: demonstration, sample, preferred or rejected.
-        finished: True if it finished by itself, False if it was cut at the length limit.
+        finished: True if it ended by itself, False if it was truncated at the length limit.
+        token_values: what is known of each token, by name; one number per token. The engine's names are
+            ``sampler_logps`` (log-prob under the distribution it was drawn from), ``old_logps`` (under the policy
+            that drew it, at temperature 1) and ``reference_logps``, all in nats.
+        values: what is known of the whole completion, by name. The engine's names are ``reward`` (what the reward
+            gave it) and ``scaled_reward`` (as the policy phase of RFT sees it).
     """
 
     token_ids: tuple[int, ...]
     role: Role
     finished: bool
+    token_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
+    values: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         if not self.token_ids:
             raise ValueError("a completion needs at least one token")
-
-
-PER_COMPLETION = ("reference_logps", "old_logps", "rewards")
-"""What may be known of each completion of a group."""
+        for name, numbers in self.token_values.items():
+            if len(numbers) != len(self.token_ids):
+                raise ValueError(f"{len(numbers)} {name} for {len(self.token_ids)} tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +79,96 @@ class Group:
 
     Attributes:
         prompt_ids: tokens of the prompt, with the BOS token if the tokenizer has one. At least one.
-        completions: at least one.
+        completions: in any order, of any roles; none for a prompt alone.
         row: number of the row in the data set, from 0; it names the group in logs and on disk.
-        reference_logps: log-prob of each completion under the reference (nats per sequence), once it is known.
-        old_logps: log-prob of each completion under the policy that drew the samples (nats per sequence), once known.
-        rewards: reward of each completion, once scored.
+        teacher_prompt_ids: a second view of the prompt, which a teacher sees: with a demonstration in it, for example.
     """
 
     prompt_ids: tuple[int, ...]
-    completions: tuple[Completion, ...]
+    completions: tuple[Completion, ...] = ()
     row: int = -1
-    reference_logps: tuple[float, ...] | None = None
-    old_logps: tuple[float, ...] | None = None
-    rewards: tuple[float, ...] | None = None
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if not self.prompt_ids:
+        if not self.prompt_ids or (self.teacher_prompt_ids is not None and not self.teacher_prompt_ids):
             raise ValueError("a group needs a prompt of at least one token")
-        if not self.completions:
-            raise ValueError("a group needs at least one completion")
-        for name in PER_COMPLETION:
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.completions):
-                raise ValueError(f"{len(values)} {name} for {len(self.completions)} completions")
 
-    def select(self, indices: Sequence[int]) -> Group:
-        """The group with the completions at ``indices`` and what is known about them."""
-        known = {name: values for name in PER_COMPLETION if (values := getattr(self, name)) is not None}
+    def places(self, *roles: Role) -> list[int]:
+        """Where the completions of these roles stand among the completions."""
+        return [place for place, completion in enumerate(self.completions) if completion.role in roles]
+
+    def of(self, *roles: Role) -> tuple[Completion, ...]:
+        """The completions of these roles, in order."""
+        return tuple(completion for completion in self.completions if completion.role in roles)
+
+    @property
+    def demonstrations(self) -> tuple[Completion, ...]:
+        """The completions that are demonstrations."""
+        return self.of(Role.DEMONSTRATION)
+
+    @property
+    def samples(self) -> tuple[Completion, ...]:
+        """The completions that a policy drew."""
+        return self.of(Role.SAMPLE)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Places of all pairs of a better and a worse completion.
+
+        Demonstrations and preferred answers are better than samples and rejected ones.
+        """
+        return list(product(self.places(*_BETTER), self.places(*_WORSE)))
+
+    def select(self, places: Iterable[int]) -> Group:
+        """The group with the completions at ``places`` alone."""
+        return replace(self, completions=tuple(self.completions[place] for place in places))
+
+    def add(self, completions: Iterable[Completion]) -> Group:
+        """The group with further completions."""
+        return replace(self, completions=(*self.completions, *completions))
+
+    def seen_by_teacher(self) -> Group:
+        """The group under the teacher's view of its prompt.
+
+        Raises:
+            ValueError: it has no such view.
+        """
+        if self.teacher_prompt_ids is None:
+            raise ValueError(f"the group of row {self.row} has no teacher_prompt_ids")
+        return replace(self, prompt_ids=self.teacher_prompt_ids)
+
+    def with_token_values(self, name: str, values: Sequence[Sequence[float] | None]) -> Group:
+        """The group with numbers per token, one list per completion; None leaves a completion as it is."""
+        return self._with("token_values", name, [None if v is None else tuple(v) for v in values])
+
+    def with_values(self, name: str, values: Sequence[float | None]) -> Group:
+        """The group with one number per completion; None leaves a completion as it is."""
+        return self._with("values", name, values)
+
+    def _with(self, what: str, name: str, values: Sequence[Any]) -> Group:
         return replace(
             self,
-            completions=tuple(self.completions[i] for i in indices),
-            **{name: tuple(values[i] for i in indices) for name, values in known.items()},
+            completions=tuple(
+                c if value is None else replace(c, **{what: {**getattr(c, what), name: value}})
+                for c, value in zip(self.completions, values, strict=True)
+            ),
         )
+
+    def sums(self, name: str) -> tuple[float, ...]:
+        """Sums over tokens of what ``name`` calls, one per completion.
+
+        Raises:
+            KeyError: it is not known of all completions.
+        """
+        return tuple(sum(completion.token_values[name]) for completion in self.completions)
+
+    def values(self, name: str) -> tuple[float, ...]:
+        """What ``name`` calls, one number per completion.
+
+        Raises:
+            KeyError: it is not known of all completions.
+        """
+        return tuple(completion.values[name] for completion in self.completions)
 
     def __len__(self) -> int:
         """Tokens: the prompt once and every completion."""
@@ -105,24 +176,38 @@ class Group:
 
 
 def drop_copies(group: Group) -> Group:
-    """The group without the samples that equal its demonstration.
+    """The group without the samples that equal one of its demonstrations.
 
     Such a pair has a constant loss and no gradient, whatever the policy.
     """
-    demonstration = group.completions[0]
+    demonstrations = {completion.token_ids for completion in group.demonstrations}
     return group.select(
-        [0] + [i for i, c in enumerate(group.completions) if i > 0 and c.token_ids != demonstration.token_ids]
+        place
+        for place, completion in enumerate(group.completions)
+        if completion.role is not Role.SAMPLE or completion.token_ids not in demonstrations
     )
 
 
 def pair_indices(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    """Where the two sides of every pair stand among the completions of a batch: each group's first, and each other."""
-    first, others, start = [], [], 0
+    """Where the two sides of every pair stand among the completions of a batch: the better ones, and the worse ones."""
+    better, worse, start = [], [], 0
     for group in groups:
-        first += [start] * (len(group.completions) - 1)
-        others += range(start + 1, start + len(group.completions))
+        for first, second in group.pairs:
+            better.append(start + first)
+            worse.append(start + second)
         start += len(group.completions)
-    return first, others
+    return better, worse
+
+
+def sum_per_completion(values_N: torch.Tensor, completion_ids: torch.Tensor, num_completions: int) -> torch.Tensor:
+    """[C] sums over the tokens of each completion; differentiable.
+
+    Args:
+        values_N: numbers per token.
+        completion_ids: [N] which completion each token belongs to, from 0.
+        num_completions: C.
+    """
+    return values_N.new_zeros(num_completions).index_add(0, completion_ids.to(values_N.device), values_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +324,9 @@ def collate_padded(groups: Sequence[Group], pad_token_id: int = 0) -> Batch:
 
 
 def _collate(rows: Sequence[Group], pad_token_id: int, *, shared_prefix: bool) -> Batch:
+    rows = [row for row in rows if row.completions]
+    if not rows:
+        raise ValueError("a batch needs at least one completion")
     width = max(len(row) for row in rows)
     input_ids, position_ids, branch_ids = [], [], []
     predictor_rows, predictor_columns, targets, completion_ids = [], [], [], []

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
-import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tutelage.errors import UserError
-from tutelage.groups import Group, pair_indices
+from tutelage.groups import Group, Role, pair_indices
 from tutelage.losses import LossKind, implicit_reward, irft_loss, sft_loss
-from tutelage.training.stages import StageConfig, StageTrainer
+from tutelage.progress import Progress
+from tutelage.sampling import Sampler
+from tutelage.scoring.logps import TokenLogps
+from tutelage.training.replay import Replay
+from tutelage.training.setup import make_rollout, make_stages, make_store
+from tutelage.training.stage_config import StageConfig
+from tutelage.training.trainer import DemonstrationTrainer, Step
 
-__all__ = ["IRFTConfig", "IRFTTrainer"]
+__all__ = ["IRFTConfig", "IRFTObjective", "IRFTTrainer"]
 
 
 @dataclass
@@ -61,56 +68,103 @@ class IRFTConfig(StageConfig):
             raise UserError("must be above 0.", field="beta")
 
 
-class IRFTTrainer(StageTrainer):
-    """Minimizes h(β[log π(y|x) − log π_t(y|x) − log π(ỹ|x) + log π_t(ỹ|x)]) with ỹ drawn from π_t, stage by stage."""
+class IRFTObjective:
+    """h(β[log π(y|x) − log π_t(y|x) − log π(ỹ|x) + log π_t(ỹ|x)]) over pairs of a demonstration y and a sample ỹ.
 
-    algorithm: ClassVar[str] = "irft"
-    args: IRFTConfig
+    Args:
+        betas: temperature of each stage of an epoch, or one for all.
+        kind: the function h.
+        sft_weight: adds the SFT loss of the demonstrations (nats per token).
+    """
 
-    @property
-    def beta(self) -> float:
-        """The temperature of the current stage."""
-        return self.args.beta[max(0, self.stage) % len(self.args.beta)]
+    uses_dropout = True
 
-    @property
-    def needs_samples(self) -> bool:
-        """The SFT term learns from a demonstration alone."""
-        return not self.args.sft_weight
+    def __init__(self, betas: Sequence[float], kind: LossKind = "logistic", sft_weight: float = 0.0):
+        self.betas, self.sft_weight = betas, sft_weight
+        self.kind: LossKind = kind
+
+    def beta(self, stage: int) -> float:
+        """The temperature of a stage."""
+        return self.betas[max(0, stage) % len(self.betas)]
 
     def counts(self, groups: Sequence[Group]) -> dict[str, int]:
         """Pairs of a demonstration and a sample; demonstration tokens."""
         return {
-            "pairs": sum(len(group.completions) - 1 for group in groups),
-            "demonstration_tokens": sum(len(group.completions[0].token_ids) for group in groups),
+            "pairs": sum(len(group.pairs) for group in groups),
+            "demonstration_tokens": sum(len(c.token_ids) for group in groups for c in group.demonstrations),
         }
 
-    def loss(self, groups: Sequence[Group], logps_C: Tensor, counts: dict[str, int]) -> Tensor:
+    def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The contrast, averaged over pairs, and the SFT term, averaged over demonstration tokens."""
-        reference_C = torch.tensor([logp for group in groups for logp in group.reference_logps or ()]).to(logps_C)
-        # Every sample forms a pair with the demonstration that leads its group.
-        demonstrations, samples = pair_indices(groups)
-        policy_P, policy_samples_P = logps_C[demonstrations], logps_C[samples]
-        reference_P, reference_samples_P = reference_C[demonstrations], reference_C[samples]
-        losses_P = irft_loss(
-            policy_P,
-            policy_samples_P,
-            reference_P,
-            reference_samples_P,
-            beta=self.beta,
-            kind=cast(LossKind, self.args.loss_kind),
-        )
-        loss = losses_P.sum() / max(1, counts["pairs"])
-        if self.args.sft_weight:
-            leading = [0, *accumulate(len(group.completions) for group in groups[:-1])]
-            loss = loss + self.args.sft_weight * sft_loss(logps_C[leading]).sum() / counts["demonstration_tokens"]
-        rewards_P = implicit_reward(policy_P, reference_P, beta=self.beta)
-        sample_rewards_P = implicit_reward(policy_samples_P, reference_samples_P, beta=self.beta)
-        self.track("logps/demonstrations", policy_P)
-        self.track("logps/samples", policy_samples_P)
-        self.track("rewards/demonstrations", rewards_P)
-        self.track("rewards/samples", sample_rewards_P)
+        beta = self.beta(step.stage)
+        policy_C, reference_C = tokens.sums(), tokens.known_sums("reference_logps")
+        better, worse = pair_indices(tokens.groups)
+        policy_P, policy_samples_P = policy_C[better], policy_C[worse]
+        reference_P, reference_samples_P = reference_C[better], reference_C[worse]
+        losses_P = irft_loss(policy_P, policy_samples_P, reference_P, reference_samples_P, beta=beta, kind=self.kind)
+        loss = losses_P.sum() / max(1, step.counts["pairs"])
+        if self.sft_weight:
+            demonstrations = tokens.of(Role.DEMONSTRATION)
+            loss = (
+                loss + self.sft_weight * sft_loss(policy_C[demonstrations]).sum() / step.counts["demonstration_tokens"]
+            )
+        rewards_P = implicit_reward(policy_P, reference_P, beta=beta)
+        sample_rewards_P = implicit_reward(policy_samples_P, reference_samples_P, beta=beta)
         margins_P = rewards_P - sample_rewards_P
-        self.track("rewards/margin", margins_P)
+        step.track("logps/demonstrations", policy_P)
+        step.track("logps/samples", policy_samples_P)
+        step.track("rewards/demonstrations", rewards_P)
+        step.track("rewards/samples", sample_rewards_P)
+        step.track("rewards/margin", margins_P)
         # A tie counts half: at a stage's first step every margin is zero.
-        self.track("rewards/accuracy", (margins_P.sign() + 1) / 2)
+        step.track("rewards/accuracy", (margins_P.sign() + 1) / 2)
         return loss
+
+
+class IRFTTrainer(DemonstrationTrainer):
+    """Trains on ``IRFTObjective`` with samples drawn from π_t, the policy where the stage began, stage by stage.
+
+    Args:
+        sampler: draws the samples; by default from the model in memory.
+        others: see ``DemonstrationTrainer``.
+    """
+
+    args: IRFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: IRFTConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        sampler: Sampler | None = None,
+        progress: Progress | None = None,
+        source: str = "training data",
+        eval_source: str = "held-out data",
+        algorithm: str = "irft",
+    ):
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            callbacks,
+            optimizers,
+            progress=progress,
+            source=source,
+            eval_source=eval_source,
+            algorithm=algorithm,
+            objective=IRFTObjective(args.beta, cast(LossKind, args.loss_kind), args.sft_weight),
+        )
+        store = make_store(self)
+        rollout = make_rollout(self, sampler, reference_is_initial=args.reference == "initial")
+        # With the SFT term a demonstration teaches something without a sample beside it too.
+        phase = Replay(rollout, store, stages=args.replay_stages, needs_pairs=not args.sft_weight)
+        self.train_in_stages(make_stages(self, rollout, store, phase))

@@ -5,13 +5,19 @@ Algorithm 1 of Li et al., "Getting More Juice Out of the SFT Data" (NeurIPS 2024
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, cast
 
 import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from tutelage.data.demonstrations import Turns
 from tutelage.errors import UserError
 from tutelage.groups import Group
 from tutelage.losses import (
@@ -20,10 +26,20 @@ from tutelage.losses import (
     leave_one_out_advantages,
     policy_gradient_loss,
 )
+from tutelage.progress import Progress
+from tutelage.rewards.comparisons import TruncatedSamples
+from tutelage.rewards.explicit import ExplicitReward
+from tutelage.sampling import Sampler
+from tutelage.scoring.logps import TokenLogps
 from tutelage.training.reward_config import RewardStageConfig
-from tutelage.training.reward_phase import RewardStageTrainer
+from tutelage.training.reward_phase import VALIDATION_ROWS, RewardPhase
+from tutelage.training.reward_setup import make_fitter, make_reward, read_preferences
+from tutelage.training.selection import Candidates
+from tutelage.training.setup import make_rollout, make_stages, make_store
+from tutelage.training.trainer import DemonstrationTrainer, Step
+from tutelage.training.validation import split_validation
 
-__all__ = ["RFTConfig", "RFTTrainer"]
+__all__ = ["RFTConfig", "RFTObjective", "RFTTrainer"]
 
 
 @dataclass
@@ -51,7 +67,7 @@ class RFTConfig(RewardStageConfig):
     )
     clip_range: float = field(
         default=0.2,
-        metadata={"help": "A sample stops pulling when its probability changed by this share since it was drawn."},
+        metadata={"help": "PPO clip range for the ratio of a sample's probability to what it was when drawn."},
     )
 
     def __post_init__(self):
@@ -60,37 +76,178 @@ class RFTConfig(RewardStageConfig):
             raise UserError(f"must be above 0, not {self.clip_range:g}.", field="clip_range")
 
 
-class RFTTrainer(RewardStageTrainer):
-    """Raises E r/s − β KL(π‖π_0) on the stage's samples, scored by the reward as the stage updated it; s ≥ 1 is its scale."""
+class RFTObjective:
+    """Raises E r/s − β KL(π‖π_0) on samples scored by the reward; s ≥ 1 is its scale.
 
-    algorithm: ClassVar[str] = "rft"
-    args: RFTConfig
+    Args:
+        beta: weight of the KL to π_0.
+        advantages: of the samples of one prompt, from their shaped rewards.
+        kl_in_reward: whether the KL is taken off the reward of each sample, or is a loss of its own.
+        clip_range: of the importance ratios.
+        samples_are_plain: whether samples are the policy's own (temperature 1, whole distribution); only then is their
+            mean log-ratio an estimate of the KL.
+    """
 
-    def policy_group(self, group: Group) -> Group:
-        """The samples of a scored group; the demonstration has taught the reward and is not sampled from the policy."""
-        return group.select(range(1, len(group.completions)))
+    uses_dropout = False  # π_t was scored without, and importance ratios should start at 1
+
+    def __init__(
+        self,
+        *,
+        beta: float,
+        advantages: Callable[[Tensor], Tensor],
+        kl_in_reward: bool,
+        clip_range: float,
+        samples_are_plain: bool = True,
+    ):
+        self._beta, self.advantages, self.kl_in_reward, self.clip_range = beta, advantages, kl_in_reward, clip_range
+        self.samples_are_plain = samples_are_plain
+
+    def beta(self, stage: int) -> float:
+        """The weight of the KL, and hence the temperature of the implicit reward."""
+        return self._beta
 
     def counts(self, groups: Sequence[Group]) -> dict[str, int]:
         """Samples."""
         return {"samples": sum(len(group.completions) for group in groups)}
 
-    def loss(self, groups: Sequence[Group], logps_C: Tensor, counts: dict[str, int]) -> Tensor:
+    def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The policy-gradient loss, averaged over samples."""
-        old_C, reference_C, rewards_C = (
-            torch.tensor([value for group in groups for value in getattr(group, name)]).to(logps_C)
-            for name in ("old_logps", "reference_logps", "rewards")
-        )
+        logps_C, old_C = tokens.sums(), tokens.known_sums("old_logps")
+        reference_C, rewards_C = tokens.known_sums("reference_logps"), tokens.values("scaled_reward")
         log_ratio_C = (logps_C - reference_C).detach()
-        shaped_C = rewards_C - self.args.beta * log_ratio_C if self.args.kl == "reward" else rewards_C
-        baseline = leave_one_out_advantages if self.args.advantages == "leave_one_out" else group_normalized_advantages
-        advantages_C = torch.cat([baseline(part) for part in shaped_C.split([len(g.completions) for g in groups])])
-        losses_C = policy_gradient_loss(logps_C, old_C, advantages_C, clip_range=self.args.clip_range)
-        if self.args.kl == "loss":
-            losses_C = losses_C + self.args.beta * kl_loss(logps_C, reference_C)
-        ratio_C = (logps_C - old_C).detach().exp()
-        self.track("logps/samples", logps_C)
-        self.track("policy/reward", rewards_C)
-        self.track("policy/kl", log_ratio_C)
-        self.track("policy/advantage", advantages_C.abs())
-        self.track("policy/clip_fraction", ((ratio_C - 1).abs() > self.args.clip_range).float())
-        return losses_C.sum() / max(1, counts["samples"])
+        shaped_C = rewards_C - self._beta * log_ratio_C if self.kl_in_reward else rewards_C
+        sizes = [len(group.completions) for group in tokens.groups]
+        advantages_C = torch.cat([self.advantages(part) for part in shaped_C.split(sizes)])
+        losses_C = policy_gradient_loss(logps_C, old_C, advantages_C, clip_range=self.clip_range)
+        if not self.kl_in_reward:
+            losses_C = losses_C + self._beta * kl_loss(logps_C, reference_C)
+        moved_C = (logps_C - old_C).detach()
+        # |ρ − 1| > ε without exp, which overflows.
+        clipped_C = (moved_C > math.log1p(self.clip_range)) | (moved_C < _log(1 - self.clip_range))
+        step.track("logps/samples", logps_C)
+        step.track("policy/reward", rewards_C)
+        step.track("policy/advantage", advantages_C.abs())
+        step.track("policy/clip_fraction", clipped_C.float())
+        if self.samples_are_plain:
+            step.track("policy/kl", log_ratio_C)
+        return losses_C.sum() / max(1, step.counts["samples"])
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+class RFTTrainer(DemonstrationTrainer):
+    """Fits a reward stage by stage and trains on ``RFTObjective`` with the stage's samples, scored by it.
+
+    Args:
+        sampler: draws the samples; by default from the model in memory.
+        preference_dataset: preference pairs for the reward.
+        preference_source: what errors about them call them.
+        others: see ``DemonstrationTrainer``.
+    """
+
+    args: RFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RFTConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        sampler: Sampler | None = None,
+        preference_dataset: Dataset | None = None,
+        progress: Progress | None = None,
+        source: str = "training data",
+        eval_source: str = "held-out data",
+        preference_source: str = "preference data",
+    ):
+        reward_peft_config = copy.deepcopy(peft_config)  # peft writes the policy's modules and name into it
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            callbacks,
+            optimizers,
+            progress=progress,
+            source=source,
+            eval_source=eval_source,
+            algorithm="rft",
+            objective=RFTObjective(
+                beta=args.beta,
+                advantages=_ADVANTAGES[args.advantages],
+                kl_in_reward=args.kl == "reward",
+                clip_range=args.clip_range,
+                samples_are_plain=args.sampling_params(frozenset()).is_plain,
+            ),
+        )
+        if reward_peft_config is None and isinstance(self.policy, PeftModel):
+            reward_peft_config = copy.deepcopy(self.policy.active_peft_config)
+            reward_peft_config.base_model_name_or_path = None
+        store = make_store(self)
+        rollout = make_rollout(self, sampler, reference_is_initial=True, keep_old=True)
+        candidates, validation_prompts = None, set()
+        if train_dataset is not None:
+            rows, self.train_dataset = split_validation(
+                train_dataset,
+                self.train_dataset,
+                self.tokenization,
+                rows=args.validation_rows,
+                seed=args.seed,
+                turns=cast(Turns, args.turns),
+                verifier=args.verifier,
+                source=source,
+            )
+            validation_prompts = {group.prompt_ids for group in rows.groups}
+            # Of the policy itself, however the stages sample: their mean log-ratio is to be the KL.
+            plain = replace(rollout.params, temperature=1.0, top_k=0, top_p=1.0)
+
+            def draw(groups: list[Group]) -> list[Group]:
+                with self.progress.phase("sampling for the validation rows", len(groups)):
+                    return rollout.score(rollout.draw(groups, stage=VALIDATION_ROWS, params=plain), plain)
+
+            candidates = Candidates(store, rows, self.policy, draw)
+        self.reward: ExplicitReward = make_reward(
+            self.policy,
+            args,
+            self.tokenization,
+            layout=self.layout,
+            autocast=self.compute_loss_context_manager,
+            peft_config=reward_peft_config,
+        )
+        preferences = read_preferences(preference_dataset, args, self.tokenization, preference_source)
+        phase = RewardPhase(
+            rollout,
+            store,
+            self.reward,
+            make_fitter(
+                self.reward,
+                args,
+                [pair for pair in preferences if pair.prompt_ids not in validation_prompts],
+                self.policy,
+            ),
+            candidates,
+            beta=args.beta,
+            epochs=args.reward_epochs,
+            steps=args.reward_steps,
+            replay_stages=args.reward_replay_stages,
+            warmup_stages=args.reward_warmup_stages,
+            initial_negatives=args.reward_pairs == "demonstration_vs_sample+initial",
+            truncated_samples=cast(TruncatedSamples, args.truncated_samples),
+            tokenization=self.tokenization,
+            seed=args.seed,
+            costs=self.costs,
+            progress=self.progress,
+        )
+        self.train_in_stages(make_stages(self, rollout, store, phase, epochs=args.policy_epochs))
+
+
+_ADVANTAGES = {"leave_one_out": leave_one_out_advantages, "group_normalized": group_normalized_advantages}

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from tutelage.groups import Group
+from tutelage.groups import Group, Role
 from tutelage.losses import sft_loss
+from tutelage.progress import Progress
+from tutelage.scoring.logps import TokenLogps
 from tutelage.training.config import DemonstrationConfig
-from tutelage.training.trainer import DemonstrationTrainer
+from tutelage.training.trainer import DemonstrationTrainer, Step
 
 __all__ = ["SFTConfig", "SFTTrainer"]
 
@@ -24,16 +29,60 @@ class SFTConfig(DemonstrationConfig):
     full_learning_rate: ClassVar[float] = 2e-5
 
 
-class SFTTrainer(DemonstrationTrainer):
-    """Minimizes −log π(y|x) of the demonstrations, averaged over the completion tokens of an optimizer step."""
+class SFTObjective:
+    """−log π(y|x) of the demonstrations, averaged over the completion tokens of an optimizer step."""
 
-    algorithm: ClassVar[str] = "sft"
+    uses_dropout = True
+
+    def beta(self, stage: int) -> float:
+        """SFT has no temperature: the unit is one nat."""
+        return 1.0
 
     def counts(self, groups: Sequence[Group]) -> dict[str, int]:
         """Completion tokens."""
-        return {"tokens": sum(len(group.completions[0].token_ids) for group in groups)}
+        return {"tokens": sum(len(c.token_ids) for group in groups for c in group.completions)}
 
-    def loss(self, groups: Sequence[Group], logps_C: Tensor, counts: dict[str, int]) -> Tensor:
+    def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The usual SFT loss, in nats per token."""
-        self.track("logps/demonstrations", logps_C)
-        return sft_loss(logps_C).sum() / counts["tokens"]
+        step.track("logps/demonstrations", tokens.sums()[tokens.of(Role.DEMONSTRATION)])
+        return sft_loss(tokens.logps_N).sum() / step.counts["tokens"]
+
+
+class SFTTrainer(DemonstrationTrainer):
+    """Minimizes −log π(y|x) of the demonstrations.
+
+    Args: see ``DemonstrationTrainer``.
+    """
+
+    args: SFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        progress: Progress | None = None,
+        source: str = "training data",
+        eval_source: str = "held-out data",
+    ):
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            callbacks,
+            optimizers,
+            progress=progress,
+            source=source,
+            eval_source=eval_source,
+            algorithm="sft",
+            objective=SFTObjective(),
+        )

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tutelage.algorithms.irft import IRFTConfig, IRFTTrainer
 from tutelage.errors import UserError
+from tutelage.progress import Progress
+from tutelage.sampling import Sampler
 
 __all__ = ["SPINConfig", "SPINTrainer"]
 
@@ -28,6 +34,41 @@ class SPINConfig(IRFTConfig):
 
 
 class SPINTrainer(IRFTTrainer):
-    """IRFT with T = 1: the opponent of a whole epoch is the policy at its start."""
+    """IRFT with T = 1: the opponent of a whole epoch is the policy at its start.
 
-    algorithm: ClassVar[str] = "spin"
+    Args: see ``IRFTTrainer``.
+    """
+
+    args: SPINConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SPINConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        sampler: Sampler | None = None,
+        progress: Progress | None = None,
+        source: str = "training data",
+        eval_source: str = "held-out data",
+    ):
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            callbacks,
+            optimizers,
+            sampler=sampler,
+            progress=progress,
+            source=source,
+            eval_source=eval_source,
+            algorithm="spin",
+        )

@@ -17,14 +17,15 @@ from tutelage.cli.common import (
     load_tokenization,
     new_file,
     weight_arguments,
-    write_json_lines,
 )
 from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, inspect_dataset, is_conversational, print_inspection
+from tutelage.data.records import group_record
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
-from tutelage.groups import Completion
+from tutelage.files import write_json_lines
+from tutelage.groups import Group
 from tutelage.report import load_run, summary_table, verdicts, write_report
 from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
 from tutelage.sampling import SamplingParams, TransformersSampler
@@ -48,7 +49,7 @@ def sample(args: Sequence[str], console: Console) -> None:
     tokenization = load_tokenization(options, options.model_name_or_path)
     model = load_policy(options, options.model_name_or_path, tokenization)
     dataset = load_data(options)
-    places, prompts, demonstrations = _prompts(dataset, tokenization, options.dataset_name)
+    groups = _prompts(dataset, tokenization, options.dataset_name)
     try:
         params = SamplingParams(
             max_completion_length=options.max_completion_length,
@@ -61,7 +62,7 @@ def sample(args: Sequence[str], console: Console) -> None:
     except ValueError as error:
         raise UserError(f"{error}.") from error
     sampler = TransformersSampler(model, batch_size=options.batch_size, pad_token_id=tokenization.pad_id)
-    with TerminalProgress(console, "sample") as progress, progress.phase("sampling", len(prompts)) as advance:
+    with TerminalProgress(console, "sample") as progress, progress.phase("sampling", len(groups)) as advance:
         done = 0
 
         def count(place: int, drawn: Any) -> None:
@@ -70,31 +71,18 @@ def sample(args: Sequence[str], console: Console) -> None:
             advance(done)
 
         drawn = sampler.sample(
-            prompts,
+            [group.prompt_ids for group in groups],
             params,
             num_samples=options.num_samples,
-            rows=places,
+            rows=[group.row for group in groups],
             on_finished=count,
         )
-    write_json_lines(
-        output,
-        (
-            {
-                "row": place,
-                "prompt": tokenization.text(prompt),
-                "demonstration": demonstration and tokenization.text(demonstration.token_ids),
-                "samples": [tokenization.text(s.token_ids) for s in samples],
-                "finished": [s.finished for s in samples],
-                "logps": [sum(s.token_logps) for s in samples],
-                "prompt_ids": prompt,
-                "token_ids": [s.token_ids for s in samples],
-                "demonstration_ids": demonstration and demonstration.token_ids,
-                "demonstration_finished": demonstration and demonstration.finished,
-            }
-            for place, prompt, demonstration, samples in zip(places, prompts, demonstrations, drawn, strict=True)
-        ),
+    sampled = (
+        group.add(sample.completion for sample in samples) for group, samples in zip(groups, drawn, strict=True)
     )
-    console.print(f"{len(prompts)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json_lines(output, (group_record(group, tokenization.text) for group in sampled))
+    console.print(f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
 
 
 def _holds_prompts_alone(dataset: Any) -> bool:
@@ -107,15 +95,11 @@ def _holds_messages(dataset: Any, source: str) -> bool:
     return is_conversational(dataset, source=source)
 
 
-def _prompts(
-    dataset: Any, tokenization: Tokenization, source: str
-) -> tuple[list[int], list[tuple[int, ...]], list[Completion | None]]:
-    """Number, tokens and demonstration of each prompt; data to sample from may hold prompts alone."""
+def _prompts(dataset: Any, tokenization: Tokenization, source: str) -> list[Group]:
+    """Each prompt, with its demonstration if it has one; data to sample from may hold prompts alone."""
     if not _holds_prompts_alone(dataset):
-        groups = [group_from_row(row) for row in tokenize_dataset(dataset, tokenization, source=source)]  # type: ignore[arg-type]
-        demonstrations: list[Completion | None] = [group.completions[0] for group in groups]
-        return [group.row for group in groups], [group.prompt_ids for group in groups], demonstrations
-    places, prompts = [], []
+        return [group_from_row(row) for row in tokenize_dataset(dataset, tokenization, source=source)]  # type: ignore[arg-type]
+    groups = []
     for place, row in enumerate(dataset):
         if not row["prompt"]:
             raise UserError(
@@ -123,8 +107,7 @@ def _prompts(
             )
         prompt = tokenization.prompt_ids(row["prompt"])
         if len(prompt) <= tokenization.max_prompt_length:
-            places.append(place)
-            prompts.append(prompt)
+            groups.append(Group(prompt, row=place))
         elif tokenization.on_long_prompt == "error":
             raise UserError(
                 f"the prompt has {len(prompt)} tokens, more than {tokenization.max_prompt_length}.",
@@ -133,9 +116,9 @@ def _prompts(
                 row=place + 1,
                 field="prompt",
             )
-    if not prompts:
+    if not groups:
         raise UserError("no prompt is left.", remedy="Give at least one.", file=source)
-    return places, prompts, [None] * len(prompts)
+    return groups
 
 
 def evaluate(args: Sequence[str], console: Console) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ __all__ = [
     "on_device",
     "weight_arguments",
     "weight_dtype",
-    "write_json_lines",
 ]
 
 
@@ -108,12 +105,3 @@ def new_file(name: str) -> Path:
     if path.exists():
         raise UserError("the file exists.", file=str(path), remedy="Remove it or name another.", field="output")
     return path
-
-
-def write_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write to a temporary name and rename: nobody sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    os.replace(temporary, path)

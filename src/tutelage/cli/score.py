@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,13 +23,14 @@ from tutelage.cli.common import (
     on_device,
     weight_arguments,
     weight_dtype,
-    write_json_lines,
 )
 from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
+from tutelage.data.records import group_from_record
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import Interval, bootstrap_mean, mean_interval
-from tutelage.groups import Completion, Group, Role
+from tutelage.files import write_json_lines
+from tutelage.groups import Group, Role
 from tutelage.losses import implicit_reward
 from tutelage.models.loading import check_vocabulary, load_tokenizer, require_exists, run_part
 from tutelage.progress import Progress
@@ -39,9 +39,8 @@ from tutelage.scoring.logps import cached_logps
 
 __all__ = ["main"]
 
-# What every line of `tutelage sample`, and every line of a stage's samples.jsonl, holds.
-_SAMPLE_COLUMNS = ("row", "prompt", "prompt_ids", "samples", "token_ids", "finished")
-_STAGE_COLUMNS = ("row", "prompt", "prompt_ids", "samples", "completion_ids", "finished")
+# What every line of `tutelage sample`, and of a stage's samples.jsonl, holds.
+_RECORD_COLUMNS = ("row", "prompt", "completions", "prompt_ids")
 
 
 def main(args: Sequence[str], console: Console) -> None:
@@ -62,8 +61,9 @@ def main(args: Sequence[str], console: Console) -> None:
     if not rewards_C.isfinite().all():
         raise UserError("gives rewards that are NaN or infinite.", remedy="Look at its weights.", file=name)
     rewards = iter(rewards_C.tolist())
-    scored = [replace(group, rewards=tuple(next(rewards) for _ in group.completions)) for group in groups]
+    scored = [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
     summary = list(_summary(scored))
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(output, (_line(group, tokenization) for group in scored))
     console.print(f"{len(scored)} rows: {output}", highlight=False, markup=False)
     for line in summary:
@@ -115,7 +115,7 @@ def _take_lengths(options: argparse.Namespace, folder: Path) -> None:
 def _groups(dataset: Any, tokenization: Tokenization, source: str) -> list[Group]:
     """Every prompt with the completions that its row holds."""
     columns = set(dataset.column_names)
-    if columns.isdisjoint({"token_ids", "completion_ids"}):
+    if "completions" not in columns:
         rows = tokenize_dataset(dataset, tokenization, source=source)
         return [preference_group_from_row(row) or group_from_row(row) for row in rows]  # type: ignore[arg-type]
     return [_recorded(row, number, tokenization, source) for number, row in enumerate(dataset, start=1)]
@@ -127,7 +127,7 @@ def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, s
     Raises:
         UserError: a column is missing, or tokens and texts do not belong together under this tokenizer.
     """
-    for field in _STAGE_COLUMNS if "completion_ids" in row else _SAMPLE_COLUMNS:
+    for field in _RECORD_COLUMNS:
         if row.get(field) is None:
             raise UserError(
                 "is missing.",
@@ -148,27 +148,14 @@ def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, s
 
 
 def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization) -> Group:
-    token_ids, finished, texts = row.get("completion_ids") or row["token_ids"], row["finished"], row["samples"]
-    roles = [Role.SAMPLE] * len(texts)
-    if row.get("demonstration") is not None:
-        roles, texts = [Role.DEMONSTRATION, *roles], [row["demonstration"], *texts]
-        if "completion_ids" not in row:  # in a stage's file the lists begin with the demonstration already
-            token_ids, finished = [row["demonstration_ids"], *token_ids], [row["demonstration_finished"], *finished]
-    if not len(token_ids) == len(finished) == len(texts):
-        raise ValueError(
-            f"tokens of {len(token_ids)}, texts of {len(texts)} and 'finished' of {len(finished)} completions"
-        )
-    for ids, text in zip([row["prompt_ids"], *token_ids], [row["prompt"], *texts], strict=True):
+    group = group_from_record(row)
+    texts = [row["prompt"], *(completion["text"] for completion in row["completions"])]
+    for ids, text in zip([group.prompt_ids, *(c.token_ids for c in group.completions)], texts, strict=True):
         if not all(type(id) is int and 0 <= id < len(tokenization.tokenizer) for id in ids):
             raise ValueError("a token is none of the model's tokenizer")
         if tokenization.text(ids) != text:
             raise ValueError("under the model's tokenizer the tokens read otherwise than the text beside them")
-    completions = zip(token_ids, roles, finished, strict=True)
-    return Group(
-        tuple(row["prompt_ids"]),
-        tuple(Completion(tuple(ids), role, bool(whole)) for ids, role, whole in completions),
-        row=row["row"],
-    )
+    return group
 
 
 # --- scoring -----------------------------------------------------------------------------------------------------------
@@ -236,11 +223,11 @@ def _line(group: Group, tokenization: Tokenization) -> dict[str, Any]:
             {
                 "role": str(completion.role),
                 "text": tokenization.text(completion.token_ids),
-                "reward": reward,
+                "reward": completion.values["reward"],
                 "finished": completion.finished,
                 "tokens": len(completion.token_ids),
             }
-            for completion, reward in zip(group.completions, group.rewards or (), strict=True)
+            for completion in group.completions
         ],
     }
 
@@ -262,8 +249,7 @@ def _summary(groups: Sequence[Group]) -> Iterator[str]:
 
 def _rewards(group: Group, role: Role) -> list[float]:
     """Rewards of the group's completions of one role."""
-    found = zip(group.completions, group.rewards or (), strict=True)
-    return [reward for completion, reward in found if completion.role is role]
+    return [completion.values["reward"] for completion in group.of(role)]
 
 
 def _shown(interval: Interval) -> str:

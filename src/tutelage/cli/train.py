@@ -111,7 +111,7 @@ def train(
             trainer.remove_callback(callback)
         trainer.add_callback(LogLines(console))
         console.print(
-            f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {training.learning_rate:g}, "
+            f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
             f"layout {trainer.layout} ({probe_layout(trainer.policy).reason})",
             highlight=False,
         )

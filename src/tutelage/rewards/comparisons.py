@@ -20,35 +20,38 @@ __all__ = [
 TruncatedSamples = Literal["floor", "score", "drop"]
 
 
-def contrast(group: Group, truncated_samples: TruncatedSamples) -> Group | None:
-    """The group as a reward should compare it, or None where nothing is left to compare.
+def contrast(group: Group, truncated_samples: TruncatedSamples) -> list[Group]:
+    """The group as a reward should compare it: groups with at least one pair each, none where nothing can be compared.
 
-    Samples that equal the demonstration go. So do, unless ``truncated_samples`` is "score", those that finished where the
-    demonstration was cut or the other way round: telling them apart takes no more than a look at the last token, and a
-    reward would learn that and little else.
+    Samples that equal a demonstration are left out. Unless ``truncated_samples`` is "score", completions that finished are
+    compared with each other and truncated ones with each other: telling the ones from the others takes no more than a
+    look at the last token, and a reward would learn that and little else.
     """
     group = drop_copies(group)
-    finished = group.completions[0].finished
-    keep = [
-        i
-        for i, c in enumerate(group.completions)
-        if i > 0 and (truncated_samples == "score" or c.finished == finished)
-    ]
-    return group.select([0, *keep]) if keep else None
+    if truncated_samples == "score":
+        parts = [group]
+    else:
+        parts = [
+            group.select(place for place, c in enumerate(group.completions) if c.finished == finished)
+            for finished in (True, False)
+        ]
+    return [part for part in parts if part.pairs]
 
 
 def policy_rewards(group: Group, truncated_samples: TruncatedSamples) -> list[float | None]:
     """Rewards of a scored group's samples as a policy may be judged by them; None for one that is left out.
 
-    ``floor``: a cut sample is never better than the worst of its prompt that finished; where none finished, all are left out,
-    because the reward has compared no cut answer with a whole one. ``drop``: cut samples are left out. ``score``: all as
-    they are.
+    ``floor``: a truncated sample is never better than the worst of its prompt that finished; where none finished, all are
+    left out, because the reward has compared no truncated answer with a whole one. ``drop``: truncated samples are left
+    out. ``score``: all as they are.
 
     Args:
-        group: its first completion is the demonstration; ``rewards`` are known.
+        group: its samples know their ``reward``.
+
+    Returns:
+        one for each sample, in order.
     """
-    assert group.rewards is not None
-    found = list(zip(group.rewards[1:], (c.finished for c in group.completions[1:]), strict=True))
+    found = [(c.values["reward"], c.finished) for c in group.samples]
     if truncated_samples == "score":
         return [reward for reward, _ in found]
     if truncated_samples == "drop":

@@ -107,8 +107,13 @@ class ExplicitReward:
 
     def scores(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """As ``score``, one tuple per group."""
+
+        def of_batch(batch: Sequence[Group]) -> list[tuple[float, ...]]:
+            rewards = iter(self.rewards(batch).tolist())
+            return [tuple(next(rewards) for _ in group.completions) for group in batch]
+
         with self.active(), self.autocast():
-            return in_batches(self.rewards, self.model, groups, batch_size=self.batch_size)
+            return in_batches(of_batch, self.model, groups, batch_size=self.batch_size)
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 

@@ -93,16 +93,16 @@ class RewardFitter:
         groups: Sequence[Group],
         *,
         phase: int,
-        passes: int = 1,
+        epochs: int = 1,
         steps: int | None = None,
         on_step: Callable[[int, dict[str, float]], None] = lambda done, facts: None,
     ) -> dict[str, float]:
         """One reward phase.
 
         Args:
-            groups: contrasts, the first completion of each over the others (see ``contrast``).
+            groups: with at least one pair each (see ``contrast``).
             phase: its number, which decides the order of the groups.
-            passes: over the groups. ``steps`` in optimizer steps goes before it.
+            epochs: over the groups. ``steps`` in optimizer steps goes before it.
             on_step: called after each step with the number of steps done and what the step saw.
 
         Returns:
@@ -112,7 +112,7 @@ class RewardFitter:
         Raises:
             NonFiniteLossError: a loss or gradient is NaN or infinite; raised before that step moves a weight.
         """
-        wanted = self.planned_steps(len(groups), passes, steps)
+        wanted = self.planned_steps(len(groups), epochs, steps)
         seen: list[dict[str, float]] = []
         saturated = False
         batches = self._batches(groups, phase)
@@ -142,11 +142,11 @@ class RewardFitter:
                 return right / pairs
         return 0.0
 
-    def planned_steps(self, groups: int, passes: int = 1, steps: int | None = None) -> int:
+    def planned_steps(self, groups: int, epochs: int = 1, steps: int | None = None) -> int:
         """Optimizer steps that a phase over so many groups takes if it does not stop early; none without a group."""
         if not groups:
             return 0
-        return steps if steps is not None else passes * math.ceil(groups / self.batch_size)
+        return steps if steps is not None else epochs * math.ceil(groups / self.batch_size)
 
     def _batches(self, groups: Sequence[Group], phase: int) -> Iterator[list[Group]]:
         """Pass after pass, each in an order of its own that depends on seed, phase and pass alone."""
@@ -163,7 +163,7 @@ class RewardFitter:
     def _step(self, batch: list[Group], phase: int) -> dict[str, float]:
         """One optimizer step; what it saw is of demonstrations and samples alone."""
         sums = dict.fromkeys(("loss", "accuracy", "demonstrations", "samples"), 0.0)
-        pairs = sum(len(group.completions) - 1 for group in batch)
+        pairs = sum(len(group.pairs) for group in batch)
         preferences = self._preference_batch() if self.preferences else []
         self.optimizer.zero_grad()
         with self.reward.active():
@@ -199,7 +199,7 @@ class RewardFitter:
                 rewards_C = self.reward.rewards(batch)
             self.tokens_done += sum(len(c.token_ids) for group in batch for c in group.completions)
             first, others = pair_indices(batch)
-            weights = [1 / (len(group.completions) - 1) for group in batch for _ in group.completions[1:]]
+            weights = [1 / len(group.pairs) for group in batch for _ in group.pairs]
             yield rewards_C[first], rewards_C[others], torch.tensor(weights).to(rewards_C)
 
     def _backward(self, loss: Tensor, phase: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import nn
 
 from tutelage.groups import Completion, Role
 
@@ -43,6 +44,11 @@ class SamplingParams:
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("top_k must be 0 (off) or above, top_p in (0, 1]")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether samples are the policy's own: at temperature 1, from the whole distribution."""
+        return self.temperature == 1 and not self.top_k and self.top_p == 1
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -61,12 +67,19 @@ class Sample:
 
     @property
     def completion(self) -> Completion:
-        """As a member of a group."""
-        return Completion(self.token_ids, Role.SAMPLE, self.finished)
+        """As a member of a group, which knows ``sampler_logps``."""
+        return Completion(self.token_ids, Role.SAMPLE, self.finished, {"sampler_logps": self.token_logps})
 
 
 class Sampler(Protocol):
     """Token ids in, token ids and log-probs out."""
+
+    def take_weights(self, policy: nn.Module) -> None:
+        """The policy's weights may be new ones: have what samples hold the same. Called before each stage's samples.
+
+        A sampler that reads the model in the training process has nothing to do.
+        """
+        ...
 
     def sample(
         self,

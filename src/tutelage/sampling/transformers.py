@@ -57,6 +57,9 @@ class TransformersSampler:
             keep_freed_memory()
         self.model, self.batch_size, self.pad_token_id = model, batch_size, pad_token_id
 
+    def take_weights(self, policy: nn.Module) -> None:
+        """Nothing to do: the model is sampled from as it stands."""
+
     @torch.no_grad()
     def sample(
         self,

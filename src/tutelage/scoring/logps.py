@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tutelage.groups import Batch, Group, collate_padded, collate_shared_prefix
+from tutelage.groups import Batch, Group, Role, collate_padded, collate_shared_prefix, sum_per_completion
 from tutelage.models.attention import attention_by_products
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode
@@ -18,104 +20,179 @@ from tutelage.scoring.layout import probe_layout
 
 __all__ = [
     "Layout",
+    "TokenLogps",
+    "View",
     "cached_logps",
+    "cached_token_logps",
     "completion_logps",
+    "completion_token_logps",
     "end_hidden_states",
     "in_batches",
 ]
 
 Layout = Literal["auto", "shared_prefix", "padded"]
+View = Literal["policy", "teacher"]
+"""Which prompt of a group is read: its own, or the one a teacher sees (``Group.teacher_prompt_ids``)."""
+
+_T = TypeVar("_T")
 
 
-def completion_logps(
+@dataclass(frozen=True, slots=True)
+class TokenLogps:
+    """Log-probs of the completion tokens of some groups, and what else is known of them: what a loss gets.
+
+    Attributes:
+        groups: the groups, in order.
+        logps_N: [N] log-prob of each completion token (nats per token), with gradient in training.
+        completion_ids: [N] which completion each token belongs to; completions count over all groups, in order.
+    """
+
+    groups: Sequence[Group]
+    logps_N: Tensor
+    completion_ids: Tensor
+
+    @property
+    def num_completions(self) -> int:
+        """C."""
+        return sum(len(group.completions) for group in self.groups)
+
+    def sums(self) -> Tensor:
+        """[C] log-prob of each completion (nats per sequence)."""
+        return self.sum(self.logps_N)
+
+    def sum(self, values_N: Tensor) -> Tensor:
+        """[C] sums of numbers per token over the tokens of each completion."""
+        return sum_per_completion(values_N, self.completion_ids, self.num_completions)
+
+    def known(self, name: str) -> Tensor:
+        """[N] what ``Completion.token_values`` calls ``name``, without gradient; KeyError if it is not known of all."""
+        numbers = chain.from_iterable(c.token_values[name] for group in self.groups for c in group.completions)
+        return torch.tensor(list(numbers)).to(self.logps_N)
+
+    def known_sums(self, name: str) -> Tensor:
+        """[C] the same, summed over the tokens of each completion."""
+        return torch.tensor([total for group in self.groups for total in group.sums(name)]).to(self.logps_N)
+
+    def values(self, name: str) -> Tensor:
+        """[C] what ``Completion.values`` calls ``name``; KeyError if it is not known of all."""
+        return torch.tensor([value for group in self.groups for value in group.values(name)]).to(self.logps_N)
+
+    def of(self, *roles: Role) -> list[int]:
+        """Which of the C completions have these roles."""
+        completions = (completion for group in self.groups for completion in group.completions)
+        return [place for place, completion in enumerate(completions) if completion.role in roles]
+
+
+def completion_token_logps(
     model: nn.Module,
     groups: Sequence[Group],
     *,
     layout: Layout = "auto",
+    view: View = "policy",
     pad_token_id: int = 0,
     block_size: int | None = None,
-) -> Tensor:
-    """Log-prob of every completion given its prompt, log π(y|x) = Σ_i log π(y_i | x, y_<i).
+) -> TokenLogps:
+    """Log-prob of every completion token given its prompt and what comes before it, log π(y_i | x, y_<i).
 
     Args:
         model: a causal language model of transformers, with or without peft adapters, not wrapped otherwise.
-        groups: prompts with their completions.
-        layout: "shared_prefix" runs the prompt once for all its completions, "padded" repeats it for each; "auto" takes the
-            tree where a probe on this model found it to give the same numbers.
+        groups: prompts with their completions, at least one.
+        layout: "shared_prefix" runs the prompt once for all its completions, "padded" repeats it for each; "auto"
+            takes the shared-prefix layout where a probe on this model found it to give the same numbers.
+        view: which prompt the completions are conditioned on.
         pad_token_id: fills rows up; no result depends on it.
         block_size: tokens of the vocabulary that the head reads at once; changes speed and memory alone.
 
     Returns:
-        [C] float32 sums over tokens (nats per sequence), one per completion, groups in order and completions in order
-        within each; differentiable.
+        float32 log-probs (nats per token); differentiable.
 
     Raises:
         UserError: the model's logits are not its head applied to its hidden states.
+        ValueError: no completion, or a group without the view.
     """
+    if view == "teacher":
+        groups = [group.seen_by_teacher() for group in groups]
     batch = _collate(model, groups, layout, pad_token_id)
     logps_N = token_logps(model, batch, block_size=block_size)
-    sums_C = torch.zeros(batch.num_completions, dtype=torch.float32, device=logps_N.device)
-    return sums_C.index_add(0, batch.completion_ids.to(logps_N.device), logps_N)
+    return TokenLogps(groups, logps_N, batch.completion_ids.to(logps_N.device))
 
 
-def cached_logps(
+def completion_logps(model: nn.Module, groups: Sequence[Group], **options: Any) -> Tensor:
+    """Log-prob of every completion given its prompt, log π(y|x) = Σ_i log π(y_i | x, y_<i).
+
+    Args:
+        options: of ``completion_token_logps``.
+
+    Returns:
+        [C] float32 sums over tokens (nats per sequence), groups in order and completions in order within each;
+        differentiable.
+    """
+    return completion_token_logps(model, groups, **options).sums()
+
+
+def cached_token_logps(
     model: nn.Module,
     groups: Sequence[Group],
     *,
     batch_size: int = 16,
     layout: Layout = "auto",
+    view: View = "policy",
     pad_token_id: int = 0,
     on_batch: Callable[[int], None] | None = None,
-) -> list[tuple[float, ...]]:
-    """Log-probs of many groups without gradient and without dropout, to keep.
+) -> list[tuple[tuple[float, ...], ...]]:
+    """Log-probs of the tokens of many groups without gradient and without dropout, to keep.
 
     Args:
-        batch_size: groups a forward pass.
+        batch_size: groups per forward pass.
         on_batch: called with the number of groups done after each batch, for progress.
+        layout, view, pad_token_id: as for ``completion_token_logps``.
 
     Returns:
-        one tuple per group, in the order given: the log-prob of each completion (nats per sequence).
+        for each group, in the order given, the log-probs of each completion's tokens (nats per token).
     """
-    return in_batches(
-        lambda batch: completion_logps(model, batch, layout=layout, pad_token_id=pad_token_id),
-        model,
-        groups,
-        batch_size=batch_size,
-        on_batch=on_batch,
-    )
+
+    def of_batch(batch: Sequence[Group]) -> list[tuple[tuple[float, ...], ...]]:
+        scored = completion_token_logps(model, batch, layout=layout, view=view, pad_token_id=pad_token_id)
+        numbers = iter(scored.logps_N.tolist())
+        return [tuple(tuple(next(numbers) for _ in c.token_ids) for c in group.completions) for group in batch]
+
+    return in_batches(of_batch, model, groups, batch_size=batch_size, on_batch=on_batch)
+
+
+def cached_logps(model: nn.Module, groups: Sequence[Group], **options: Any) -> list[tuple[float, ...]]:
+    """As ``cached_token_logps``, summed over tokens: the log-prob of each completion (nats per sequence)."""
+    return [tuple(map(sum, logps)) for logps in cached_token_logps(model, groups, **options)]
 
 
 @torch.no_grad()
 def in_batches(
-    values_of: Callable[[Sequence[Group]], Tensor],
+    values_of: Callable[[Sequence[Group]], Sequence[_T]],
     model: nn.Module,
     groups: Sequence[Group],
     *,
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
-) -> list[tuple[float, ...]]:
-    """One number per completion for many groups, without gradient and without the dropout of ``model``.
+) -> list[_T]:
+    """One value per group for many groups, without gradient and without the dropout of ``model``.
 
     Groups of like length share a batch, so little is spent on padding.
 
     Args:
-        values_of: [C] for the completions of a batch of groups.
-        batch_size, on_batch: as for ``cached_logps``.
+        values_of: one value for each group of a batch.
+        batch_size, on_batch: as for ``cached_token_logps``.
 
     Returns:
-        one tuple per group, in the order given.
+        the values, in the order given.
     """
     order = sorted(range(len(groups)), key=lambda index: len(groups[index]), reverse=True)
-    found: list[tuple[float, ...]] = [()] * len(groups)
+    found: dict[int, _T] = {}
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            values = iter(values_of([groups[index] for index in indices]).tolist())
-            for index in indices:
-                found[index] = tuple(next(values) for _ in groups[index].completions)
+            found |= zip(indices, values_of([groups[index] for index in indices]), strict=True)
             if on_batch:
                 on_batch(start + len(indices))
-    return found
+    return [found[index] for index in range(len(groups))]
 
 
 def end_hidden_states(
@@ -123,11 +200,11 @@ def end_hidden_states(
 ) -> Tensor:
     """Last hidden state at the last token of every completion: what a scalar reward head reads.
 
-    For a completion that finished, that is the end-of-turn token; for one that was cut, the token it was cut at.
+    For a completion that finished, that is the end-of-turn token; for a truncated one, its last token.
 
     Args:
         model: of transformers, with or without a head of any kind; its body alone runs.
-        groups, layout, pad_token_id: as for ``completion_logps``.
+        groups, layout, pad_token_id: as for ``completion_token_logps``.
 
     Returns:
         [C, H] in the model's precision, groups in order and completions in order within each; differentiable.

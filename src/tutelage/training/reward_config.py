@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tutelage.errors import UserError
-from tutelage.training.stages import StageConfig
+from tutelage.training.stage_config import StageConfig
 
 __all__ = ["RewardStageConfig"]
 
@@ -65,7 +65,7 @@ class RewardStageConfig(StageConfig):
         default=1.0, metadata={"help": "ρ of the linear loss: rewards stay within ±1/ρ. Linear only."}
     )
     reward_epochs: int = field(
-        default=2, metadata={"help": "Passes of a reward phase over the stage's groups (K, in passes)."}
+        default=2, metadata={"help": "Epochs of a reward phase over the stage's groups (K, in epochs)."}
     )
     reward_steps: int | None = field(
         default=None, metadata={"help": "K, optimizer steps of a reward phase; goes before --reward_epochs."}

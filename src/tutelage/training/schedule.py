@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, cast
 
 from tutelage.errors import UserError
 
@@ -17,12 +17,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class StageSchedule:
-    """Cuts an epoch of optimizer steps into stages of like length.
+    """Divides an epoch of optimizer steps into stages of like length.
 
     Attributes:
         steps_per_epoch: optimizer steps S of an epoch.
         stages_per_epoch: T. Stage i of an epoch holds the steps from ⌊i S / T⌋ up to ⌊(i+1) S / T⌋.
-        passes: how often the steps of a stage are taken before the next begins; an epoch then has S · passes steps.
+        epochs: how often the steps of a stage are taken before the next begins; an epoch of the data then has
+            S · epochs optimizer steps.
 
     Raises:
         UserError: more stages than steps.
@@ -31,13 +32,13 @@ class StageSchedule:
     [(0, 2), (2, 5), (5, 7), (7, 10), (10, 12)]
     >>> StageSchedule(10, 4).stage_of(7)
     3
-    >>> [StageSchedule(3, 2, passes=2).bounds(stage) for stage in range(3)]
+    >>> [StageSchedule(3, 2, epochs=2).bounds(stage) for stage in range(3)]
     [(0, 2), (2, 6), (6, 8)]
     """
 
     steps_per_epoch: int
     stages_per_epoch: int
-    passes: int = 1
+    epochs: int = 1
 
     def __post_init__(self):
         if self.stages_per_epoch < 1:
@@ -53,50 +54,54 @@ class StageSchedule:
         """First optimizer step of the stage, and the first step after it; steps count from 0 over all epochs."""
         epoch, index = divmod(stage, self.stages_per_epoch)
         first, end = (
-            (epoch * self.steps_per_epoch + edge * self.steps_per_epoch // self.stages_per_epoch) * self.passes
+            (epoch * self.steps_per_epoch + edge * self.steps_per_epoch // self.stages_per_epoch) * self.epochs
             for edge in (index, index + 1)
         )
         return first, end
 
     def stage_of(self, step: int) -> int:
         """The stage that an optimizer step belongs to."""
-        epoch, step = divmod(step // self.passes, self.steps_per_epoch)
+        epoch, step = divmod(step // self.epochs, self.steps_per_epoch)
         # The largest index with ⌊index · S / T⌋ ≤ step.
         index = ((step + 1) * self.stages_per_epoch - 1) // self.steps_per_epoch
         return epoch * self.stages_per_epoch + index
 
 
 class StageEpochs:
-    """Batches of row numbers for a data loader, those of each stage several times over. Rows are shuffled each epoch.
+    """A batch sampler that gives the batches of each stage several times over.
 
-    An optimizer step that the last rows do not fill is left out.
+    Rows and their order are those of the sampler inside. A last optimizer step that the rows do not fill is filled up
+    with empty batches, so that the steps of every epoch are cut alike.
 
     Args:
-        rows: of the data set.
-        batch_size: rows of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        stages_per_epoch, passes: as for ``StageSchedule``.
-        seed: of the shuffling, together with the epoch.
+        batches: the batch sampler inside: lists of row numbers, those of one epoch at each iteration.
+        accumulation: micro-batches per optimizer step.
+        stages_per_epoch, epochs: as for ``StageSchedule``.
+
+    >>> list(StageEpochs([[0, 1], [2, 3], [4]], accumulation=2, stages_per_epoch=2, epochs=2))
+    [[0, 1], [2, 3], [0, 1], [2, 3], [4], [], [4], []]
     """
 
-    def __init__(self, rows: int, batch_size: int, accumulation: int, stages_per_epoch: int, passes: int, seed: int):
-        self.rows, self.batch_size, self.accumulation, self.seed = rows, batch_size, accumulation, seed
-        self.schedule = StageSchedule(-(-rows // batch_size) // accumulation, stages_per_epoch)
-        self.passes, self.epoch = passes, 0
+    def __init__(self, batches: Collection[list[int]], accumulation: int, stages_per_epoch: int, epochs: int):
+        self.batches, self.accumulation = batches, accumulation
+        self.schedule = StageSchedule(-(-len(batches) // accumulation), stages_per_epoch, epochs)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is next."""
-        self.epoch = epoch
+        for part in (self.batches, getattr(self.batches, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                cast(Any, part).set_epoch(epoch)
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch, all passes together."""
-        return self.schedule.steps_per_epoch * self.accumulation * self.passes
+        """Batches of an epoch, all repetitions together."""
+        return self.schedule.steps_per_epoch * self.accumulation * self.schedule.epochs
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.rows, generator=generator).tolist()
-        batches = [order[start : start + self.batch_size] for start in range(0, self.rows, self.batch_size)]
-        for stage in range(self.schedule.stages_per_epoch):
-            first, end = self.schedule.bounds(stage)
-            for _ in range(self.passes):
-                yield from batches[first * self.accumulation : end * self.accumulation]
+        batches = iter(self.batches)
+        schedule = replace(self.schedule, epochs=1)
+        for stage in range(schedule.stages_per_epoch):
+            first, end = schedule.bounds(stage)
+            of_stage = list(islice(batches, (end - first) * self.accumulation))
+            of_stage += [[] for _ in range((end - first) * self.accumulation - len(of_stage))]
+            for _ in range(self.schedule.epochs):
+                yield from of_stage

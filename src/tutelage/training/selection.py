@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from torch import nn
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.statistics import Interval, bounded_interval, mean_interval
-from tutelage.files import write_json
+from tutelage.files import read_json, write_json
 from tutelage.groups import Group
-from tutelage.models.weights import fingerprint, load_weights, save_weights
+from tutelage.models.weights import load_weights, save_weights
 from tutelage.rewards.base import Reward
 from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
 from tutelage.training.store import StageStore
 
-__all__ = ["Candidate", "Candidates", "Standing", "compare"]
+__all__ = ["Candidate", "CandidateScore", "Candidates", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Candidate:
 
     Attributes:
         stage: the number of stages that made it; 0 is the start.
-        groups: each row's demonstration and samples, with ``old_logps`` under the policy and ``reference_logps``
+        groups: each row's demonstrations and samples, with ``old_logps`` under the policy and ``reference_logps``
             under π_0.
         verifier_scores: the verifier's score of each sample, by row; None without a verifier.
     """
@@ -45,7 +44,7 @@ class Candidate:
         scores = None
         if rows.verifier is not None:
             scores = [
-                [rows.verify(index, sample.token_ids) for sample in group.completions[1:]]
+                [rows.verify(index, sample.token_ids) for sample in group.samples]
                 for index, group in enumerate(groups)
             ]
         return Candidate(stage, groups, scores)
@@ -56,9 +55,9 @@ class Candidate:
         return float(
             np.mean(
                 [
-                    now - then
+                    sum(c.token_values["old_logps"]) - sum(c.token_values["reference_logps"])
                     for group in self.groups
-                    for now, then in zip(group.old_logps[1:], group.reference_logps[1:], strict=True)  # type: ignore[index]
+                    for c in group.samples
                 ]
             )
         )
@@ -66,47 +65,42 @@ class Candidate:
     @property
     def demonstration_logp(self) -> float:
         """Mean log π of the demonstrations (nats per sequence)."""
-        return float(np.mean([group.old_logps[0] for group in self.groups]))  # type: ignore[index]
+        return float(np.mean([sum(c.token_values["old_logps"]) for g in self.groups for c in g.demonstrations]))
 
-    def rewards(self, reward: Reward) -> list[list[float]]:
-        """Rewards of each row's demonstration and samples."""
+    def scored(self, reward: Reward) -> list[Group]:
+        """The groups with the ``reward`` of each completion."""
         values = iter(reward.score(self.groups).tolist())
-        return [[next(values) for _ in group.completions] for group in self.groups]
+        return [group.with_values("reward", [next(values) for _ in group.completions]) for group in self.groups]
 
-    def samples(
-        self, rewards: Sequence[Sequence[float]], truncated_samples: TruncatedSamples
-    ) -> list[list[float | None]]:
-        """What ``rewards`` gives each row's samples; None for one that is left out, see ``policy_rewards``."""
-        return [
-            policy_rewards(replace(group, rewards=tuple(values)), truncated_samples)
-            for group, values in zip(self.groups, rewards, strict=True)
-        ]
-
-    def accuracy(self, rewards: Sequence[Sequence[float]], truncated_samples: TruncatedSamples) -> Interval | None:
-        """How often the demonstration is over a sample, a row counting once; a tie counts half."""
-        rows = []
-        for group, values in zip(self.groups, rewards, strict=True):
-            compared = contrast(replace(group, rewards=tuple(values)), truncated_samples)
-            if compared is not None:
-                gaps = compared.rewards[0] - np.array(compared.rewards[1:])  # type: ignore[index]
-                rows.append(float(np.mean((np.sign(gaps) + 1) / 2)))
-        return bounded_interval(rows) if rows else None
-
-    def verifier_gap(self, samples: Sequence[Sequence[float]]) -> float | None:
+    def verifier_gap(self, rewards: Sequence[Sequence[float]]) -> float | None:
         """Mean reward of right samples minus that of wrong ones."""
         if self.verifier_scores is None:
             return None
-        scored = [
+        told = [
             (reward, score >= 1)
-            for rewards, scores in zip(samples, self.verifier_scores, strict=True)
-            for reward, score in zip(rewards, scores, strict=True)
+            for row, scores in zip(rewards, self.verifier_scores, strict=True)
+            for reward, score in zip(row, scores, strict=True)
         ]
-        right, wrong = [r for r, good in scored if good], [r for r, good in scored if not good]
+        right, wrong = [r for r, good in told if good], [r for r, good in told if not good]
         return float(np.mean(right) - np.mean(wrong)) if right and wrong else None
 
 
+def _accuracy(scored: Sequence[Group], truncated_samples: TruncatedSamples) -> Interval | None:
+    """How often a demonstration is over a sample, a row counting once; a tie counts half."""
+    rows = []
+    for group in scored:
+        gaps = [
+            part.completions[better].values["reward"] - part.completions[worse].values["reward"]
+            for part in contrast(group, truncated_samples)
+            for better, worse in part.pairs
+        ]
+        if gaps:
+            rows.append(float(np.mean((np.sign(gaps) + 1) / 2)))
+    return bounded_interval(rows) if rows else None
+
+
 @dataclass(frozen=True, slots=True)
-class Standing:
+class CandidateScore:
     """How a candidate looks through a reward.
 
     Attributes:
@@ -124,7 +118,6 @@ class Standing:
 
     def to_dict(self, *, chosen: bool) -> dict[str, Any]:
         """An entry of the ``selection`` in results.json."""
-        scores = self.candidate.verifier_scores
         return {
             "stage": self.candidate.stage,
             "reward": self.reward.mean,
@@ -132,37 +125,41 @@ class Standing:
             "reward_high": self.reward.high,
             "kl": self.candidate.kl,
             "objective": self.objective,
-            **_verifier_score(scores),
+            **_verifier_score(self.candidate.verifier_scores),
             "chosen": chosen,
         }
 
 
 def compare(
-    candidates: Sequence[Candidate], reward: Reward, *, beta: float, truncated_samples: TruncatedSamples
-) -> list[Standing]:
+    candidates: Sequence[Candidate],
+    scored: Sequence[Sequence[Group]],
+    *,
+    beta: float,
+    truncated_samples: TruncatedSamples,
+) -> list[CandidateScore]:
     """Look at candidates through one reward, on one scale: only differences of a reward mean anything.
 
     Args:
         candidates: of the same rows.
-        beta: weight of the KL, in units of scaled reward a nat.
+        scored: what ``Candidate.scored`` gives of each.
+        beta: weight of the KL, in units of scaled reward per nat.
         truncated_samples: as the reward phase treats them.
     """
-    rewards = [candidate.rewards(reward) for candidate in candidates]
-    samples = [c.samples(values, truncated_samples) for c, values in zip(candidates, rewards, strict=True)]
+    samples = [[policy_rewards(group, truncated_samples) for group in groups] for groups in scored]
     scale = reward_scale([row for rows in samples for row in rows])
     told = [reward for rows in samples for row in rows for reward in row if reward is not None]
-    # A sample that is left out is one that was cut: a policy must not gain by cutting more.
+    # A sample that is left out is a truncated one: a policy must not gain by truncating more.
     lowest = min(told, default=0.0)
     counted = [[[lowest if reward is None else reward for reward in row] for row in rows] for rows in samples]
     return [
-        Standing(
+        CandidateScore(
             candidate=candidate,
             reward=mean_interval([float(np.mean(row)) for row in rows]),
-            accuracy=candidate.accuracy(values, truncated_samples),
+            accuracy=_accuracy(groups, truncated_samples),
             objective=float(np.mean(rows)) / scale - beta * candidate.kl,
             verifier_gap=candidate.verifier_gap(rows),
         )
-        for candidate, values, rows in zip(candidates, rewards, counted, strict=True)
+        for candidate, groups, rows in zip(candidates, scored, counted, strict=True)
     ]
 
 
@@ -179,7 +176,7 @@ class Candidates:
 
     Args:
         store: the run's stages.
-        rows: those kept from training.
+        rows: the validation rows.
         policy: whose trained weights are recorded.
         draw: gives the rows' groups with samples, ``old_logps`` and ``reference_logps`` of the policy as it stands.
     """
@@ -194,29 +191,34 @@ class Candidates:
         self.store, self.rows, self.policy, self.draw = store, rows, policy, draw
         self.by_stage: dict[int, Candidate] = {}
         self._last = ""
+        self._scored: dict[int, list[Group]] = {}
+        self._scored_by: int | None = None
 
-    def look(self, stage: int) -> list[Group]:
+    def look(self, stage: int, policy: str) -> list[Group]:
         """Record the policy as it stands, unless it is still the one looked at last.
 
+        Args:
+            policy: its fingerprint.
+
         Returns:
-            the validation rows' groups if they were sampled for this look, by this process or by one that was killed; else none.
+            the validation rows' groups if they were sampled for this look, by this process or by one that was killed;
+            else none.
         """
-        name = fingerprint(self.policy.named_parameters())
         self.read(stage - 1)
         path = self._path(stage, "candidate.json")
-        if path.exists() and self._record(stage)["policy"] == name and self._is_of_these_rows(stage):
+        if path.exists() and read_json(path)["policy"] == policy and self._is_of_these_rows(stage):
             self.read(stage)
             return self.by_stage[stage].groups
         path.unlink(missing_ok=True)
-        if self._last == name:
+        if self._last == policy:
             return []
         groups = self.draw(self.rows.groups)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.store.write_groups(stage, "validation", groups, self.rows.tokenization.text)
+        self.store.write_groups(stage, "validation", groups)
         save_weights(self._weights, self._path(stage, "policy.safetensors"))
-        write_json(path, {"policy": name, "stage": stage, "settings": self.store.settings})
+        write_json(path, {"policy": policy, "stage": stage, "settings": self.store.settings})
         self.by_stage[stage] = Candidate.of(stage, groups, self.rows)
-        self._last = name
+        self._last = policy
         return groups
 
     def read(self, last: int) -> None:
@@ -236,19 +238,34 @@ class Candidates:
                     file=str(path),
                 )
             self.by_stage[stage] = Candidate.of(stage, self.store.groups(stage, "validation"), self.rows)
-            self._last = self._record(stage)["policy"]
+            self._last = read_json(path)["policy"]
 
-    def standings(self, reward: Reward, *, beta: float, truncated_samples: TruncatedSamples) -> dict[int, Standing]:
-        """Every candidate through a reward, by stage in order."""
+    def scores(
+        self, reward: Reward, *, version: int, beta: float, truncated_samples: TruncatedSamples
+    ) -> dict[int, CandidateScore]:
+        """Every candidate through a reward, by stage in order.
+
+        Args:
+            version: names the state of the reward; what it scored once it is not asked again.
+        """
+        if version != self._scored_by:
+            self._scored, self._scored_by = {}, version
+        stages = sorted(self.by_stage)
+        for stage in stages:
+            if stage not in self._scored:
+                self._scored[stage] = self.by_stage[stage].scored(reward)
         found = compare(
-            [c for _, c in sorted(self.by_stage.items())], reward, beta=beta, truncated_samples=truncated_samples
+            [self.by_stage[stage] for stage in stages],
+            [self._scored[stage] for stage in stages],
+            beta=beta,
+            truncated_samples=truncated_samples,
         )
-        return {standing.candidate.stage: standing for standing in found}
+        return dict(zip(stages, found, strict=True))
 
-    def best(self, standings: dict[int, Standing]) -> int:
+    def best(self, scores: dict[int, CandidateScore]) -> int:
         """The stage with the highest objective among those whose weights are still there."""
-        kept = [stage for stage in standings if self._path(stage, "policy.safetensors").exists()]
-        return max(kept, key=lambda stage: standings[stage].objective)
+        kept = [stage for stage in scores if self._path(stage, "policy.safetensors").exists()]
+        return max(kept, key=lambda stage: scores[stage].objective)
 
     def forget_all_but(self, *stages: int) -> None:
         """Remove the weights of the other candidates; their samples stay."""
@@ -266,12 +283,9 @@ class Candidates:
     def _path(self, stage: int, name: str) -> Path:
         return self.store.path(stage) / name
 
-    def _record(self, stage: int) -> dict[str, Any]:
-        return json.loads(self._path(stage, "candidate.json").read_text(encoding="utf-8"))
-
     def _is_of_these_rows(self, stage: int) -> bool:
         """Whether a recorded candidate answers the validation rows of this run, under its settings."""
-        found = [(group.prompt_ids, group.completions[0]) for group in self.store.groups(stage, "validation")]
-        return found == [(group.prompt_ids, group.completions[0]) for group in self.rows.groups] and (
-            self._record(stage)["settings"] == self.store.settings
+        found = [(group.prompt_ids, group.demonstrations) for group in self.store.groups(stage, "validation")]
+        return found == [(group.prompt_ids, group.demonstrations) for group in self.rows.groups] and (
+            read_json(self._path(stage, "candidate.json"))["settings"] == self.store.settings
         )

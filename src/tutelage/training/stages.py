@@ -1,200 +1,167 @@
-"""Stages on the engine: sample from the policy as it stands, cache the reference, train on the chunk, go on."""
+"""Stages: sample from the policy as it stands, let a phase prepare what is trained on, hand out the steps, go on."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
-
-from tutelage.data.demonstrations import is_conversational
 from tutelage.errors import UserError
-from tutelage.groups import Group, drop_copies
-from tutelage.models.weights import WeightSet, fingerprint
-from tutelage.sampling import Sampler, SamplingParams, TransformersSampler
-from tutelage.scoring.logps import cached_logps
-from tutelage.training.config import DemonstrationConfig
+from tutelage.groups import Group
+from tutelage.progress import Progress
+from tutelage.rewards.base import Reward
+from tutelage.training.metrics import Costs
+from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import StageSchedule
 from tutelage.training.store import StageStore
-from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["StageConfig", "StageTrainer"]
-
-
-@dataclass
-class StageConfig(DemonstrationConfig):
-    """What every algorithm that samples is configured with."""
-
-    stages_per_epoch: int = field(
-        default=4,
-        metadata={
-            "help": "T: the number of stages per epoch. Each samples from the policy as it then "
-            "is. More stages: fresher opponents, less collapse, a little more time."
-        },
-    )
-    num_samples: int = field(default=1, metadata={"help": "n: completions sampled for each prompt."})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature. The theory wants 1: samples of the policy itself."}
-    )
-    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0 (the theory's) keeps all."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability; 1 keeps all."}
-    )
-    reference: str = field(
-        default="stage",
-        metadata={
-            "help": "Which policy the reference log-probs come from: the one at the stage's start, or the initial one.",
-            "choices": ["stage", "initial"],
-        },
-    )
-    replay_stages: int = field(
-        default=0,
-        metadata={
-            "help": "Train a stage also on the samples of so many stages before it, scored anew by its reference. "
-            "Each adds as many groups to a batch as the batch has."
-        },
-    )
-    sampling_batch_size: int = field(
-        default=64, metadata={"help": "Sequences decoded side by side. Changes speed and memory, not the samples."}
-    )
-    save_each_stage: bool = field(
-        default=True,
-        metadata={"help": "Write a checkpoint at the end of each stage, besides those of --save_steps."},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in (("stages_per_epoch", 1), ("num_samples", 1), ("replay_stages", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"must be at least {least}, not {getattr(self, name)}.", field=name)
-        if self.temperature <= 0:
-            raise UserError("must be above 0: greedy completions are no samples of the policy.", field="temperature")
+__all__ = ["Phase", "Stages", "distinct_n"]
 
 
-class StageTrainer(DemonstrationTrainer):
-    """Adds stages to the engine. A stage owns consecutive optimizer steps.
+class Phase(Protocol):
+    """What an algorithm does between sampling and the optimizer steps of a stage."""
+
+    @property
+    def reward(self) -> Reward | None:
+        """A reward that it learns, if it does."""
+        ...
+
+    @property
+    def selection(self) -> list[dict[str, Any]]:
+        """The policies that it chose from, as results.json holds them; empty where it chooses nothing."""
+        ...
+
+    def prepare(
+        self, stage: int, recorded: dict[int, Group], *, policy: str | None
+    ) -> tuple[dict[int, list[Group]], Mapping[str, float]]:
+        """What the optimizer steps of a stage train on.
+
+        Args:
+            stage: its number.
+            recorded: all groups of the stage by row, with samples and reference log-probs, in the order of the record.
+            policy: fingerprint of the policy where the stage begins; None for a run resumed inside the stage.
+
+        Returns:
+            for each row the groups to train on, and what there is to log.
+        """
+        ...
+
+    def finish(self, stage: int) -> None:
+        """The last step of the run has been taken, in this stage."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write what it leaves beside the policy."""
+        ...
+
+
+class Stages:
+    """The stages of a run. Each owns consecutive optimizer steps.
 
     At a stage's first step the prompts of all its steps are drawn from the data loader; the policy samples for them;
-    reference log-probs are computed once and kept; samples equal to their demonstration are dropped and counted; then
-    the steps are handed out. Everything sampled lies in ``output_dir/stages`` and a killed run goes on from there.
+    reference log-probs are computed once and kept; the phase prepares what is trained on; then the steps are handed
+    out. Everything sampled lies in the store, and a killed run goes on from there.
 
     Args:
-        sampler: draws the samples; by default from the model in memory.
-        otherwise: as ``DemonstrationTrainer``.
+        rollout: draws samples and scores them.
+        store: keeps them.
+        phase: what the algorithm does with them.
+        stages_per_epoch: T.
+        epochs: how often the steps of a stage go over its samples.
+        piece: prompts that are sampled and written at a time.
+        save_each_stage: ask for a checkpoint where a stage ends.
+        check: raises if the policy's weights are not finite: nothing can be sampled from them.
+        log: takes what a stage's beginning has to tell.
+        costs, progress: as in the trainer.
     """
 
-    args: StageConfig
-
     def __init__(
-        self, model, args: StageConfig, train_dataset=None, *further, sampler: Sampler | None = None, **options
+        self,
+        rollout: Rollout,
+        store: StageStore,
+        phase: Phase,
+        *,
+        stages_per_epoch: int,
+        epochs: int = 1,
+        piece: int,
+        save_each_stage: bool = True,
+        check: Callable[[], None],
+        log: Callable[[dict[str, float]], None],
+        costs: Costs,
+        progress: Progress,
     ):
-        conversational = train_dataset is not None and is_conversational(
-            train_dataset, source=options.get("source", "training data")
-        )
-        super().__init__(model, args, train_dataset, *further, **options)
-        self.sampling_params = SamplingParams(
-            max_completion_length=args.max_completion_length,
-            stop_ids=self.tokenization.stop_ids(conversational),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
-        self.sampler = sampler or TransformersSampler(
-            self.policy, batch_size=args.sampling_batch_size, pad_token_id=self.tokenization.pad_id
-        )
-        self.initial = WeightSet(self.policy) if args.reference == "initial" else None
-        self.store = StageStore(Path(str(args.output_dir)) / "stages", self._sample_settings())
+        self.rollout, self.store, self.phase = rollout, store, phase
+        self.stages_per_epoch, self.epochs, self.piece = stages_per_epoch, epochs, piece
+        self.save_each_stage = save_each_stage
+        self._check, self._log, self.costs, self.progress = check, log, costs, progress
         self.schedule: StageSchedule | None = None
         self.stage = -1
         self._steps: deque[list[list[Group]]] = deque()
-        self._facts: dict[str, Any] = {}
-        self.add_callback(_StageEnd(self))
-        if train_dataset is not None:  # too many stages should be found before anything begins
-            self.set_initial_training_values(args, self.get_train_dataloader())
 
-    def _sample_settings(self) -> dict[str, Any]:
-        """What the samples and their reference log-probs depend on besides the policy."""
-        names = ("seed", "num_samples", "temperature", "top_k", "top_p", "max_completion_length", "reference")
-        return {name: getattr(self.args, name) for name in names}
+    def plan(self, steps_per_epoch: int) -> None:
+        """Lay the stages over an epoch of so many optimizer steps, repetitions included.
 
-    def set_initial_training_values(self, args, dataloader):
-        """As transformers'; here the number of steps in an epoch becomes known, and with it the stages."""
-        values = super().set_initial_training_values(args, dataloader)
-        self.schedule = StageSchedule(values[1] // self.passes, self.args.stages_per_epoch, self.passes)
+        Raises:
+            UserError: they do not fit.
+        """
+        self.schedule = StageSchedule(steps_per_epoch // self.epochs, self.stages_per_epoch, self.epochs)
         self._steps.clear()
-        return values
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one optimizer step; begins a stage when none is left of the last one."""
-        if not self._steps:
-            self._begin_stage(epoch_iterator)
-        return self._step_of(self._steps.popleft() if self._steps else [])
+    def next_step(self, step: int, max_steps: int, take: Callable[[], list[list[Group]]]) -> list[list[Group]]:
+        """The micro-batches of an optimizer step; begins a stage when no step is left of the last one.
 
-    @property
-    def passes(self) -> int:
-        """How often the steps of a stage go over its samples."""
-        return 1
+        Args:
+            step: how many optimizer steps have been taken.
+            max_steps: of the run.
+            take: gives the demonstrations of the next optimizer step.
+        """
+        if not self._steps and step < max_steps:  # a finished run that is resumed has no stage to begin
+            self._begin(step, max_steps, take)
+        return self._steps.popleft() if self._steps else []
 
-    @property
-    def needs_samples(self) -> bool:
-        """Whether a demonstration teaches nothing without a sample beside it."""
-        return True
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after so many optimizer steps, because a stage ends there."""
+        assert self.schedule is not None
+        return self.save_each_stage and self.schedule.bounds(self.schedule.stage_of(step - 1))[1] == step
+
+    def finish(self, step: int) -> None:
+        """The run has taken its last step."""
+        assert self.schedule is not None
+        if self.stage < 0:  # resumed where training had ended
+            self.stage = self.schedule.stage_of(step - 1)
+        self.phase.finish(self.stage)
 
     # --- a stage ----------------------------------------------------------------------------------------------------
 
-    def _begin_stage(self, epoch_iterator: Iterator) -> None:
+    def _begin(self, step: int, max_steps: int, take: Callable[[], list[list[Group]]]) -> None:
         assert self.schedule is not None
-        step = self.state.global_step
         self.stage = self.schedule.stage_of(step)
         first, end = self.schedule.bounds(self.stage)
-        end = min(end, self.state.max_steps)
-        accumulation = self.args.gradient_accumulation_steps
-        steps = [list(islice(epoch_iterator, accumulation)) for _ in range(step, end)]
+        end = min(end, max_steps)
+        steps = [take() for _ in range(step, end)]
         if not all(steps):
             raise UserError(
-                f"the data end after {step + sum(map(bool, steps))} of {self.state.max_steps} optimizer steps.",
+                f"the data end after {step + sum(map(bool, steps))} of {max_steps} optimizer steps.",
                 remedy="Lower --max_steps, or give a stream that is long enough (IterableDataset.repeat).",
                 field="max_steps",
             )
         demonstrations = {group.row: group for batches in steps for batch in batches for group in batch}
-        at_start = step == first
-        if at_start:
-            self.check_weights()  # nothing can be sampled from weights that are not finite
-        recorded = self._record_stage(list(demonstrations.values()), at_start=at_start)
-        if at_start:
-            self._watch_stage([recorded[row] for row in demonstrations])
-        prepared = self.prepare_stage(recorded, at_start=at_start)
+        policy = None
+        if step == first:
+            self._check()
+            policy = self.rollout.begin()
+        recorded = self._recorded(list(demonstrations.values()), policy, step)
+        if policy is not None:
+            self._log(sample_facts([recorded[row] for row in demonstrations]) | self._gap())
+        prepared, facts = self.phase.prepare(self.stage, recorded, policy=policy)
+        if facts:
+            self._log(dict(facts))
         for batches in steps:
             self._steps.append([[group for entry in batch for group in prepared[entry.row]] for batch in batches])
 
-    def prepare_stage(self, recorded: dict[int, Group], *, at_start: bool) -> dict[int, list[Group]]:
-        """What the optimizer steps of a stage train on for each of its rows: an algorithm's say.
-
-        Here the row's group and those replayed with it, without copies of the demonstration.
-
-        Args:
-            recorded: all groups of the stage by row, with samples and reference log-probs, in the order of the record.
-            at_start: the policy stands where the stage began; False for a run resumed inside the stage.
-        """
-        replayed = self._replayed(recorded, at_start=at_start)
-        prepared = {}
-        for row, group in recorded.items():
-            groups = [drop_copies(entry) for entry in (group, *replayed.get(row, ()))]
-            prepared[row] = [entry for entry in groups if len(entry.completions) > 1 or not self.needs_samples]
-        return prepared
-
-    def _record_stage(self, demonstrations: list[Group], *, at_start: bool) -> dict[int, Group]:
+    def _recorded(self, demonstrations: list[Group], policy: str | None, step: int) -> dict[int, Group]:
         """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
-        policy = fingerprint(self.policy.named_parameters()) if at_start else None
         recorded = self.store.read(self.stage, policy)
         # A record of other data, or of the same data in another template, is none.
         missing = [group for group in demonstrations if not _is_record(recorded.get(group.row), group)]
@@ -207,130 +174,61 @@ class StageTrainer(DemonstrationTrainer):
                 )
             return recorded
         kept = [recorded[group.row] for group in demonstrations if _is_record(recorded.get(group.row), group)]
-        self._facts = {"step": self.state.global_step, "rows": len(demonstrations), "seconds_sampling": 0.0}
-        recorded = self.store.write(
-            self.stage,
-            policy,
-            kept,
-            self._sampled(missing, done=len(kept)),
-            self.tokenization.text,
-            lambda: self._facts,
-        )
-        self.sampled_tokens += sum(len(c.token_ids) for group in recorded.values() for c in group.completions[1:])
+        facts: dict[str, Any] = {"step": step, "rows": len(demonstrations)}
+        before = dict(self.costs.seconds)
+
+        def all_facts() -> dict[str, Any]:
+            seconds = {
+                f"seconds_{what}": self.costs.seconds[what] - before.get(what, 0.0)
+                for what in ("sampling", "reference")
+            }
+            return facts | seconds | self._gap()
+
+        recorded = self.store.write(self.stage, policy, kept, self._sampled(missing, kept), all_facts)
+        self.costs.sampled_tokens += sum(len(c.token_ids) for group in recorded.values() for c in group.samples)
         return recorded
 
-    def _sampled(self, demonstrations: list[Group], *, done: int) -> Iterator[list[Group]]:
-        """Samples and scores a few batches' worth of prompts at a time; each piece is on disk before the next begins."""
-        piece = max(1, 4 * self.args.sampling_batch_size // self.args.num_samples)
-        name = f"stage {self.stage}"
-        with self.progress.phase(f"{name}: sampling", done + len(demonstrations)) as advance:
-            for start in range(0, len(demonstrations), piece):
-                groups = demonstrations[start : start + piece]
-                begin = time.perf_counter()
-                sampled = self.with_samples(groups, stage=self.stage)
-                middle = time.perf_counter()
-                scored = self.with_reference(sampled)
-                self.took("sampling", middle - begin)
-                self.took("reference", time.perf_counter() - middle)
+    def _gap(self) -> dict[str, float]:
+        gap = self.rollout.gap
+        return {} if gap is None else {"samples/logp_gap": gap}
+
+    def _sampled(self, missing: list[Group], kept: list[Group]) -> Iterator[list[Group]]:
+        """Samples and scores some prompts at a time; each piece is on disk before the next begins."""
+        if len(kept) >= self.piece:  # a killed run measured on the same groups
+            self.rollout.measure(kept[: self.piece])
+        done = len(kept)
+        with self.progress.phase(f"stage {self.stage}: sampling", done + len(missing)) as advance:
+            for start in range(0, len(missing), self.piece):
+                groups = missing[start : start + self.piece]
+                with self.costs.timed("sampling"):
+                    sampled = self.rollout.draw(groups, stage=self.stage)
+                with self.costs.timed("reference"):
+                    scored = self.rollout.score(sampled)
                 yield scored
                 advance(done + start + len(groups))
 
-    def with_samples(self, groups: list[Group], *, stage: int) -> list[Group]:
-        """The groups with completions of the policy added; ``stage`` names them in the random stream."""
-        with self.compute_loss_context_manager():
-            drawn = self.sampler.sample(
-                [group.prompt_ids for group in groups],
-                self.sampling_params,
-                num_samples=self.args.num_samples,
-                rows=[group.row for group in groups],
-                stage=stage,
-            )
-        return [
-            replace(group, completions=(*group.completions, *(sample.completion for sample in samples)))
-            for group, samples in zip(groups, drawn, strict=True)
-        ]
 
-    def with_reference(self, groups: list[Group]) -> list[Group]:
-        """The groups with log-probs under the reference."""
-        with self.initial.active() if self.initial else nullcontext():
-            logps = self.policy_logps(groups)
-        return [replace(group, reference_logps=values) for group, values in zip(groups, logps, strict=True)]
-
-    def policy_logps(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """Log-probs of all completions under the policy as it stands (nats per sequence), one tuple per group."""
-        with self.compute_loss_context_manager():
-            return cached_logps(
-                self.policy,
-                groups,
-                batch_size=self.args.per_device_eval_batch_size,
-                layout=self.layout,
-                pad_token_id=self.tokenization.pad_id,
-            )
-
-    def _replayed(self, recorded: dict[int, Group], *, at_start: bool) -> dict[int, tuple[Group, ...]]:
-        """For each row of the stage, a group of each earlier stage that is replayed, scored by this stage's reference.
-
-        Their scores lie beside the stage's samples: inside the stage the policy that gave them is gone.
-        """
-        stages = []
-        for earlier in range(max(0, self.stage - self.args.replay_stages), self.stage):
-            name = f"replayed-{earlier:04d}"
-            if at_start:
-                groups = self.store.groups(earlier)[: len(recorded)]
-                if self.args.reference == "stage":
-                    groups = self.with_reference(groups)
-                self.store.write_groups(self.stage, name, groups, self.tokenization.text)
-            stages.append(self.store.groups(self.stage, name))
-        return dict(zip(recorded, zip(*stages, strict=False), strict=False))
-
-    def took(self, what: str, seconds: float) -> None:
-        """Add to the time spent on one kind of work, of the run and of the stage."""
-        self.seconds[what] += seconds
-        self._facts[f"seconds_{what}"] = self._facts.get(f"seconds_{what}", 0.0) + seconds
-
-    def _watch_stage(self, groups: Sequence[Group]) -> None:
-        """Log what the stage's samples look like."""
-        samples = [c.token_ids for group in groups for c in group.completions[1:]]
-        copies = sum(c.token_ids == g.completions[0].token_ids for g in groups for c in g.completions[1:])
-        self.log(
-            {
-                "pairs/dropped": copies,
-                "samples/truncated_fraction": _mean([not c.finished for g in groups for c in g.completions[1:]]),
-                "samples/distinct_1": distinct_n(samples, 1),
-                "samples/distinct_2": distinct_n(samples, 2),
-                "length/demonstrations": _mean([len(g.completions[0].token_ids) for g in groups]),
-                "length/samples": _mean([len(sample) for sample in samples]),
-            }
-        )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the engine's; every line says which stage it belongs to."""
-        super().log({"stage": self.stage, **logs} if self.stage >= 0 else logs, start_time)
-
-    def _place(self) -> str:
-        return f" of stage {self.stage}"
-
-
-class _StageEnd(TrainerCallback):
-    """Asks for a checkpoint where a stage ends."""
-
-    def __init__(self, trainer: StageTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        schedule = self.trainer.schedule
-        assert schedule is not None
-        ends = schedule.bounds(schedule.stage_of(state.global_step - 1))[1] == state.global_step
-        if ends and self.trainer.args.save_each_stage and args.save_strategy != IntervalStrategy.NO:
-            control.should_save = True
+def sample_facts(groups: Sequence[Group]) -> dict[str, float]:
+    """What the samples of a stage look like, for its first log line."""
+    samples = [completion for group in groups for completion in group.samples]
+    demonstrations = [completion for group in groups for completion in group.demonstrations]
+    copies = sum(s.token_ids in {d.token_ids for d in g.demonstrations} for g in groups for s in g.samples)
+    return {
+        "pairs/dropped": copies,
+        "samples/truncated_fraction": _mean([not c.finished for c in samples]),
+        "samples/distinct_1": distinct_n([c.token_ids for c in samples], 1),
+        "samples/distinct_2": distinct_n([c.token_ids for c in samples], 2),
+        "length/demonstrations": _mean([len(c.token_ids) for c in demonstrations]),
+        "length/samples": _mean([len(c.token_ids) for c in samples]),
+    }
 
 
 def _is_record(recorded: Group | None, group: Group) -> bool:
-    """Whether a recorded group is of this prompt and demonstration."""
+    """Whether a recorded group is of this prompt and these demonstrations."""
     return (
         recorded is not None
         and recorded.prompt_ids == group.prompt_ids
-        and recorded.completions[:1] == group.completions
+        and recorded.demonstrations == group.demonstrations
     )
 
 

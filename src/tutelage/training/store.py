@@ -4,33 +4,56 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from tutelage.data.records import group_record, read_groups
 from tutelage.errors import UserError
-from tutelage.files import write_json
-from tutelage.groups import PER_COMPLETION, Completion, Group, Role
+from tutelage.files import append_json_lines, read_json, write_json, write_json_lines
+from tutelage.groups import Group
 
 __all__ = ["StageStore"]
+
+FORMAT = 2
+"""Of the files of a stage. The first one knew completions by their place and kept log-probs per sequence."""
 
 
 class StageStore:
     """What each stage sampled, one folder per stage, in files that people can read.
 
-    ``stage-0003/samples.jsonl`` has a line for each prompt: row, text and tokens of prompt, demonstration and samples,
-    and the reference log-probs. ``manifest.json`` says from which policy, with which settings. While a stage is being
-    sampled the file ends in ``.part``; it is renamed when whole, so a killed run is known by it and goes on from there.
-    ``replayed-0002.jsonl`` beside it holds samples of stage 2 that stage 3 trains on too, with stage 3's reference.
+    ``stage-0003/samples.jsonl`` has a line for each prompt: row, text and tokens of the prompt and of each completion
+    with its role, and what is known of it. ``manifest.json`` says from which policy, with which settings. While a
+    stage is being sampled the file ends in ``.part``; it is renamed when whole, so a killed run is known by it and
+    goes on from there. ``replayed-0002.jsonl`` beside it holds samples of stage 2 that stage 3 trains on too, with
+    stage 3's reference.
 
     Args:
         folder: the run's ``stages`` folder.
         settings: what the samples depend on besides the policy (seed, temperature, …); a stage recorded under other
             settings is not reused.
+        text: decodes token ids for the reader.
+
+    Raises:
+        UserError: the folder holds stages of an earlier version of tutelage.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]):
-        self.folder, self.settings = Path(folder), settings
+    def __init__(self, folder: str | Path, settings: dict[str, Any], text: Callable[[Sequence[int]], str]):
+        self.folder, self.settings, self.text = Path(folder), settings, text
+        for manifest in sorted(self.folder.glob("stage-*/manifest.json")):
+            self._check_format(manifest)
+
+    def _check_format(self, manifest: Path) -> None:
+        found = read_json(manifest).get("format", 1)
+        if found != FORMAT:
+            raise UserError(
+                f"the run was begun by another version of tutelage, whose stages have format {found}; this one's have "
+                f"{FORMAT}.",
+                remedy="Finish it with the version that began it, or start anew (--overwrite_output_dir, or another "
+                "--output_dir).",
+                file=str(manifest),
+                field="format",
+            )
 
     def path(self, stage: int) -> Path:
         """The stage's folder."""
@@ -48,7 +71,8 @@ class StageStore:
             UserError: ``policy`` is None and there is no whole record, or it was made under other settings.
         """
         folder = self.path(stage)
-        manifest = _read_json(folder / "manifest.json")
+        path = folder / "manifest.json"
+        manifest = read_json(path) if path.exists() else {}
         whole = folder / "samples.jsonl"
         if policy is None:
             if not whole.exists() or manifest.get("settings") != self.settings:
@@ -57,11 +81,11 @@ class StageStore:
                     remedy="Resume with the settings of the first run, or from a checkpoint at the stage's start.",
                     file=str(whole),
                 )
-            return {group.row: group for group in _read_groups(whole)}
+            return {group.row: group for group in read_groups(whole)}
         if manifest.get("policy") != policy or manifest.get("settings") != self.settings:
             return {}
         part = whole if whole.exists() else whole.with_suffix(".jsonl.part")
-        return {group.row: group for group in _read_groups(part)} if part.exists() else {}
+        return {group.row: group for group in read_groups(part)} if part.exists() else {}
 
     def groups(self, stage: int, name: str = "samples") -> list[Group]:
         """Groups of a whole file of a stage, in the order they were written.
@@ -69,18 +93,31 @@ class StageStore:
         Raises:
             UserError: the file is missing.
         """
+        return list(read_groups(self._existing(stage, name)))
+
+    def lines(self, stage: int, name: str) -> list[Any]:
+        """The values of a whole file of JSON lines of a stage.
+
+        Raises:
+            UserError: the file is missing.
+        """
+        return [json.loads(line) for line in self._existing(stage, name).read_text(encoding="utf-8").splitlines()]
+
+    def _existing(self, stage: int, name: str) -> Path:
         path = self.path(stage) / f"{name}.jsonl"
         if not path.exists():
             raise UserError(
-                f"the samples of stage {stage} are missing.",
+                f"the {name} of stage {stage} are missing.",
                 remedy="Keep the run's stages folder until the run is over.",
                 file=str(path),
             )
-        return list(_read_groups(path))
+        return path
 
-    def write_groups(self, stage: int, name: str, groups: Iterable[Group], text: Callable[[tuple[int, ...]], str]):
+    def write_groups(self, stage: int, name: str, groups: Iterable[Group]) -> None:
         """Add a file to a stage, at once; ``groups`` reads it."""
-        _write_groups(self.path(stage) / f"{name}.jsonl", groups, text)
+        path = self.path(stage) / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_lines(path, self._records(groups))
 
     def write(
         self,
@@ -88,7 +125,6 @@ class StageStore:
         policy: str,
         kept: Iterable[Group],
         batches: Iterable[list[Group]],
-        text: Callable[[tuple[int, ...]], str],
         facts: Callable[[], dict[str, Any]],
     ) -> dict[int, Group]:
         """Record a stage, batch by batch as it is made.
@@ -96,7 +132,6 @@ class StageStore:
         Args:
             kept: groups that a killed run had already recorded; written again first, without its torn last line.
             batches: groups with samples and reference log-probs; lazily made, each on disk before the next is asked.
-            text: decodes token ids for the reader.
             facts: what the manifest says besides, asked for when the stage is whole.
 
         Returns:
@@ -106,61 +141,20 @@ class StageStore:
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / "samples.jsonl"
         part = whole.with_suffix(".jsonl.part")
-        manifest = {"stage": stage, "policy": policy, "settings": self.settings}
+        manifest = {"format": FORMAT, "stage": stage, "policy": policy, "settings": self.settings}
         kept = list(kept)
         whole.unlink(missing_ok=True)
         groups: dict[int, Group] = {}
-        _write_groups(part, kept, text)
+        write_json_lines(part, self._records(kept))
         # After the file: a kill in between must not give this policy's name to what another one had sampled.
         write_json(folder / "manifest.json", {**manifest, "complete": False})
         with part.open("a", encoding="utf-8") as file:
             for batch in batches:
-                _append(file, batch, text)
+                append_json_lines(file, self._records(batch))
                 groups |= {group.row: group for group in batch}
         os.replace(part, whole)
         write_json(folder / "manifest.json", {**manifest, "complete": True, **facts()})
         return {group.row: group for group in kept} | groups
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write_groups(path: Path, groups: Iterable[Group], text: Callable[[tuple[int, ...]], str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        _append(file, groups, text)
-    os.replace(temporary, path)
-
-
-def _append(file: IO[str], groups: Iterable[Group], text: Callable[[tuple[int, ...]], str]) -> None:
-    for group in groups:
-        demonstration, *samples = group.completions
-        record = {
-            "row": group.row,
-            "prompt": text(group.prompt_ids),
-            "demonstration": text(demonstration.token_ids),
-            "samples": [text(sample.token_ids) for sample in samples],
-            "finished": [completion.finished for completion in group.completions],
-            **{name: getattr(group, name) for name in PER_COMPLETION if getattr(group, name) is not None},
-            "prompt_ids": group.prompt_ids,
-            "completion_ids": [completion.token_ids for completion in group.completions],
-        }
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
-
-
-def _read_groups(path: Path) -> Iterator[Group]:
-    with path.open("rb") as file:  # as bytes: a torn line may end inside a character
-        for line in file:
-            if not line.endswith(b"\n"):
-                return  # torn by a kill in the middle of the line
-            record = json.loads(line)
-            roles = [Role.DEMONSTRATION] + [Role.SAMPLE] * len(record["samples"])
-            completions = zip(record["completion_ids"], roles, record["finished"], strict=True)
-            yield Group(
-                prompt_ids=tuple(record["prompt_ids"]),
-                completions=tuple(Completion(tuple(ids), role, finished) for ids, role, finished in completions),
-                row=record["row"],
-                **{name: tuple(record[name]) for name in PER_COMPLETION if name in record},
-            )
+    def _records(self, groups: Iterable[Group]) -> Iterable[dict[str, Any]]:
+        return (group_record(group, self.text) for group in groups)

@@ -1,56 +1,103 @@
-"""The engine on ``transformers.Trainer``: groups in, log-probs, a loss, and what is watched meanwhile.
+"""The one adapter to ``transformers.Trainer``: groups in, log-probs per token, a loss, and what is tracked meanwhile.
 
-An algorithm is a subclass that says how much there is to average over (``counts``) and what the loss is (``loss``);
-one that samples derives from ``tutelage.training.stages.StageTrainer``.
+An algorithm hands its parts in: an ``Objective`` (what the loss is), and ``Stages`` if it samples.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import upload_folder
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from tutelage.data.demonstrations import Turns
+from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.memory import keep_freed_memory
+from tutelage.models.modes import without_dropout
 from tutelage.progress import Progress, Silent
 from tutelage.results import model_card, run_record, run_settings
 from tutelage.scoring.layout import probe_layout
-from tutelage.scoring.logps import Layout, completion_logps
+from tutelage.scoring.logps import Layout, TokenLogps, completion_token_logps
 from tutelage.training.config import DemonstrationConfig
+from tutelage.training.metrics import Costs, Means, Track
+from tutelage.training.rollout import PolicyScorer
+from tutelage.training.schedule import StageEpochs
+from tutelage.training.stages import Stages
 
-__all__ = ["DemonstrationTrainer"]
+__all__ = ["DemonstrationTrainer", "Objective", "Step"]
 
 logger = logging.getLogger(__name__)
 
 
-class DemonstrationTrainer(Trainer):
-    """Trains a policy from demonstrations; subclasses say with which loss.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a loss is told of the optimizer step that its micro-batch belongs to.
 
-    On a CPU it asks the process to keep freed memory (``tutelage.models.memory``).
+    Attributes:
+        counts: how much there is to average over in the whole step; see ``Objective.counts``.
+        stage: number of the stage, from 0; -1 without stages.
+        track: adds values to the mean that the next log line shows under a name.
+    """
+
+    counts: Mapping[str, int]
+    stage: int
+    track: Track
+
+
+class Objective(Protocol):
+    """What an algorithm says of its loss.
+
+    Attributes:
+        uses_dropout: whether the policy trains with dropout, where its model has some.
+    """
+
+    uses_dropout: bool
+
+    def beta(self, stage: int) -> float:
+        """The temperature of the implicit reward in a stage: the unit of rewards in evaluations."""
+        ...
+
+    def counts(self, groups: Sequence[Group]) -> dict[str, int]:
+        """How many of each thing that the loss averages over the groups of an optimizer step hold."""
+        ...
+
+    def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
+        """The micro-batch's share of the optimizer step's loss.
+
+        Args:
+            tokens: the micro-batch's groups with the log-probs of their completion tokens under the policy, with
+                gradient.
+            step: holds ``counts`` of all groups of the optimizer step, to divide by.
+
+        Returns:
+            scalar; the shares of the micro-batches add up to the loss of the step.
+        """
+        ...
+
+
+class DemonstrationTrainer(Trainer):
+    """Trains a policy from demonstrations with the parts that an algorithm hands in.
+
+    On a CPU it asks the process to keep freed memory (``tutelage.models.memory``). ``args`` is copied: the learning
+    rate that is chosen where none is given stands in ``trainer.args`` and not in the config of the caller.
 
     Args:
         model: a causal language model, with or without an adapter, or its name or path.
@@ -62,12 +109,13 @@ class DemonstrationTrainer(Trainer):
         callbacks, optimizers: as for ``transformers.Trainer``.
         progress: is told what runs and how far it is; silent by default.
         source, eval_source: what errors about the data call them: file names, for example.
+        algorithm: its name.
+        objective: its loss.
 
     Raises:
         UserError: bad data, a tokenizer that does not fit the model, an adapter on a tied head.
     """
 
-    algorithm: ClassVar[str] = ""
     args: DemonstrationConfig
     layout: Literal["shared_prefix", "padded"]
 
@@ -81,10 +129,16 @@ class DemonstrationTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        *,
         progress: Progress | None = None,
         source: str = "training data",
         eval_source: str = "held-out data",
+        algorithm: str,
+        objective: Objective,
     ):
+        args = copy.copy(args)
+        self.algorithm, self.objective = algorithm, objective
+        self.stages: Stages | None = None
         if args.device.type == "cpu":
             keep_freed_memory()
         policy = load_model(model, dtype=None, whole=peft_config is None) if isinstance(model, str) else model
@@ -96,23 +150,21 @@ class DemonstrationTrainer(Trainer):
             )
         self.tokenization = args.tokenization(tokenizer)
         self.progress: Progress = progress or Silent()
-        self.source = source
+        self.source, self.eval_source = source, eval_source
         self.model_name = model if isinstance(model, str) else base_causal_lm(policy).name_or_path
+        self.conversational = train_dataset is not None and is_conversational(train_dataset, source=source)
         if train_dataset is not None:
             with self.progress.phase("reading demonstrations"):
                 train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns, source=source)  # type: ignore[arg-type]
         if peft_config is not None:
             set_seed(args.seed)  # an adapter's weights are drawn here, before transformers seeds anything
             policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
+        self._base_is_start = peft_config is not None
         if args.learning_rate is None:
             args.learning_rate = (
                 args.adapter_learning_rate if isinstance(policy, PeftModel) else args.full_learning_rate
             )
-        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._logged: dict[str, float] = {}
-        self.trained_tokens = 0
-        self.sampled_tokens = 0
+        self.means, self.costs = Means(), Costs()
         super().__init__(
             model=cast(PreTrainedModel, policy),
             args=args,
@@ -132,18 +184,14 @@ class DemonstrationTrainer(Trainer):
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._choose_layout(cast(Layout, args.layout))
-        self.evaluation_set = (
-            EvaluationSet.of(
-                eval_dataset,
-                self.tokenization,
-                turns=cast(Turns, args.turns),
-                verifier=args.verifier,
-                limit=args.eval_rows,
-                source=eval_source,
-            )
-            if eval_dataset is not None
-            else None
+        self.scorer = PolicyScorer(
+            self.policy,
+            layout=self.layout,
+            batch_size=args.per_device_eval_batch_size,
+            pad_token_id=self.tokenization.pad_id,
+            autocast=self.compute_loss_context_manager,
         )
+        self.evaluation_set = None if eval_dataset is None else self._evaluation_rows(eval_dataset)
         self.add_callback(_Guard(self))
         self.add_callback(_Costs(self))
         logger.info(
@@ -154,10 +202,26 @@ class DemonstrationTrainer(Trainer):
             self.layout,
         )
 
+    def train_in_stages(self, stages: Stages) -> None:
+        """Hand in the stages, before training.
+
+        Raises:
+            UserError: they do not fit into an epoch, or they repeat streamed data.
+        """
+        self.stages = stages
+        self.add_callback(_StageEnd(self))
+        if self.train_dataset is not None:  # too many stages should be found before anything begins
+            self.set_initial_training_values(self.args, self.get_train_dataloader())
+
     @property
     def policy(self) -> nn.Module:
         """The model in training, without the wrappers that a launcher puts around it."""
         return self.accelerator.unwrap_model(cast(nn.Module, self.model))
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage, from 0; -1 without stages and before the first."""
+        return self.stages.stage if self.stages else -1
 
     def _choose_layout(self, layout: Layout) -> Literal["shared_prefix", "padded"]:
         probe = probe_layout(self.policy)
@@ -165,30 +229,55 @@ class DemonstrationTrainer(Trainer):
             raise UserError(f"the shared-prefix layout does not work: {probe.reason}.", remedy="Use --layout auto.")
         return probe.layout if layout == "auto" else layout
 
-    # --- what an algorithm says -------------------------------------------------------------------------------------
-
-    def counts(self, groups: Sequence[Group]) -> dict[str, int]:
-        """How many of each thing that the loss averages over the groups of an optimizer step hold."""
-        raise NotImplementedError
-
-    def loss(self, groups: Sequence[Group], logps_C: Tensor, counts: dict[str, int]) -> Tensor:
-        """The groups' share of the optimizer step's loss.
-
-        Args:
-            groups: one micro-batch.
-            logps_C: [C] log-probs of their completions under the policy (nats per sequence), with gradient.
-            counts: ``counts`` of all groups of the optimizer step, to divide by.
-
-        Returns:
-            scalar; the shares of the micro-batches add up to the loss of the step.
-        """
-        raise NotImplementedError
-
     # --- one optimizer step -----------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers'; where the steps of a stage are taken several times, its batches come several times.
+
+        Raises:
+            UserError: several epochs per stage of streamed data.
+        """
+        loader = super().get_train_dataloader()
+        if self.stages is None or self.stages.epochs == 1:
+            return loader
+        if isinstance(self.train_dataset, IterableDataset):
+            raise UserError(
+                "streamed data can be gone over once.", remedy="Leave --policy_epochs at 1.", field="policy_epochs"
+            )
+        batches = StageEpochs(
+            cast(Any, loader.batch_sampler),
+            self.args.gradient_accumulation_steps,
+            self.stages.stages_per_epoch,
+            self.stages.epochs,
+        )
+        return self.accelerator.prepare(
+            DataLoader(
+                loader.dataset,
+                batch_sampler=cast(Any, batches),
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+
+    def set_initial_training_values(self, args, dataloader):
+        """As transformers'; here the number of steps in an epoch becomes known, and with it the stages."""
+        values = super().set_initial_training_values(args, dataloader)
+        if self.stages is not None:
+            self.stages.plan(values[1])
+        return values
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step, and what to average their loss over."""
-        return self._step_of(list(islice(epoch_iterator, num_batches)))
+        if self.stages is None:
+            batches = list(islice(epoch_iterator, num_batches))
+        else:
+            batches = self.stages.next_step(
+                self.state.global_step,
+                self.state.max_steps,
+                lambda: list(islice(epoch_iterator, self.args.gradient_accumulation_steps)),
+            )
+        return self._step_of(batches)
 
     def _step_of(self, batches: list[list[Group]]) -> tuple[list[list[Group]], dict[str, int]]:
         """Micro-batches of like length, so that little is spent on padding, and the counts of the whole step.
@@ -197,7 +286,7 @@ class DemonstrationTrainer(Trainer):
         """
         groups = sorted((group for batch in batches for group in batch), key=len)
         ordered = iter(groups)
-        return [list(islice(ordered, len(batch))) for batch in batches], self.counts(groups)
+        return [list(islice(ordered, len(batch))) for batch in batches], self.objective.counts(groups)
 
     def compute_loss(
         self,
@@ -211,10 +300,10 @@ class DemonstrationTrainer(Trainer):
         Raises:
             NonFiniteLossError: it is NaN or infinite; raised before any weight moves.
         """
-        counts = self.counts(inputs) if num_items_in_batch is None else num_items_in_batch
-        logps_C = completion_logps(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
-        loss = self.loss(inputs, logps_C, counts)
-        self.trained_tokens += sum(len(c.token_ids) for group in inputs for c in group.completions)
+        counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        tokens = completion_token_logps(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
+        loss = self.objective.loss(tokens, Step(counts, self.stage, self.means.add))
+        self.costs.policy_tokens += sum(len(c.token_ids) for group in inputs for c in group.completions)
         if not torch.isfinite(loss):
             raise self.non_finite("loss", loss.item())
         return (loss, None) if return_outputs else loss
@@ -229,7 +318,8 @@ class DemonstrationTrainer(Trainer):
         An optimizer leaves weights without a gradient where they are; zeros would move them by momentum and decay.
         """
         if inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with nullcontext() if self.objective.uses_dropout else without_dropout(self.policy):
+                return super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.scaler is not None:  # fp16's scaler wants to have seen a gradient
             self.accelerator.backward(
                 cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
@@ -266,47 +356,58 @@ class DemonstrationTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def export(self, folder: Path) -> None:
-        """Write what the run was for: here the model, with its tokenizer."""
-        self.save_model(str(folder), _internal_call=True)  # a public call would push before the evaluation
+        """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned."""
+        phase = self.stages.phase if self.stages else None
+        home = folder / "policy" if phase and phase.reward is not None else folder
+        self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
+        if phase:
+            phase.export(folder)
 
     def _place(self) -> str:
-        return ""
+        return f" of stage {self.stage}" if self.stages else ""
 
-    # --- what is watched --------------------------------------------------------------------------------------------
-
-    def track(self, name: str, values: Tensor | Sequence[float]) -> None:
-        """Add values to the mean that the next log line shows under ``name``."""
-        total = values.detach().sum().item() if isinstance(values, Tensor) else float(sum(values))
-        self._sums[name][0] += total
-        self._sums[name][1] += len(values)
+    # --- what is tracked --------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers', with the means of what was watched since the last training log."""
+        """As transformers', with the means of what was tracked since the last training log, and the stage."""
         if "loss" in logs:
-            logs |= {name: total / count for name, (total, count) in self._sums.items() if count}
-            self._sums.clear()
-            logs |= self._since_last_log()
-        super().log(logs, start_time)
-
-    def _since_last_log(self) -> dict[str, float]:
-        """Seconds of each kind of work since the last training log, and completion tokens trained on a second."""
-        now = {**self.seconds, "tokens": float(self.trained_tokens)}
-        spent = {name: value - self._logged.get(name, 0.0) for name, value in now.items()}
-        self._logged = now
-        tokens = spent.pop("tokens")
-        found = {f"time/{name}": value for name, value in spent.items()}
-        return found | ({"tokens_per_second": tokens / spent["training"]} if spent.get("training") else {})
+            logs |= self.means.take() | self.costs.since_last_log()
+        super().log({"stage": self.stage, **logs} if self.stage >= 0 else logs, start_time)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
         """As transformers'. Held-out log-probs of the policy as it starts are kept: the zero of the implicit reward."""
         if self.evaluation_set is not None:
-            with self.progress.phase("held-out log-probs of the start"), self.compute_loss_context_manager():
-                self.evaluation_set.remember_reference(
-                    self.policy, layout=self.layout, batch_size=self.args.per_device_eval_batch_size
-                )
-        return super().train(*args, **kwargs)
+            with self.progress.phase("held-out log-probs of the start"):
+                self._remember_start(self.evaluation_set)
+        output = super().train(*args, **kwargs)
+        if self.stages is not None:
+            self.stages.finish(self.state.global_step)
+        return output
+
+    def _evaluation_rows(self, dataset: Dataset) -> EvaluationSet:
+        return EvaluationSet.of(
+            dataset,
+            self.tokenization,
+            turns=cast(Turns, self.args.turns),
+            verifier=self.args.verifier,
+            limit=self.args.eval_rows,
+            source=self.eval_source,
+        )
+
+    def _remember_start(self, rows: EvaluationSet) -> None:
+        with self.compute_loss_context_manager():
+            rows.remember_reference(self.policy, layout=self.layout, batch_size=self.args.per_device_eval_batch_size)
+
+    def _at_start(self) -> AbstractContextManager | None:
+        """Within, the policy has the weights that it started with; None where they are known no more."""
+        if self.stages is not None and self.stages.rollout.initial is not None:
+            return self.stages.rollout.initial.active()
+        policy = self.policy
+        if self._base_is_start and isinstance(policy, PeftModel):
+            return policy.disable_adapter()
+        return nullcontext() if self.state.global_step == 0 else None
 
     def evaluate(  # type: ignore[override]
         self,
@@ -316,36 +417,58 @@ class DemonstrationTrainer(Trainer):
     ) -> dict[str, float]:
         """Held-out demonstration log-prob, implicit reward, preference accuracy and task score, as far as data allow.
 
+        Args:
+            eval_dataset: rows instead of those that the trainer was made with, read by the same settings. The implicit
+                reward is left out where the weights that training started with are known no more.
+
         Raises:
             UserError: there is no held-out data.
         """
-        evaluation_set = self.evaluation_set
+        rows = self.evaluation_set
         if eval_dataset is not None:
-            evaluation_set = EvaluationSet.of(eval_dataset, self.tokenization, verifier=self.args.verifier)
-        if evaluation_set is None:
+            rows = self._evaluation_rows(eval_dataset)
+            if (start := self._at_start()) is not None:
+                with start:
+                    self._remember_start(rows)
+        if rows is None:
             raise UserError("there is no held-out data to evaluate on.", remedy="Give an eval_dataset.")
-        start = time.perf_counter()
+        begin = time.perf_counter()
         with self.progress.phase("evaluating"), self.compute_loss_context_manager():
-            found = self.evaluation(evaluation_set)
+            found = self.evaluation(rows)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
-        self.seconds["evaluation"] += time.perf_counter() - start
+        self.costs.seconds["evaluation"] += time.perf_counter() - begin
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args, **kwargs):  # type: ignore[override]
+        """Refused: a language model's answers are no predictions of labels.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "there are no labels to predict.",
+            remedy="Use trainer.evaluate, or `tutelage sample` for answers.",
+            field="predict",
+        )
 
     def evaluation(self, rows: EvaluationSet, **options: Any) -> Evaluation:
         """What ``rows.evaluate`` finds of the policy as it stands, at this run's settings."""
         return rows.evaluate(
             self.policy,
-            beta=getattr(self, "beta", 1.0),
+            beta=self.objective.beta(self.stage),
             layout=self.layout,
             seed=self.args.seed,
             batch_size=self.args.per_device_eval_batch_size,
+            sampling_batch_size=getattr(self.args, "sampling_batch_size", 64),
+            reward=self.stages.phase.reward if self.stages else None,
             **options,
         )
 
     def record(self, *, name: str, start: str | None = None) -> dict[str, Any]:
         """What results.json holds of this run, without its evaluation; see ``tutelage.results.run_record``."""
+        costs = self.costs
         return run_record(
             name=name,
             algorithm=self.algorithm,
@@ -355,10 +478,11 @@ class DemonstrationTrainer(Trainer):
             start=start,
             settings=run_settings(self.args, self.policy) | {"layout": self.layout},
             demonstration_epochs=round(self.state.epoch or 0.0, 4),
-            trained_tokens=self.trained_tokens,
-            sampled_tokens=self.sampled_tokens,
-            time_s={**self.seconds, "total": sum(self.seconds.values())},
+            trained_tokens=costs.trained_tokens,
+            sampled_tokens=costs.sampled_tokens,
+            time_s={**costs.seconds, "total": sum(costs.seconds.values())},
             history=self.state.log_history,
+            **({"selection": self.stages.phase.selection} if self.stages else {}),
         )
 
     def push_to_hub(  # type: ignore[override]
@@ -419,7 +543,7 @@ class _Guard(TrainerCallback):
             raise self.trainer.non_finite("gradient", norm.item())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.seconds["training"] += time.perf_counter() - self.begun
+        self.trainer.costs.seconds["training"] += time.perf_counter() - self.begun
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
 
@@ -433,14 +557,22 @@ class _Costs(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if costs := cast(dict[str, Any], state.stateful_callbacks).get(self.key):
-            self.trainer.seconds.update(costs["seconds"])
-            self.trainer.trained_tokens, self.trainer.sampled_tokens = costs["tokens"]
-            self.trainer._since_last_log()  # what went before belongs to no line that is still to come
+            self.trainer.costs.load_state_dict(costs)
 
     def on_step_end(self, args, state, control, **kwargs):
-        tokens = [self.trainer.trained_tokens, self.trainer.sampled_tokens]
-        costs = {"seconds": dict(self.trainer.seconds), "tokens": tokens}
-        cast(dict[str, Any], state.stateful_callbacks)[self.key] = costs
+        cast(dict[str, Any], state.stateful_callbacks)[self.key] = self.trainer.costs.state_dict()
+
+
+class _StageEnd(TrainerCallback):
+    """Asks for a checkpoint where a stage ends."""
+
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stages = self.trainer.stages
+        if stages is not None and stages.saves_after(state.global_step):
+            control.should_save |= args.save_strategy != IntervalStrategy.NO
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:

@@ -1,0 +1,88 @@
+"""What a run has seen and what it has cost, from one log line to the next."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Costs", "Means", "Track"]
+
+Track = Callable[[str, "Tensor | Sequence[float]"], None]
+"""Adds values to the mean that the next log line shows under a name."""
+
+
+class Means:
+    """Running means by name. Tensors are summed where they are: nothing waits for a device until the means are read."""
+
+    def __init__(self):
+        self._sums: dict[str, Any] = {}
+        self._counts: defaultdict[str, int] = defaultdict(int)
+
+    def add(self, name: str, values: Tensor | Sequence[float]) -> None:
+        """Add values to the mean called ``name``; see ``Track``."""
+        total = values.detach().sum(dtype=torch.float64) if isinstance(values, Tensor) else float(sum(values))
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._counts[name] += len(values)
+
+    def take(self) -> dict[str, float]:
+        """The means of what was added since the last call."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+class Costs:
+    """Seconds by kind of work, and tokens.
+
+    Attributes:
+        seconds: by kind: ``sampling``, ``reference``, ``reward``, ``validation``, ``training``, ``evaluation``.
+        policy_tokens: completion tokens that the policy's optimizer steps trained on.
+        reward_tokens: completion tokens that the reward's optimizer steps trained on.
+        sampled_tokens: tokens sampled for training, validation rows included.
+    """
+
+    def __init__(self):
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.policy_tokens = self.reward_tokens = self.sampled_tokens = 0
+        self._logged: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Within, the clock runs for one kind of work."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += perf_counter() - begin
+
+    @property
+    def trained_tokens(self) -> int:
+        """Completion tokens trained on, of policy and reward."""
+        return self.policy_tokens + self.reward_tokens
+
+    def since_last_log(self) -> dict[str, float]:
+        """Seconds of each kind of work since the last call, and completion tokens per second of policy training."""
+        now = {**self.seconds, "tokens": float(self.policy_tokens)}
+        spent = {name: value - self._logged.get(name, 0.0) for name, value in now.items()}
+        self._logged = now
+        tokens = spent.pop("tokens")
+        found = {f"time/{name}": value for name, value in spent.items()}
+        return found | ({"tokens_per_second": tokens / spent["training"]} if spent.get("training") else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        tokens = [self.policy_tokens, self.reward_tokens, self.sampled_tokens]
+        return {"seconds": dict(self.seconds), "tokens": tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``; what went before belongs to no line that is still to come."""
+        self.seconds.update(state["seconds"])
+        self.policy_tokens, self.reward_tokens, self.sampled_tokens = state["tokens"]
+        self.since_last_log()

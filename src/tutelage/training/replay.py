@@ -1,0 +1,68 @@
+"""What contrasts of demonstrations and samples train on: a stage's groups and those replayed with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.groups import Group, drop_copies
+from tutelage.rewards.base import Reward
+from tutelage.training.rollout import Rollout
+from tutelage.training.store import StageStore
+
+__all__ = ["Replay", "spread"]
+
+
+class Replay:
+    """The phase of an algorithm that learns no reward; see ``tutelage.training.stages.Phase``.
+
+    A row trains on its own group and on those of earlier stages that are replayed with it, without samples that equal
+    their demonstration. Replayed groups are scored by this stage's reference; their scores lie beside the stage's
+    samples, for inside the stage the policy that gave them is gone.
+
+    Args:
+        stages: how many stages before the present one are replayed.
+        needs_pairs: leave out a group without a pair: nothing can be learned from it.
+    """
+
+    def __init__(self, rollout: Rollout, store: StageStore, *, stages: int = 0, needs_pairs: bool = True):
+        self.rollout, self.store, self.stages, self.needs_pairs = rollout, store, stages, needs_pairs
+        self.reward: Reward | None = None
+        self.selection: list[dict[str, Any]] = []
+
+    def prepare(
+        self, stage: int, recorded: dict[int, Group], *, policy: str | None
+    ) -> tuple[dict[int, list[Group]], Mapping[str, float]]:
+        """See ``Phase.prepare``."""
+        trained: dict[int, list[Group]] = {row: [group] for row, group in recorded.items()}
+        for earlier in range(max(0, stage - self.stages), stage):
+            name = f"replayed-{earlier:04d}"
+            if policy is not None:
+                groups = self.store.groups(earlier)
+                if not self.rollout.reference_is_initial:
+                    groups = self.rollout.rescore(groups)
+                self.store.write_groups(stage, name, groups)
+            for row, groups in zip(recorded, spread(self.store.groups(stage, name), len(recorded)), strict=True):
+                trained[row] += groups
+        return {row: self._learnable(groups) for row, groups in trained.items()}, {}
+
+    def _learnable(self, groups: Sequence[Group]) -> list[Group]:
+        kept = map(drop_copies, groups)
+        return [group for group in kept if group.pairs or not self.needs_pairs]
+
+    def finish(self, stage: int) -> None:
+        """Nothing is left to do."""
+
+    def export(self, folder: Path) -> None:
+        """Nothing lies beside the policy."""
+
+
+def spread(groups: Sequence[Group], parts: int) -> list[list[Group]]:
+    """All groups over so many parts, evenly and in order; no group is left out.
+
+    >>> rows = [Group((1,), row=row) for row in range(5)]
+    >>> [[group.row for group in part] for part in spread(rows, 3)]
+    [[0, 3], [1, 4], [2]]
+    """
+    return [list(groups[part::parts]) for part in range(parts)]

@@ -1,0 +1,190 @@
+"""Who samples, from which weights, and what is known of the samples afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from tutelage.groups import Group, Role
+from tutelage.models.weights import WeightSet, fingerprint
+from tutelage.sampling import Sampler, SamplingParams
+from tutelage.scoring.logps import Layout, cached_token_logps
+
+__all__ = ["PolicyScorer", "Rollout"]
+
+_MEASURED = 8  # groups on which the sampler's log-probs are held against the trainer's
+
+
+class PolicyScorer:
+    """Log-probs under the policy as it stands, at the settings of a run.
+
+    Args:
+        policy: the model in training.
+        layout, batch_size, pad_token_id: as for ``cached_token_logps``.
+        autocast: makes a context for mixed precision.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        layout: Layout,
+        batch_size: int,
+        pad_token_id: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.policy, self.autocast = policy, autocast
+        self._options: dict[str, Any] = {"layout": layout, "batch_size": batch_size, "pad_token_id": pad_token_id}
+
+    def token_logps(self, groups: Sequence[Group]) -> list[tuple[tuple[float, ...], ...]]:
+        """Log-probs of all completion tokens (nats per token); an empty tuple for a prompt alone."""
+        held = [group for group in groups if group.completions]
+        with self.autocast():
+            found = iter(cached_token_logps(self.policy, held, **self._options))
+        return [next(found) if group.completions else () for group in groups]
+
+
+class Rollout:
+    """Draws samples of the policy and adds what is known of them.
+
+    Where the sampler holds the trainer's weights and draws from the whole distribution, its own log-probs are the
+    policy's: they serve, unless they differ from the trainer's by more than ``tolerance``.
+
+    Args:
+        sampler: draws completions from the policy as it stands.
+        params: how a stage's completions are drawn.
+        scorer: log-probs under the policy.
+        num_samples: completions per prompt.
+        initial: the weights that training started with; None where no log-prob under them is asked for.
+        reference_is_initial: the reference is the start and not the policy at the beginning of the stage.
+        keep_old: keep the log-probs under the policy that drew the samples too (``old_logps``).
+        tolerance: mean difference of log-probs between sampler and trainer (nats per token).
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: SamplingParams,
+        scorer: PolicyScorer,
+        *,
+        num_samples: int,
+        initial: WeightSet | None = None,
+        reference_is_initial: bool = False,
+        keep_old: bool = False,
+        tolerance: float = 0.0,
+    ):
+        if reference_is_initial and initial is None:
+            raise ValueError("a reference at the start needs the weights of the start")
+        self.sampler, self.params, self.scorer = sampler, params, scorer
+        self.num_samples, self.initial = num_samples, initial
+        self.reference_is_initial, self.keep_old, self.tolerance = reference_is_initial, keep_old, tolerance
+        self.gap: float | None = None
+        self._frozen: str | None = None
+        self._start = self._now = self._trained()
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the policy of ``begin`` was another than the one that training started with."""
+        return self._now != self._start
+
+    def begin(self) -> str:
+        """Sampling begins from a policy that may be a new one; gives a name: equal weights have equal names.
+
+        Frozen weights are read once per run.
+        """
+        if self._frozen is None:
+            frozen = ((n, p) for n, p in self.scorer.policy.named_parameters() if not p.requires_grad)
+            self._frozen = fingerprint(frozen)
+        self._now, self.gap = self._trained(), None
+        self.sampler.take_weights(self.scorer.policy)
+        return f"{self._frozen}-{self._now}"
+
+    def _trained(self) -> str:
+        return fingerprint((n, p) for n, p in self.scorer.policy.named_parameters() if p.requires_grad)
+
+    def draw(
+        self, groups: Sequence[Group], *, stage: int, params: SamplingParams | None = None, initial: bool = False
+    ) -> list[Group]:
+        """The groups with completions added, which know the log-probs of their tokens under the sampler.
+
+        Args:
+            stage: names the samples in the random stream.
+            params: instead of those of the stages.
+            initial: draw from the policy that training started with.
+        """
+        assert not initial or self.initial is not None
+        with self.initial.active() if initial and self.initial else nullcontext(), self.scorer.autocast():
+            if initial:
+                self.sampler.take_weights(self.scorer.policy)
+            drawn = self.sampler.sample(
+                [group.prompt_ids for group in groups],
+                params or self.params,
+                num_samples=self.num_samples,
+                rows=[group.row for group in groups],
+                stage=stage,
+            )
+        if initial:
+            self.sampler.take_weights(self.scorer.policy)
+        return [
+            group.add(sample.completion for sample in samples) for group, samples in zip(groups, drawn, strict=True)
+        ]
+
+    def measure(self, groups: Sequence[Group]) -> None:
+        """Hold the sampler's log-probs of some fresh samples against the trainer's; ``gap`` is their mean difference."""
+        groups = [group.select(group.places(Role.SAMPLE)) for group in groups[:_MEASURED]]
+        own = self.scorer.token_logps(groups)
+        gaps = [
+            abs(a - b)
+            for group, logps in zip(groups, own, strict=True)
+            for completion, logps_of_one in zip(group.completions, logps, strict=True)
+            for a, b in zip(completion.token_values["sampler_logps"], logps_of_one, strict=True)
+        ]
+        self.gap = sum(gaps) / len(gaps) if gaps else 0.0
+
+    def score(self, groups: Sequence[Group], params: SamplingParams | None = None) -> list[Group]:
+        """The groups with log-probs under the reference, and under the policy that drew the samples if they are kept.
+
+        Args:
+            params: how the samples were drawn, if not as those of the stages.
+        """
+        needs_policy = self.keep_old or not self.reference_is_initial or not self.has_moved
+        found = list(groups)
+        policy: list[tuple[tuple[float, ...], ...]] = []
+        if needs_policy:
+            policy = self._policy_logps(groups, params or self.params)
+        if self.keep_old:
+            found = [g.with_token_values("old_logps", logps) for g, logps in zip(found, policy, strict=True)]
+        reference = policy
+        if self.reference_is_initial and self.has_moved:
+            assert self.initial is not None
+            with self.initial.active():
+                reference = self.scorer.token_logps(groups)
+        return [g.with_token_values("reference_logps", logps) for g, logps in zip(found, reference, strict=True)]
+
+    def rescore(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups of an earlier policy with reference log-probs under the policy as it stands."""
+        logps = self.scorer.token_logps(groups)
+        return [g.with_token_values("reference_logps", values) for g, values in zip(groups, logps, strict=True)]
+
+    def _policy_logps(self, groups: Sequence[Group], params: SamplingParams) -> list[tuple[tuple[float, ...], ...]]:
+        """The sampler's log-probs of samples where they serve, the trainer's of everything else."""
+        if params.is_plain and self.tolerance > 0 and self.gap is None:
+            self.measure(groups)
+        if not params.is_plain or self.gap is None or self.gap > self.tolerance:
+            return self.scorer.token_logps(groups)
+        others = [
+            group.select(place for place, c in enumerate(group.completions) if c.role != Role.SAMPLE)
+            for group in groups
+        ]
+        found = []
+        for group, logps in zip(groups, self.scorer.token_logps(others), strict=True):
+            rest = iter(logps)
+            found.append(
+                tuple(
+                    c.token_values["sampler_logps"] if c.role == Role.SAMPLE else next(rest) for c in group.completions
+                )
+            )
+        return found
