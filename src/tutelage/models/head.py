@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-__all__ = ["LMHead", "head_logps"]
+__all__ = ["LMHead", "head_logps", "in_computing_precision", "in_row_chunks", "vocab_block_size", "vocab_blocks"]
 
 # Logits of one block hold about this many numbers. On a CPU they stay in the last-level cache between the products; an
 # accelerator wants products that are large.
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**21, 2**26
+# Columns of a block are a multiple of this: kernels for matrix products are slow on sizes that are not a multiple of 8,
+# and their tiles are 64 to 256 wide.
+_BLOCK_MULTIPLE = 256
 # Logits of a few tokens over all of the vocabulary, for a head that cannot be read in blocks.
 _WHOLE_ELEMENTS = 2**25
 
@@ -50,9 +54,9 @@ class LMHead:
         """[N, V] what the linear layer gives, in the model's precision; ``transform`` makes logits of it."""
         return self.module(hidden_NH)
 
-    def transform(self, raw_NV: Tensor) -> Tensor:
-        """[N, V] float32 logits from the linear layer's output."""
-        logits_NV = raw_NV.float()
+    def transform(self, raw_NV: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, V] logits in ``dtype`` from the linear layer's output."""
+        logits_NV = raw_NV.to(dtype)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
@@ -67,6 +71,37 @@ class LMHead:
         """[N, V] float32."""
         return self.transform(self.raw_logits(hidden_NH))
 
+    def detached(self) -> LMHead:
+        """The head as it is now: without gradient, without dropout, and without a copy of its weights.
+
+        Trained parameters are replaced by views of their present values. So the result keeps the values of a set of
+        weights (``WeightSet.active``) after the model got its own back, until an optimizer steps on that set in place.
+        """
+        memo = {
+            id(p): nn.Parameter(p.detach(), requires_grad=False) if p.requires_grad else p
+            for p in self.module.parameters()
+        }
+        return replace(self, module=copy.deepcopy(self.module, memo).eval())
+
+
+def vocab_block_size(num_tokens: int, device_type: str) -> int:
+    """Tokens of the vocabulary per block: a multiple of 256, for about 2²¹ logits on a CPU and 2²⁶ elsewhere.
+
+    Args:
+        num_tokens: N, rows of the block of logits.
+        device_type: "cpu", "cuda" and so on.
+    """
+    elements = _CPU_ELEMENTS if device_type == "cpu" else _ACCELERATOR_ELEMENTS
+    return max(1, elements // max(1, num_tokens) // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE
+
+
+def in_computing_precision(hidden_NH: Tensor) -> Tensor:
+    """Hidden states in autocast's precision where that is on, else as they are."""
+    device_type = hidden_NH.device.type
+    if torch.is_autocast_enabled(device_type):
+        return hidden_NH.to(torch.get_autocast_dtype(device_type))
+    return hidden_NH
+
 
 def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size: int | None = None) -> Tensor:
     """Log-prob of each target; nothing of size N × V is ever there.
@@ -74,36 +109,48 @@ def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size
     Args:
         hidden_NH: last hidden states.
         targets_N: token ids.
-        block_size: tokens of the vocabulary that are read at once.
+        block_size: tokens of the vocabulary that are read at once; by default ``vocab_block_size``.
 
     Returns:
         [N] float32 (nats); differentiable with respect to the hidden states and the head.
     """
     if head.is_linear:
-        linear, device = cast(nn.Linear, head.module), hidden_NH.device.type
-        if torch.is_autocast_enabled(device):
-            hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
-        elements = _CPU_ELEMENTS if device == "cpu" else _ACCELERATOR_ELEMENTS
-        block_size = block_size or max(256, elements // max(1, len(hidden_NH)))
+        linear = cast(nn.Linear, head.module)
+        hidden_NH = in_computing_precision(hidden_NH)
+        block_size = block_size or vocab_block_size(len(hidden_NH), hidden_NH.device.type)
         return cast(Tensor, _HeadLogps.apply(hidden_NH, linear.weight, linear.bias, targets_N, head, block_size))
 
     def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(head.logits(hidden), targets, reduction="none")
 
-    # A head with something on it, an adapter for example, runs as it is, on a few tokens and all of the vocabulary.
-    rows = max(16, _WHOLE_ELEMENTS // head.vocab_size)
-    chunks = zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
+    return in_row_chunks(chunk_logps, head.vocab_size, hidden_NH, targets_N)
+
+
+def in_row_chunks(function: Callable[..., Tensor], vocab_size: int, *tensors: Tensor) -> Tensor:
+    """``function`` of a few tokens and all of the vocabulary at a time, for a head that cannot be read in blocks.
+
+    A head with an adapter, for example, runs as it is. Activation checkpointing keeps one chunk's logits at a time.
+
+    Args:
+        function: of the chunks of ``tensors``, [n, ...] each, to [n].
+        tensors: [N, ...] each.
+
+    Returns:
+        [N].
+    """
+    rows = max(16, _WHOLE_ELEMENTS // vocab_size)
+    chunks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
-    return torch.cat([chunk_logps(*chunk) for chunk in chunks])
+        return torch.cat([cast(Tensor, checkpoint(function, *chunk, use_reentrant=False)) for chunk in chunks])
+    return torch.cat([function(*chunk) for chunk in chunks])
 
 
 class _HeadLogps(torch.autograd.Function):
     """log p(y) = z_y − log Σ_v exp z_v with z = W h, as FlashAttention goes over keys (arXiv 2205.14135, algorithm 1).
 
-    Each block meets the largest logit so far and the sum of exponentials below it, and is forgotten. ∂ log p(y)/∂h =
-    W_y − Σ_v p_v W_v, but for the gradient from above, which is one factor per token: so the same pass sums Σ_v p_v W_v, and
-    a head that stays as it is costs two matrix products. One that is trained reads its blocks again in backward.
+    We keep a running maximum and sum (online softmax) and discard each block. ∂ log p(y)/∂h = W_y − Σ_v p_v W_v, times
+    the gradient from above, which is one factor per token. So the same pass sums Σ_v p_v W_v, and a frozen head costs two
+    matrix products. A head that is trained reads its blocks again in backward.
     """
 
     @staticmethod
@@ -115,7 +162,7 @@ class _HeadLogps(torch.autograd.Function):
         if ctx.needs_input_grad[0] and not is_trained:
             mean_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for block, weight, logits in _blocks(head, hidden_NH, weight_VH, bias_V, block_size):
+            for block, weight, logits in vocab_blocks(head, hidden_NH, weight_VH, bias_V, block_size):
                 inside_N1, places_N1 = _places(targets_N, block)
                 chosen_N1 = torch.where(inside_N1, logits.gather(1, places_N1), chosen_N1)
                 higher_N1 = torch.maximum(highest_N1, logits.amax(1, keepdim=True))
@@ -150,7 +197,7 @@ class _HeadLogps(torch.autograd.Function):
         bias_grad_V = None if bias_V is None else torch.empty_like(bias_V)
         factor_N1 = ctx.head.scale * grad_N[:, None]
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for block, weight, logits in _blocks(ctx.head, hidden_NH, weight_VH, bias_V, ctx.block_size):
+            for block, weight, logits in vocab_blocks(ctx.head, hidden_NH, weight_VH, bias_V, ctx.block_size):
                 inside_N1, places_N1 = _places(targets_N, block)
                 damping = ctx.head.damping(logits)
                 probs = logits.sub_(log_total_N1).exp_()
@@ -165,15 +212,20 @@ class _HeadLogps(torch.autograd.Function):
         return hidden_grad_NH.to(hidden_NH.dtype), weight_grad_VH, bias_grad_V, None, None, None
 
 
-def _blocks(
-    head: LMHead, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, size: int
+def vocab_blocks(
+    head: LMHead,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """One block of the vocabulary after another: where it is, its weights, and its float32 logits [N, size]."""
+    """One block of the vocabulary after another: where it is, its weights, and its logits [N, size] in ``dtype``."""
     for start in range(0, len(weight_VH), size):
         block = slice(start, min(start + size, len(weight_VH)))
         weight = weight_VH[block].to(hidden_NH.dtype)
         bias = None if bias_V is None else bias_V[block].to(hidden_NH.dtype)
-        yield block, weight, head.transform(F.linear(hidden_NH, weight, bias))
+        yield block, weight, head.transform(F.linear(hidden_NH, weight, bias), dtype)
 
 
 def _places(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,7 +15,7 @@ from tutelage.models.head import LMHead, head_logps
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import adapters_under_autocast
 
-__all__ = ["hidden_states", "token_logps"]
+__all__ = ["hidden_states", "layer_hidden_states", "predictor_hidden_states", "token_logps"]
 
 
 def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None) -> Tensor:
@@ -25,21 +28,47 @@ def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None
         [N] float32 (nats per token), in the order of ``batch.targets``; differentiable.
     """
     base = base_causal_lm(model)
-    batch = batch.to(base.device)
-    with attention_by_products(base, batch.input_ids.shape[1]):
-        hidden_BLH = hidden_states(base, batch)
-    hidden_NH = hidden_BLH[batch.predictor_rows.to(hidden_BLH.device), batch.predictor_columns.to(hidden_BLH.device)]
+    hidden_NH = predictor_hidden_states(base, batch)
     return head_logps(LMHead.of(base), hidden_NH, batch.targets.to(hidden_NH.device), block_size=block_size)
 
 
+def predictor_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
+    """[N, H] the last hidden states that predict the completion tokens of a batch; differentiable."""
+    batch = batch.to(base.device)
+    with attention_by_products(base, batch.input_ids.shape[1]):
+        hidden_BLH = hidden_states(base, batch)
+    return hidden_BLH[batch.predictor_rows.to(hidden_BLH.device), batch.predictor_columns.to(hidden_BLH.device)]
+
+
 def hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
+    """[B, L, H] last hidden states of a batch on the model's device; differentiable."""
+    return _run_body(base, batch).last_hidden_state
+
+
+def layer_hidden_states(base: PreTrainedModel, batch: Batch, layers: Sequence[int]) -> list[Tensor | None]:
+    """[B, L, H] what each of ``layers`` gives, for a batch on the model's device.
+
+    Args:
+        layers: as ``output_hidden_states`` of transformers counts them: 0 is the embedding, and the last is the output
+            of the body, after its final norm.
+
+    Returns:
+        one for each of ``layers``; None where the body gives no such layer.
+    """
+    # The architectures that select keep the chosen layers alone; to any other the list means "yes", and it keeps all.
+    outputs = _run_body(base, batch, output_hidden_states=list(layers))
+    found = cast(Sequence[Tensor | None], getattr(outputs, "hidden_states", None) or ())
+    return [found[layer] if layer < len(found) else None for layer in layers]
+
+
+def _run_body(base: PreTrainedModel, batch: Batch, **options: Any) -> Any:
     # A text-only base model never sees the prompt's logits: its body alone runs, the head is ours.
     if batch.attention_mask is not None:
         inputs = {"attention_mask": batch.attention_mask.long()}
     else:
         inputs = {"attention_mask": _shared_prefix_attention(base, batch), "position_ids": batch.position_ids}
     with adapters_under_autocast(base):
-        return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+        return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs, **options)
 
 
 def _shared_prefix_attention(base: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode, precision
 from tutelage.scoring.forward import token_logps
 
-__all__ = ["LayoutProbe", "probe_layout"]
+__all__ = ["LayoutProbe", "collate_in_layout", "probe_layout"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,18 @@ def probe_layout(model: nn.Module) -> LayoutProbe:
         _probes[base] = _probe(model, base)
         logger.info("layout: %s (%s)", _probes[base].layout, _probes[base].reason)
     return _probes[base]
+
+
+def collate_in_layout(
+    model: nn.Module,
+    groups: Sequence[Group],
+    layout: Literal["auto", "shared_prefix", "padded"] = "auto",
+    pad_token_id: int = 0,
+) -> Batch:
+    """A batch of groups in the layout asked for; "auto" takes what ``probe_layout`` finds for the model."""
+    if layout == "auto":
+        layout = probe_layout(model).layout
+    return (collate_shared_prefix if layout == "shared_prefix" else collate_padded)(groups, pad_token_id)
 
 
 @torch.no_grad()
