@@ -1,6 +1,7 @@
 """What the tests of training share: a tiny tokenizer, tiny policies, sums to learn, and runs made of them."""
 
 import gc
+import os
 
 import pytest
 import torch
@@ -20,7 +21,29 @@ from tutelage.algorithms import (
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
 
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, most of all on a busy machine
+# Tiny tensors: threads cost more than they bring, most of all on a busy machine.
+torch.set_num_threads(int(os.environ.get("TUTELAGE_TEST_THREADS", "1")))
+
+
+def _round_otherwise(seed):
+    """Have linear layers round as another processor might: each output off by up to one part in 2^23, in a way that its shape decides.
+
+    Repeating a computation gives the same bits; the same rows in a batch of another shape do not.
+    """
+    linear = torch.nn.functional.linear
+
+    def rounded(input, weight, bias=None):
+        output = linear(input, weight, bias)
+        if output.dtype != torch.float32 or output.device.type != "cpu":
+            return output
+        generator = torch.Generator().manual_seed(hash((seed, *output.shape, *weight.shape)) % 2**63)
+        return output * (1 + 2.0**-23 * (2 * torch.rand(output.shape, generator=generator) - 1))
+
+    torch.nn.functional.linear = rounded
+
+
+if "TUTELAGE_TEST_ROUNDING" in os.environ:
+    _round_otherwise(int(os.environ["TUTELAGE_TEST_ROUNDING"]))
 
 ALGORITHMS = {
     "sft": (SFTConfig, SFTTrainer),

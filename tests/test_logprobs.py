@@ -65,7 +65,7 @@ def test_tree_equals_padded_equals_one_by_one(architecture, kind, monkeypatch):
         assert found.keys() == truth_gradients.keys()
         for name, gradient in truth_gradients.items():
             scale = max(1.0, gradient.abs().max().item())
-            torch.testing.assert_close(found[name] / scale, gradient / scale, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found[name] / scale, gradient / scale, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -83,7 +83,7 @@ def test_frozen_head_gives_the_adapters_the_same_gradients(architecture):
     logps = completion_logps(model, groups, block_size=4)
     torch.testing.assert_close(logps, truth, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients(model, logps).items():
-        torch.testing.assert_close(gradient, truth_gradients[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient, truth_gradients[name], atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -133,7 +133,7 @@ def test_tree_equals_padded_equals_head_times_last_hidden_state(architecture, ba
             (reward.rewards(GROUPS) * weights).sum().backward()
         for parameter, gradient in zip(reward.parameters, gradients["truth"], strict=True):
             scale = max(1.0, gradient.abs().max().item())
-            torch.testing.assert_close(parameter.grad / scale, gradient / scale, atol=1e-5, rtol=0)
+            torch.testing.assert_close(parameter.grad / scale, gradient / scale, atol=5e-5, rtol=0)
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
@@ -527,7 +527,7 @@ def movement(base, groups, *, objective=None, preferences=(), max_grad_norm=0.0,
 def assert_close(found, expected):
     assert max(tensor.abs().max() for tensor in expected) > 1e-2
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 UNEVEN = [*planted_groups(3, samples=1), *planted_groups(2, samples=3, seed=1), *planted_groups(2, seed=2)]
@@ -560,7 +560,7 @@ def test_micro_batches_change_nothing(base):
             base, UNEVEN, preferences=preferences, steps=2, max_grad_norm=1.0, micro_batch_size=size
         )
         assert_close(parts, whole)
-        assert same == pytest.approx(facts, abs=1e-6)
+        assert same == pytest.approx(facts, abs=1e-5)
 
 
 def test_preferences_enter_the_gradient_with_their_weight(base):

@@ -45,15 +45,29 @@ def test_logps_equal_a_fresh_forward(architecture, temperature):
         torch.testing.assert_close(torch.tensor(sample.token_logps), expected, atol=1e-5, rtol=1e-5)
 
 
+def assert_same_but_for_rounding(found, expected):
+    """The same samples; one row may differ, where a random number falls on the edge between two tokens.
+
+    Batches of other shapes round differently, by some 1e-7 of a probability, so about one draw in a million may change. What
+    depends on the batch by mistake changes nearly every row.
+    """
+    assert len(found) == len(expected)
+    assert sum(one != other for one, other in zip(found, expected, strict=True)) <= 1
+
+
 def test_batch_size_and_neighbours_change_no_sample():
     model, prompts = tiny_model("qwen3"), random_prompts(64)
     drawn = {
         size: TransformersSampler(model, batch_size=size).sample(prompts, PARAMS, num_samples=2) for size in (1, 7, 64)
     }
     tokens = {size: [[s.token_ids for s in row] for row in samples] for size, samples in drawn.items()}
-    assert tokens[1] == tokens[7] == tokens[64]
-    alone = TransformersSampler(model).sample([prompts[40]], PARAMS, num_samples=2, rows=[40])
-    assert [s.token_ids for s in alone[0]] == tokens[64][40]
+    for size in (1, 7):
+        assert_same_but_for_rounding(tokens[size], tokens[64])
+    alone = [
+        TransformersSampler(model).sample([prompts[row]], PARAMS, num_samples=2, rows=[row])[0]
+        for row in range(40, 60)
+    ]
+    assert_same_but_for_rounding([[s.token_ids for s in drawn] for drawn in alone], tokens[64][40:60])
     assert len({row[0] for row in tokens[64]}) > 32, "different rows draw different samples"
     assert sum(row[0] != row[1] for row in tokens[64]) > 32, "different draws of a prompt differ"
 
@@ -63,7 +77,7 @@ def test_prompts_that_run_a_few_at_a_time_change_no_sample(monkeypatch):
     together = TransformersSampler(model).sample(prompts, PARAMS, num_samples=2)
     monkeypatch.setattr("tutelage.sampling.transformers._CPU_PREFILL_TOKENS", 30)  # two or three prompts
     apart = TransformersSampler(model).sample(prompts, PARAMS, num_samples=2)
-    assert [[s.token_ids for s in drawn] for drawn in apart] == [[s.token_ids for s in drawn] for drawn in together]
+    assert_same_but_for_rounding(*([[s.token_ids for s in drawn] for drawn in run] for run in (apart, together)))
 
 
 def test_freed_memory_is_kept_where_the_c_library_can():
@@ -114,7 +128,13 @@ def test_greedy_equals_generate():
         ids = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=10, do_sample=False
         )
-        assert ids[0, len(prompt) :].tolist() == list(sample.token_ids)
+        expected = ids[0, len(prompt) :].tolist()
+        if expected != list(sample.token_ids):  # only where two tokens are equally likely, but for rounding
+            place = next(
+                i for i, pair in enumerate(zip(expected, sample.token_ids, strict=False)) if len(set(pair)) > 1
+            )
+            logits = model(torch.tensor([[*prompt, *expected[:place]]])).logits[0, -1]
+            assert abs(logits[expected[place]] - logits[sample.token_ids[place]]) < 1e-5
 
 
 def chi_square(counts, probabilities):
@@ -151,8 +171,8 @@ def test_draws_invert_the_cumulative_distribution_over_many_blocks():
         tokens, logps = draw_tokens(logits, np.full(4, u), params=SamplingParams())
         torch.testing.assert_close(logps, torch.log_softmax(logits, 1).gather(1, tokens[:, None])[:, 0])
         upper = cumulative.gather(1, tokens[:, None])[:, 0]
-        assert (upper >= u - 1e-6).all()
-        assert (upper - logps.double().exp() <= u + 1e-6).all()
+        assert (upper >= u - 1e-5).all()
+        assert (upper - logps.double().exp() <= u + 1e-5).all()
 
 
 def test_a_few_rows_at_a_time_and_all_at_once_draw_the_same(monkeypatch):

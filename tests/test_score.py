@@ -175,7 +175,7 @@ def test_explicit_reward_of_demonstrations(form, score, run, whole):
         assert (found["role"], found["text"]) == ("demonstration", tokens.text(expected.token_ids))
         assert (found["finished"], found["tokens"]) == (expected.finished, len(expected.token_ids))
         ids = tokens.prompt_ids(row["prompt"]) + expected.token_ids
-        assert found["reward"] == pytest.approx(truth(ids), abs=1e-5)
+        assert found["reward"] == pytest.approx(truth(ids), abs=1e-4)
     assert {line["completions"][0]["finished"] for line in lines} == {True, False}, (
         "the limit cuts some and not others"
     )
@@ -197,7 +197,7 @@ def test_preference_pairs(score, run):
         assert [found["role"] for found in line["completions"]] == ["preferred", "rejected"]
         for found, text in zip(line["completions"], (row["chosen"], row["rejected"]), strict=True):
             ids = tokens.prompt_ids(row["prompt"]) + tokens.completion(row["prompt"], text, Role.SAMPLE).token_ids
-            assert found["reward"] == pytest.approx(truth(ids), abs=1e-5)
+            assert found["reward"] == pytest.approx(truth(ids), abs=1e-4)
     assert [found["role"] for found in lines[-1]["completions"]] == ["demonstration"]
     preferred, rejected = singles(lines, "preferred"), singles(lines, "rejected")
     wins = [better > worse for better, worse in zip(preferred, rejected, strict=True)]
@@ -222,13 +222,13 @@ def test_samples(score, tutelage, run, tmp_path):
         assert (demonstration["role"], {found["role"] for found in drawn}) == ("demonstration", {"sample"})
         shown_demonstration, *samples_of_row = row["completions"]
         own = truth(row["prompt_ids"] + shown_demonstration["token_ids"])
-        assert demonstration["reward"] == pytest.approx(own, abs=1e-5)
+        assert demonstration["reward"] == pytest.approx(own, abs=1e-4)
         for found, sample in zip(drawn, samples_of_row, strict=True):
             ids, text = sample["token_ids"], sample["text"]
             assert found["finished"] == sample["finished"]
             assert len(sample["token_values"]["sampler_logps"]) == len(ids)
             assert (found["text"], found["tokens"]) == (text, len(ids))
-            assert found["reward"] == pytest.approx(truth(row["prompt_ids"] + ids), abs=1e-5)
+            assert found["reward"] == pytest.approx(truth(row["prompt_ids"] + ids), abs=1e-4)
             changed += tokens.tokenizer(text, add_special_tokens=False)["input_ids"] != ids
     assert changed
     drawn = rewards(lines, "sample")
@@ -272,7 +272,7 @@ def test_samples_of_a_stage(score, run, stage_file):
     for line, group in zip(lines, groups, strict=True):
         for found, completion in zip(line["completions"], group.completions, strict=True):
             assert (found["role"], found["finished"]) == (completion.role, completion.finished)
-            assert found["reward"] == pytest.approx(truth(group.prompt_ids + completion.token_ids), abs=1e-5)
+            assert found["reward"] == pytest.approx(truth(group.prompt_ids + completion.token_ids), abs=1e-4)
     assert printed(shown, "mean reward, best of 2")[1] == 6
 
 

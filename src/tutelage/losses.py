@@ -1,7 +1,8 @@
 """The objectives, as pure functions on tensors: no model, no trainer, no printing.
 
-Log-probs are sums over the tokens of a completion, in nats. Every function returns one value per element and leaves the
-averaging to the caller.
+Log-probs are in nats: sums over the tokens of a completion, or of single tokens where an argument is called ``token_logps``.
+Every function returns one value per element and leaves the averaging to the caller. All values and gradients are finite for
+finite arguments.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor
 __all__ = [
     "LossKind",
     "RewardLossKind",
+    "dft_loss",
     "group_normalized_advantages",
     "implicit_reward",
+    "importance_ratio",
     "irft_loss",
     "kl_loss",
     "leave_one_out_advantages",
@@ -27,6 +30,10 @@ __all__ = [
 
 LossKind = Literal["logistic", "hinge", "linear"]
 RewardLossKind = Literal["logistic", "linear"]
+
+# Nats beyond which an importance ratio grows linearly. e^20 ≈ 5e8: far beyond any useful ratio, and its square, which a
+# gradient norm takes, is far from the largest float32.
+_LONGEST_LOG_RATIO = 20.0
 
 
 def sft_loss(demonstration_logps: Tensor) -> Tensor:
@@ -41,6 +48,25 @@ def sft_loss(demonstration_logps: Tensor) -> Tensor:
     return -demonstration_logps
 
 
+def dft_loss(token_logps: Tensor) -> Tensor:
+    """Dynamic fine-tuning: each token's negative log-likelihood, weighted by its probability, −sg(p) log p.
+
+    With p = π(y_t | x, y_<t) and sg(·) the stop-gradient (Wu et al. 2025, "On the Generalization of SFT", arXiv 2508.05629).
+    The gradient is −∇p, where SFT's is −∇p / p: a token that the policy finds unlikely does not dominate the step.
+
+    Args:
+        token_logps: [N] log-prob of each token of the demonstrations (nats per token), with gradient.
+
+    Returns:
+        [N] loss of each token (nats), between 0 and 1/e; divide the sum by the number of tokens, as for SFT. The value alone
+        is no measure of progress: it is 0 both at p = 0 and at p = 1.
+
+    >>> dft_loss(torch.tensor([0.5, 0.25]).log())
+    tensor([0.3466, 0.3466])
+    """
+    return -token_logps.detach().exp() * token_logps
+
+
 def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
     """The reward that a policy implies: r(x, y) = β [log π(y|x) − log π_ref(y|x)], up to a constant in y.
 
@@ -48,7 +74,7 @@ def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, *, beta: floa
 
     Args:
         policy_logps, reference_logps: [C] log-probs of the same completions (nats per sequence).
-        beta: the temperature β > 0; in units of reward a nat.
+        beta: the temperature β > 0; in units of reward per nat.
 
     Returns:
         [C] rewards; higher means that the policy raised the completion over the reference.
@@ -179,7 +205,7 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 
 
 def group_normalized_advantages(rewards: Tensor, *, epsilon: float = 1e-4) -> Tensor:
-    """Rewards of the samples of one prompt, centerd and divided by their spread (Shao et al. 2024, arXiv 2402.03300, GRPO).
+    """Rewards of the samples of one prompt, centered and divided by their spread (Shao et al. 2024, arXiv 2402.03300, GRPO).
 
     Makes a difference of 0.01 between samples as loud as one of 10: noise of a fresh reward is amplified.
 
@@ -195,11 +221,33 @@ def group_normalized_advantages(rewards: Tensor, *, epsilon: float = 1e-4) -> Te
     return (rewards - rewards.mean()) / (rewards.std() + epsilon)
 
 
+def importance_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
+    """ρ = π(ỹ|x) / π_t(ỹ|x), continued along its tangent beyond a log-ratio of 20 nats so that it cannot overflow.
+
+    The exponential of 88 nats is the largest float32, and the log-ratio of a long completion may pass that. Up to
+    L = 20 nats the ratio is exact; beyond, it is e^L (1 + log ρ − L), whose gradient with respect to log π is e^L: still large, and of
+    the right sign, where clamping the log-ratio would give 0.
+
+    Args:
+        logps, old_logps: [S] log-probs of the same completions (nats per sequence).
+
+    Returns:
+        [S] ratios; finite, with finite gradients.
+    """
+    _require_same_shape(logps=logps, old_logps=old_logps)
+    log_ratio = logps - old_logps
+    return log_ratio.clamp(max=_LONGEST_LOG_RATIO).exp() * (1 + torch.relu(log_ratio - _LONGEST_LOG_RATIO))
+
+
 def policy_gradient_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_range: float = 0.2) -> Tensor:
     """REINFORCE with clipped importance ratios, −min(ρA, clip(ρ, 1 − ε, 1 + ε) A), ρ = π(ỹ|x) / π_t(ỹ|x).
 
     The ratio is that of the whole completion, as in RLOO (Ahmadian et al. 2024, arXiv 2402.14740); the clipping is PPO's
     (Schulman et al. 2017, arXiv 1707.06347). At ρ = 1 its gradient is REINFORCE's, −A ∇log π.
+
+    Far from ρ = 1, by the sign of the advantage: a good sample (A > 0) that gained more than ε has loss −(1 + ε) A and no
+    gradient. A bad one (A < 0) that lost more than ε has loss −(1 − ε) A and no gradient. A bad one that gained is not
+    clipped: its loss is −ρA, and its gradient grows with ρ until ``importance_ratio`` bounds it. A = 0 gives 0.
 
     Args:
         logps: [S] log π of each sample (nats per sequence), with gradient.
@@ -211,7 +259,7 @@ def policy_gradient_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *
         [S] loss of each sample; falls as good samples gain probability and bad ones lose it.
     """
     _require_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
-    ratio = (logps - old_logps).exp()
+    ratio = importance_ratio(logps, old_logps)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
 

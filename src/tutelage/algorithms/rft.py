@@ -6,7 +6,6 @@ Algorithm 1 of Li et al., "Getting More Juice Out of the SFT Data" (NeurIPS 2024
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
@@ -18,10 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tutelage.data.demonstrations import Turns
+from tutelage.data.validation import split_validation
 from tutelage.errors import UserError
+from tutelage.evaluation.policy import EvaluationSet
 from tutelage.groups import Group
 from tutelage.losses import (
     group_normalized_advantages,
+    importance_ratio,
     kl_loss,
     leave_one_out_advantages,
     policy_gradient_loss,
@@ -37,7 +39,6 @@ from tutelage.training.reward_setup import make_fitter, make_reward, read_prefer
 from tutelage.training.selection import Candidates
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.trainer import DemonstrationTrainer, Step
-from tutelage.training.validation import split_validation
 
 __all__ = ["RFTConfig", "RFTObjective", "RFTTrainer"]
 
@@ -121,20 +122,14 @@ class RFTObjective:
         losses_C = policy_gradient_loss(logps_C, old_C, advantages_C, clip_range=self.clip_range)
         if not self.kl_in_reward:
             losses_C = losses_C + self._beta * kl_loss(logps_C, reference_C)
-        moved_C = (logps_C - old_C).detach()
-        # |ρ − 1| > ε without exp, which overflows.
-        clipped_C = (moved_C > math.log1p(self.clip_range)) | (moved_C < _log(1 - self.clip_range))
+        ratio_C = importance_ratio(logps_C, old_C).detach()
         step.track("logps/samples", logps_C)
         step.track("policy/reward", rewards_C)
         step.track("policy/advantage", advantages_C.abs())
-        step.track("policy/clip_fraction", clipped_C.float())
+        step.track("policy/clip_fraction", ((ratio_C - 1).abs() > self.clip_range).float())
         if self.samples_are_plain:
             step.track("policy/kl", log_ratio_C)
         return losses_C.sum() / max(1, step.counts["samples"])
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
 
 
 class RFTTrainer(DemonstrationTrainer):
@@ -196,16 +191,17 @@ class RFTTrainer(DemonstrationTrainer):
         rollout = make_rollout(self, sampler, reference_is_initial=True, keep_old=True)
         candidates, validation_prompts = None, set()
         if train_dataset is not None:
-            rows, self.train_dataset = split_validation(
+            turns = cast(Turns, args.turns)
+            raw, self.train_dataset = split_validation(
                 train_dataset,
                 self.train_dataset,
                 self.tokenization,
                 rows=args.validation_rows,
                 seed=args.seed,
-                turns=cast(Turns, args.turns),
-                verifier=args.verifier,
+                turns=turns,
                 source=source,
             )
+            rows = EvaluationSet.of(raw, self.tokenization, verifier=args.verifier, turns=turns, source=source)
             validation_prompts = {group.prompt_ids for group in rows.groups}
             # Of the policy itself, however the stages sample: their mean log-ratio is to be the KL.
             plain = replace(rollout.params, temperature=1.0, top_k=0, top_p=1.0)

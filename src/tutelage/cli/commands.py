@@ -19,9 +19,8 @@ from tutelage.cli.common import (
     weight_arguments,
 )
 from tutelage.cli.progress import TerminalProgress
-from tutelage.data import Tokenization, inspect_dataset, is_conversational, print_inspection
+from tutelage.data import Tokenization, inspect_dataset, print_inspection, tokenized_prompts
 from tutelage.data.records import group_record
-from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.files import write_json_lines
@@ -49,11 +48,11 @@ def sample(args: Sequence[str], console: Console) -> None:
     tokenization = load_tokenization(options, options.model_name_or_path)
     model = load_policy(options, options.model_name_or_path, tokenization)
     dataset = load_data(options)
-    groups = _prompts(dataset, tokenization, options.dataset_name)
+    groups, conversational = _prompts(dataset, tokenization, options.dataset_name)
     try:
         params = SamplingParams(
             max_completion_length=options.max_completion_length,
-            stop_ids=tokenization.stop_ids(_holds_messages(dataset, options.dataset_name)),
+            stop_ids=tokenization.stop_ids(conversational),
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -85,40 +84,12 @@ def sample(args: Sequence[str], console: Console) -> None:
     console.print(f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
 
 
-def _holds_prompts_alone(dataset: Any) -> bool:
-    return "prompt" in dataset.column_names and not {"completion", "chosen"} & set(dataset.column_names)
-
-
-def _holds_messages(dataset: Any, source: str) -> bool:
-    if _holds_prompts_alone(dataset):
-        return not isinstance(dataset[0]["prompt"], str)
-    return is_conversational(dataset, source=source)
-
-
-def _prompts(dataset: Any, tokenization: Tokenization, source: str) -> list[Group]:
-    """Each prompt, with its demonstration if it has one; data to sample from may hold prompts alone."""
-    if not _holds_prompts_alone(dataset):
-        return [group_from_row(row) for row in tokenize_dataset(dataset, tokenization, source=source)]  # type: ignore[arg-type]
-    groups = []
-    for place, row in enumerate(dataset):
-        if not row["prompt"]:
-            raise UserError(
-                "is empty.", remedy="Write a prompt or remove the row.", file=source, row=place + 1, field="prompt"
-            )
-        prompt = tokenization.prompt_ids(row["prompt"])
-        if len(prompt) <= tokenization.max_prompt_length:
-            groups.append(Group(prompt, row=place))
-        elif tokenization.on_long_prompt == "error":
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, more than {tokenization.max_prompt_length}.",
-                remedy="Raise --max_prompt_length or use --on_long_prompt drop.",
-                file=source,
-                row=place + 1,
-                field="prompt",
-            )
-    if not groups:
+def _prompts(dataset: Any, tokenization: Tokenization, source: str) -> tuple[list[Group], bool]:
+    """The prompts, with their demonstrations where there are some, and whether they are lists of messages."""
+    prompts = list(tokenized_prompts(dataset, tokenization, source=source))
+    if not prompts:
         raise UserError("no prompt is left.", remedy="Give at least one.", file=source)
-    return groups
+    return [prompt.group for prompt in prompts], prompts[0].conversational
 
 
 def evaluate(args: Sequence[str], console: Console) -> None:

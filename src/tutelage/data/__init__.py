@@ -6,16 +6,23 @@ from tutelage.data.loading import load_dataset
 from tutelage.data.tokenization import (
     DataSummary,
     Tokenization,
+    TokenizedPrompt,
+    TokenizedRow,
     group_from_row,
     preference_group_from_row,
     tokenize_dataset,
+    tokenized_prompts,
+    tokenized_rows,
 )
+from tutelage.data.validation import split_validation
 
 __all__ = [
     "DataSummary",
     "Demonstration",
     "Inspection",
     "Tokenization",
+    "TokenizedPrompt",
+    "TokenizedRow",
     "detect_format",
     "group_from_row",
     "inspect_dataset",
@@ -25,5 +32,8 @@ __all__ = [
     "print_inspection",
     "read_row",
     "read_rows",
+    "split_validation",
     "tokenize_dataset",
+    "tokenized_prompts",
+    "tokenized_rows",
 ]

@@ -20,7 +20,9 @@ __all__ = [
     "Messages",
     "Turns",
     "detect_format",
+    "holds_prompts_alone",
     "is_conversational",
+    "read_prompts",
     "read_row",
     "read_rows",
 ]
@@ -151,6 +153,28 @@ def is_conversational(dataset: Dataset | IterableDataset, *, source: str = "data
         if demonstrations:
             return demonstrations[0].conversational
     raise UserError("no row holds a demonstration.", file=source)
+
+
+def holds_prompts_alone(dataset: Dataset | IterableDataset) -> bool:
+    """True if there is a ``prompt`` column and no column with an answer: something to sample from, not to learn from."""
+    columns = dataset.column_names or list(next(iter(dataset), ()))
+    return "prompt" in columns and not {"completion", "chosen"} & set(columns)
+
+
+def read_prompts(dataset: Dataset | IterableDataset, *, source: str = "data set") -> Iterator[str | Messages]:
+    """The ``prompt`` column, row by row: text, or a list of messages that ends with the user's.
+
+    Raises:
+        UserError: names source, row and field of one that is neither, or is empty; or text and messages are mixed.
+    """
+    first: type | None = None
+    for number, row in enumerate(dataset, start=1):
+        place = _Place(source, number, "prompt")
+        prompt = _prompt(row["prompt"], place)
+        first = first or type(prompt)
+        if type(prompt) is not first:
+            raise place.error("some rows hold text and some hold lists of messages.", "Write all rows in one way.")
+        yield prompt
 
 
 def read_row(

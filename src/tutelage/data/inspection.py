@@ -13,9 +13,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.data.demonstrations import Turns, read_rows
-from tutelage.data.tokenization import DataSummary, Tokenization
+from tutelage.data.demonstrations import Turns
+from tutelage.data.tokenization import DataSummary, Tokenization, tokenized_rows
 from tutelage.errors import UserError
+from tutelage.groups import Group
 
 __all__ = ["Example", "Inspection", "Lengths", "Segment", "inspect_dataset", "print_inspection"]
 
@@ -122,30 +123,26 @@ def inspect_dataset(
     Raises:
         UserError: as ``tokenize_dataset`` for the first bad row; or there is no demonstration.
     """
-    as_trained = replace(tokenization, on_long_prompt="drop")
-    summary, examples = DataSummary(), []
+    read, summary, examples = DataSummary(), DataSummary(), []
     prompt_lengths, completion_lengths = [], []
-    uncut = replace(as_trained, max_prompt_length=_NO_LIMIT, max_completion_length=_NO_LIMIT)
-    for demonstrations in read_rows(dataset, turns=turns, source=source):
-        summary.rows += 1
-        summary.empty += not demonstrations
-        for demonstration in demonstrations:
-            whole = uncut.group(demonstration, source=source)
-            assert whole is not None
-            prompt_lengths.append(len(whole.prompt_ids))
-            completion_lengths.append(len(whole.completions[0].token_ids))
-            group = as_trained.group(demonstration, source=source)
-            if group is None:
-                summary.long_prompts += 1
-                continue
-            (completion,) = group.completions
-            summary.demonstrations += 1
-            summary.pairs += as_trained.pair(group, demonstration, source=source) is not None
-            summary.truncated += not completion.finished
-            if len(examples) < NUM_EXAMPLES:
-                prompt = _segments(group.prompt_ids, tokenization)
-                answer = _segments(completion.token_ids, tokenization)
-                examples.append(Example(demonstration.number, prompt, answer, completion.finished))
+    limit = tokenization.max_completion_length
+    whole = replace(tokenization, max_prompt_length=_NO_LIMIT, max_completion_length=_NO_LIMIT)
+    for row in tokenized_rows(dataset, whole, turns=turns, source=source, summary=read):
+        prompt_ids, (completion,) = row.group.prompt_ids, row.group.completions
+        prompt_lengths.append(len(prompt_ids))
+        completion_lengths.append(len(completion.token_ids))
+        if len(prompt_ids) > tokenization.max_prompt_length:
+            summary.long_prompts += 1
+            continue
+        finished = len(completion.token_ids) <= limit
+        summary.demonstrations += 1
+        summary.pairs += row.pair is not None and _differ(row.pair, limit)
+        summary.truncated += not finished
+        if len(examples) < NUM_EXAMPLES:
+            prompt = _segments(prompt_ids, tokenization)
+            answer = _segments(completion.token_ids[:limit], tokenization)
+            examples.append(Example(row.demonstration.number, prompt, answer, finished))
+    summary.rows, summary.empty = read.rows, read.empty
     if not prompt_lengths:
         raise UserError("no row holds a demonstration.", file=source)
     return Inspection(
@@ -159,6 +156,12 @@ def inspect_dataset(
 
 
 _NO_LIMIT = 2**31
+
+
+def _differ(pair: Group, limit: int) -> bool:
+    """Whether the two answers still differ once they are truncated."""
+    preferred, rejected = (completion.token_ids[:limit] for completion in pair.completions)
+    return preferred != rejected
 
 
 def _segments(token_ids: Sequence[int], tokenization: Tokenization) -> tuple[Segment, ...]:

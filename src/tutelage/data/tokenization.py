@@ -13,11 +13,21 @@ import jinja2
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.data.demonstrations import Demonstration, Messages, Turns, read_rows
+from tutelage.data.demonstrations import Demonstration, Messages, Turns, holds_prompts_alone, read_prompts, read_rows
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
 
-__all__ = ["DataSummary", "Tokenization", "group_from_row", "preference_group_from_row", "tokenize_dataset"]
+__all__ = [
+    "DataSummary",
+    "Tokenization",
+    "TokenizedPrompt",
+    "TokenizedRow",
+    "group_from_row",
+    "preference_group_from_row",
+    "tokenize_dataset",
+    "tokenized_prompts",
+    "tokenized_rows",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +105,22 @@ class Tokenization:
         """
         return self._encode_start(self._render_prompt(prompt), is_text=isinstance(prompt, str))
 
+    def short_prompt_ids(self, prompt: str | Messages) -> tuple[int, ...] | None:
+        """``prompt_ids``; None if the prompt is too long and such rows are to be dropped.
+
+        Raises:
+            UserError: the prompt is too long and such rows are an error; or as ``prompt_ids``.
+        """
+        prompt_ids = self.prompt_ids(prompt)
+        if len(prompt_ids) <= self.max_prompt_length:
+            return prompt_ids
+        if self.on_long_prompt == "drop":
+            return None
+        raise UserError(
+            f"the prompt has {len(prompt_ids)} tokens, the limit is {self.max_prompt_length}.",
+            remedy="Raise --max_prompt_length, or leave such rows out with --on_long_prompt drop.",
+        )
+
     def completion(self, prompt: str | Messages, text: str, role: Role) -> Completion:
         """The tokens of ``text`` as the answer to ``prompt``, finished or cut.
 
@@ -144,17 +170,12 @@ class Tokenization:
             UserError: names ``source`` and the row. A prompt that is too long; or as ``completion``.
         """
         try:
-            prompt_ids = self.prompt_ids(demonstration.prompt)
-            if len(prompt_ids) > self.max_prompt_length:
-                if self.on_long_prompt == "drop":
-                    return None
-                raise UserError(
-                    f"the prompt has {len(prompt_ids)} tokens, the limit is {self.max_prompt_length}.",
-                    remedy="Raise --max_prompt_length, or leave such rows out with --on_long_prompt drop.",
-                )
+            prompt_ids = self.short_prompt_ids(demonstration.prompt)
+            if prompt_ids is None:
+                return None
             completion = self.completion(demonstration.prompt, demonstration.completion, Role.DEMONSTRATION)
         except UserError as error:
-            raise _located(error, source, demonstration) from error
+            raise _located(error, source, demonstration.number) from error
         return Group(prompt_ids, (completion,), row=demonstration.row)
 
     def preference_group(self, demonstration: Demonstration, *, source: str | None = None) -> Group | None:
@@ -175,7 +196,7 @@ class Tokenization:
         try:
             rejected = self.completion(demonstration.prompt, demonstration.rejected, Role.REJECTED)
         except UserError as error:
-            raise _located(error, source, demonstration) from error
+            raise _located(error, source, demonstration.number) from error
         (demonstrated,) = group.completions
         if rejected.token_ids == demonstrated.token_ids:
             return None
@@ -263,8 +284,8 @@ def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _located(error: UserError, source: str | None, demonstration: Demonstration) -> UserError:
-    return UserError(error.problem, remedy=error.remedy, file=source, row=demonstration.number, field=error.field)
+def _located(error: UserError, source: str | None, number: int) -> UserError:
+    return UserError(error.problem, remedy=error.remedy, file=source, row=number, field=error.field)
 
 
 @dataclass
@@ -292,6 +313,93 @@ class DataSummary:
         """Why something was left out, and how often; empty if nothing was."""
         reasons = {"empty last turn of a dialogue": self.empty, "prompt too long": self.long_prompts}
         return {reason: count for reason, count in reasons.items() if count}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """A demonstration as it was read and as tokens.
+
+    Attributes:
+        demonstration: as it was read, with the row's other columns.
+        group: its prompt and the demonstration.
+        pair: the prompt with the preferred and the rejected answer, if the row has both and they differ.
+    """
+
+    demonstration: Demonstration
+    group: Group
+    pair: Group | None
+
+
+def tokenized_rows(
+    dataset: Dataset | IterableDataset,
+    tokenization: Tokenization,
+    *,
+    turns: Turns = "last",
+    source: str = "data set",
+    summary: DataSummary | None = None,
+) -> Iterator[TokenizedRow]:
+    """Read and tokenize a data set's demonstrations one by one; the way from rows to groups that everything takes.
+
+    Args:
+        dataset: of a recognized format, map-style or streamed.
+        turns: as in ``read_row``.
+        source: file or data set, for messages to people.
+        summary: is counted up as rows are read.
+
+    Yields:
+        every demonstration that remains: those with a prompt that is too long are left out or raise, as ``tokenization`` says.
+
+    Raises:
+        UserError: as ``read_rows`` and ``Tokenization.group`` for the first bad row.
+    """
+    summary = DataSummary() if summary is None else summary
+    for demonstrations in read_rows(dataset, turns=turns, source=source):
+        summary.rows += 1
+        summary.empty += not demonstrations
+        for demonstration in demonstrations:
+            group = tokenization.group(demonstration, source=source)
+            if group is None:
+                summary.long_prompts += 1
+                continue
+            pair = tokenization.pair(group, demonstration, source=source)
+            summary.demonstrations += 1
+            summary.pairs += pair is not None
+            summary.truncated += not group.completions[0].finished
+            yield TokenizedRow(demonstration, group, pair)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt to sample from.
+
+    Attributes:
+        group: the prompt, with the demonstration that the data give, if they give one.
+        conversational: whether it is a list of messages.
+    """
+
+    group: Group
+    conversational: bool
+
+
+def tokenized_prompts(
+    dataset: Dataset | IterableDataset, tokenization: Tokenization, *, source: str = "data set"
+) -> Iterator[TokenizedPrompt]:
+    """The prompts of a data set of a recognized format, or of one that holds a ``prompt`` column and no answers.
+
+    Raises:
+        UserError: as ``tokenized_rows``; or a prompt is no text and no list of messages.
+    """
+    if not holds_prompts_alone(dataset):
+        for row in tokenized_rows(dataset, tokenization, source=source):
+            yield TokenizedPrompt(row.group, row.demonstration.conversational)
+        return
+    for number, prompt in enumerate(read_prompts(dataset, source=source), start=1):
+        try:
+            prompt_ids = tokenization.short_prompt_ids(prompt)
+        except UserError as error:
+            raise UserError(error.problem, remedy=error.remedy, file=source, row=number, field="prompt") from error
+        if prompt_ids is not None:
+            yield TokenizedPrompt(Group(prompt_ids, row=number - 1), isinstance(prompt, list))
 
 
 _FEATURES = Features(
@@ -339,8 +447,8 @@ def tokenize_dataset(
     }
     if isinstance(dataset, IterableDataset):
         # One generator, hence one shard: numbering rows in shards would give two rows the same number.
-        return IterableDataset.from_generator(_tokenized_rows, features=_FEATURES, gen_kwargs=arguments)
-    rows = _tokenized_rows(**arguments)
+        return IterableDataset.from_generator(_columns, features=_FEATURES, gen_kwargs=arguments)
+    rows = _columns(**arguments)
     chunks = iter(lambda: list(islice(rows, 1000)), [])  # Python's lists of tokens are large: not all at once
     tokenized = concatenate_datasets([Dataset.from_list(chunk, features=_FEATURES) for chunk in chunks])
     for reason, count in arguments["summary"].dropped.items():
@@ -348,25 +456,14 @@ def tokenize_dataset(
     return tokenized
 
 
-def _tokenized_rows(
+def _columns(
     dataset: Dataset | IterableDataset, tokenization: Tokenization, turns: Turns, source: str, summary: DataSummary
 ) -> Iterator[dict[str, Any]]:
-    kept = 0
-    for demonstrations in read_rows(dataset, turns=turns, source=source):
-        summary.rows += 1
-        summary.empty += not demonstrations
-        for demonstration in demonstrations:
-            group = tokenization.group(demonstration, source=source)
-            if group is None:
-                summary.long_prompts += 1
-                continue
-            pair = tokenization.pair(group, demonstration, source=source)
-            kept += 1
-            summary.demonstrations += 1
-            summary.pairs += pair is not None
-            summary.truncated += not group.completions[0].finished
-            yield _row(group, pair)
-    if not kept:
+    any_left = False
+    for row in tokenized_rows(dataset, tokenization, turns=turns, source=source, summary=summary):
+        any_left = True
+        yield _row(row.group, row.pair)
+    if not any_left:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in summary.dropped.items())
         raise UserError(
             f"no demonstration remains: {reasons}.",

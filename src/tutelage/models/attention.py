@@ -9,18 +9,28 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tutelage.models.modes import precision
 
-__all__ = ["attention_by_products", "product_attention"]
+__all__ = ["attention_by_products", "attention_kind", "product_attention"]
 
 _NAME = "tutelage_products"
 _LONGEST = 512  # tokens of a row
 _PRECISIONS = (torch.bfloat16,)  # unscaled scores would overflow in float16
 _has_its_own: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def attention_kind(config: PreTrainedConfig) -> str | None:
+    """The name under which the model's attention is registered with transformers: "sdpa", "eager", "flash_attention_2", …
+
+    Args:
+        config: the model's, or of the part of it whose attention is asked for (``get_text_config``).
+    """
+    # transformers sets it publicly (``set_attn_implementation``) and has no public way to read it.
+    return config._attn_implementation
 
 
 @contextmanager
@@ -36,13 +46,13 @@ def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
     """
     config = base.config
     is_text_alone = config.get_text_config() is config  # other parts of a model would be switched along
-    is_slow = base.device.type == "cpu" and config._attn_implementation == "sdpa" and precision(base) in _PRECISIONS
+    is_slow = base.device.type == "cpu" and attention_kind(config) == "sdpa" and precision(base) in _PRECISIONS
     recomputes = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
     if not (is_slow and is_text_alone and length <= _LONGEST) or base in _has_its_own or next(recomputes, False):
         yield
         return
     base.set_attn_implementation(_NAME)
-    if config._attn_implementation != _NAME:  # the architecture has one kind of attention, as transformers now said
+    if attention_kind(config) != _NAME:  # the architecture has one kind of attention, as transformers now said
         _has_its_own.add(base)
     try:
         yield

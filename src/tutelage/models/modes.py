@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -15,6 +16,7 @@ from tutelage.models.loading import base_causal_lm
 __all__ = [
     "adapters_under_autocast",
     "evaluation_mode",
+    "exact_float32",
     "precision",
     "without_dropout",
 ]
@@ -35,6 +37,34 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within, products of float32 numbers are computed in float32, where the user allows TF32 or bfloat16 for them.
+
+    TF32 keeps 10 of 23 bits: two ways to compute the same log-prob then differ by some 1e-3 nats.
+    """
+    backends = cast(Any, torch.backends)
+    if not hasattr(backends, "fp32_precision"):  # torch before 2.9
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
+    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # so that a value that came from the general setting goes on following it
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -93,6 +93,33 @@ class ExplicitReward:
         """Within, the body has the reward's weights; forward and backward passes of training belong inside."""
         with self.weights.active() if self.weights else nullcontext():
             yield
+
+    def recompute_activations(self, options: Mapping[str, Any] | None = None) -> None:
+        """From now on, training computes the activations of the body's layers a second time instead of keeping them.
+
+        For a body of the reward's own; one that is a policy's follows the policy.
+
+        Args:
+            options: transformers' ``activation_checkpointing_kwargs``: ``every_n_layers``, ``offload``, and what
+                ``torch.utils.checkpoint`` takes.
+
+        Raises:
+            UserError: the architecture cannot.
+        """
+        further = dict(options or {})
+        settings = {name: further.pop(name) for name in ("every_n_layers", "offload") if name in further}
+        base = base_causal_lm(self.model)
+        try:
+            if hasattr(base, "activation_checkpointing_enable"):
+                base.activation_checkpointing_enable(activation_checkpointing_kwargs=further or None, **settings)
+            else:  # transformers before 5.23
+                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=further or None, **settings)
+        except ValueError as error:
+            raise UserError(
+                f"the reward model cannot recompute its activations: {error}",
+                remedy="Leave out --activation_checkpointing.",
+                field="activation_checkpointing",
+            ) from error
 
     def rewards(self, groups: Sequence[Group]) -> Tensor:
         """[C] float32 rewards with gradient, groups and completions in order; call it within ``active``."""
@@ -214,7 +241,7 @@ class ExplicitReward:
         if facts.get("base_fingerprint") != fingerprint(frozen_parameters(self.model)):
             raise refuse(
                 f"the reward's base differs from {base_causal_lm(self.model).name_or_path}.",
-                "Start from a reward that was learned on the same base.",
+                "Start from a reward that was learned on the same base, by this version of tutelage.",
             )
         head = state.pop(_HEAD)
         own = self.model.active_peft_config

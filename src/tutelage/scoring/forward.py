@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tutelage.groups import Batch
-from tutelage.models.attention import attention_by_products
+from tutelage.models.attention import attention_by_products, attention_kind
 from tutelage.models.head import LMHead, head_logps
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import adapters_under_autocast
@@ -78,7 +78,7 @@ def _shared_prefix_attention(base: PreTrainedModel, batch: Batch) -> Tensor | di
 
     def mask(window: int | None) -> Tensor:
         mask_BLL = batch.shared_prefix_mask(window)
-        if config._attn_implementation == "eager":  # adds its mask to the scores instead of selecting by it
+        if attention_kind(config) == "eager":  # adds its mask to the scores instead of selecting by it
             return torch.zeros(mask_BLL.shape, dtype=base.dtype, device=mask_BLL.device).masked_fill(
                 ~mask_BLL, torch.finfo(base.dtype).min
             )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Role, collate_padded, collate_shared_prefix
 from tutelage.models.loading import base_causal_lm
-from tutelage.models.modes import evaluation_mode, precision
+from tutelage.models.modes import evaluation_mode, exact_float32, precision
 from tutelage.scoring.forward import token_logps
 
 __all__ = ["LayoutProbe", "collate_in_layout", "probe_layout"]
@@ -83,7 +83,7 @@ def _probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
     def disagreement(batch: Batch, truth_N: Tensor) -> float:
         return (token_logps(model, batch) - truth_N).abs().mean().item()
 
-    with evaluation_mode(model):
+    with evaluation_mode(model), exact_float32():
         truth_N = torch.cat([_own_logps(base, group.prompt_ids, c) for group in groups for c in group.completions])
         padded = disagreement(collate_padded(groups), truth_N)
         if not padded <= tolerance:
@@ -97,7 +97,7 @@ def _probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
             # An architecture may refuse the shared-prefix layout in any way it likes; refusing is the answer the probe is after.
             return LayoutProbe(
-                "padded", f"{type(base).__name__} does not takes the shared-prefix layout: {_first_line(error)}"
+                "padded", f"{type(base).__name__} does not take the shared-prefix layout: {_first_line(error)}"
             )
     if not tree <= tolerance:
         return LayoutProbe(

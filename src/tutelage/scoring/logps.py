@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tutelage.groups import Batch, Group, Role, collate_padded, collate_shared_prefix, sum_per_completion
+from tutelage.groups import Group, Role, sum_per_completion
 from tutelage.models.attention import attention_by_products
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode
 from tutelage.scoring.forward import hidden_states, token_logps
-from tutelage.scoring.layout import probe_layout
+from tutelage.scoring.layout import collate_in_layout
 
 __all__ = [
     "Layout",
@@ -112,7 +112,7 @@ def completion_token_logps(
     """
     if view == "teacher":
         groups = [group.seen_by_teacher() for group in groups]
-    batch = _collate(model, groups, layout, pad_token_id)
+    batch = collate_in_layout(model, groups, layout, pad_token_id)
     logps_N = token_logps(model, batch, block_size=block_size)
     return TokenLogps(groups, logps_N, batch.completion_ids.to(logps_N.device))
 
@@ -210,15 +210,9 @@ def end_hidden_states(
         [C, H] in the model's precision, groups in order and completions in order within each; differentiable.
     """
     base = base_causal_lm(model)
-    batch = _collate(model, groups, layout, pad_token_id).to(base.device)
+    batch = collate_in_layout(model, groups, layout, pad_token_id).to(base.device)
     # A score is to be what the exported model gives in plain transformers, rounding included; training may be faster.
     attention = attention_by_products(base, batch.input_ids.shape[1]) if torch.is_grad_enabled() else nullcontext()
     with attention:
         hidden_BLH = hidden_states(base, batch)
     return hidden_BLH[batch.end_rows.to(hidden_BLH.device), batch.end_columns.to(hidden_BLH.device)]
-
-
-def _collate(model: nn.Module, groups: Sequence[Group], layout: Layout, pad_token_id: int) -> Batch:
-    if layout == "auto":
-        layout = probe_layout(model).layout
-    return (collate_shared_prefix if layout == "shared_prefix" else collate_padded)(groups, pad_token_id)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
+from tutelage.training.arguments import check_arguments
 
 __all__ = ["DemonstrationConfig"]
 
@@ -97,6 +98,7 @@ class DemonstrationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_arguments(self)
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bfloat16 without an accelerator unless the CPU is asked for
@@ -106,10 +108,6 @@ class DemonstrationConfig(TrainingArguments):
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
-        if self.label_smoothing_factor:
-            raise UserError(
-                "label smoothing is not supported.", remedy="Leave it at 0.", field="label_smoothing_factor"
-            )
         own = {
             name
             for cls in type(self).__mro__

@@ -67,6 +67,8 @@ def make_reward(
         if peft_config is not None and not hasattr(model, "peft_config"):
             model = add_adapter(model, peft_config)
         reward = ExplicitReward.fresh(cast(nn.Module, model).to(args.device), shared=False, **options)
+        if args.activation_checkpointing:  # a shared body follows the policy
+            reward.recompute_activations(args.activation_checkpointing_kwargs)
     if args.init_reward_from:
         reward.start_from(args.init_reward_from)
     return reward

@@ -1,4 +1,4 @@
-"""Rows kept from training."""
+"""Validation rows: kept from training, so that what was trained can be judged on them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from tutelage.data.demonstrations import Turns
-from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenization import Tokenization, tokenized_rows
 from tutelage.errors import UserError
-from tutelage.evaluation.policy import EvaluationSet
 
 __all__ = ["split_validation"]
 
@@ -21,26 +20,26 @@ def split_validation(
     tokenized: Any,
     tokenization: Tokenization,
     *,
-    rows: int | None,
+    rows: int | None = None,
     seed: int,
-    turns: Turns,
-    verifier: str | None,
-    source: str,
-) -> tuple[EvaluationSet, Any]:
-    """Keep some rows from training.
+    turns: Turns = "last",
+    source: str = "data set",
+) -> tuple[Dataset, Any]:
+    """Take validation rows out of the training data.
 
     Args:
-        dataset: the training data as they were read, which a verifier needs.
+        dataset: the training data as they were read.
         tokenized: the same after ``tokenize_dataset``.
         rows: how many; by default a tenth, at least 16 and at most 128, and 64 of streamed data.
         seed: decides which; streamed data give their first ones.
-        turns, verifier, source: as for ``EvaluationSet.of``.
+        turns, source: as for ``tokenize_dataset``.
 
     Returns:
-        the validation rows, and the tokenized data without their prompts.
+        the validation rows as they were read, with all their columns, and the tokenized data without their prompts. A prompt
+        that occurs in several rows is in neither or both of them.
 
     Raises:
-        UserError: more than half would be kept, or nothing would remain.
+        UserError: more than half would be validation rows, or nothing would remain to train on.
     """
     if isinstance(dataset, IterableDataset):
         raw = Dataset.from_list(list(dataset.take(rows or 64)))
@@ -55,17 +54,16 @@ def split_validation(
             )
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         raw = dataset.select(sorted(order[:wanted]))
-    kept_rows = EvaluationSet.of(raw, tokenization, verifier=verifier, turns=turns, source=source)
-    kept = {group.prompt_ids for group in kept_rows.groups}
+    prompts = {row.group.prompt_ids for row in tokenized_rows(raw, tokenization, turns=turns, source=source)}
 
     def trains(row: Mapping[str, Any]) -> bool:  # by content: a stream may repeat, a prompt may have several answers
-        return tuple(row["prompt_ids"]) not in kept
+        return tuple(row["prompt_ids"]) not in prompts
 
     if isinstance(dataset, IterableDataset):
-        return kept_rows, tokenized.filter(trains)
+        return raw, tokenized.filter(trains)
     left = tokenized.select([place for place, row in enumerate(tokenized) if trains(row)])
     if not len(left):
         raise UserError(
             "every row is also among those kept from training.", remedy="Give more different rows.", file=source
         )
-    return kept_rows, left
+    return raw, left
