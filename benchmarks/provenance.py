@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["provenance"]
+__all__ = ["commit", "provenance"]
 
 
 def provenance(module: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def provenance(module: str) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "tutelage")},
         },
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
 
@@ -44,9 +44,11 @@ def _field(file: str, name: str) -> str:
     return "unknown"
 
 
-def _commit() -> str:
+def commit(folder: Path) -> str:
+    """The commit that a folder has checked out, and whether files differ from it."""
+
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
         return run.stdout.strip()
 
     return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")

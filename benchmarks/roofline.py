@@ -2,8 +2,8 @@
 
     python -m benchmarks.roofline step '{"model_path": "…"}'
 
-prints a floor and what it is made of, as JSON. Operations are those of matrix products, a multiplication and an addition
-counting two; what is elementwise (norms, softmax, the optimizer) costs nothing here, so a floor is out of reach, and the
+prints a lower bound (roofline) and what it is made of, as JSON. Operations are those of matrix products, a multiplication and an addition
+counting two; what is elementwise (norms, softmax, the optimizer) costs nothing here, so a lower bound is out of reach, and the
 question is how far.
 """
 
@@ -29,17 +29,17 @@ from benchmarks.workloads import Work, adapter, groups
 from tutelage.groups import Group
 
 __all__ = [
-    "FLOORS",
+    "LOWER_BOUNDS",
     "Operations",
     "attention_pairs",
     "bandwidth",
-    "decoding_floor",
+    "decoding_lower_bound",
     "linear_layers",
     "matmul_rate",
-    "measured_floor",
+    "measured_lower_bound",
     "running",
-    "sft_floor",
-    "step_floor",
+    "sft_lower_bound",
+    "step_lower_bound",
     "training_operations",
 ]
 
@@ -179,7 +179,7 @@ def _least_seconds(work: Callable[[], Any], repeats: int = 5) -> float:
         begin = time.perf_counter()
         work()
         times.append(time.perf_counter() - begin)
-    return min(times[2:])  # a floor is what the machine can do, not what it does on a bad day
+    return min(times[2:])  # a lower bound is what the machine can do, not what it does on a bad day
 
 
 def _rates(config: PreTrainedConfig, *, body_tokens: int, head_tokens: int) -> dict[str, float]:
@@ -194,20 +194,20 @@ def _body_rate(config: PreTrainedConfig, tokens: int) -> float:
     return matmul_rate(tokens, config.hidden_size, config.intermediate_size)
 
 
-# --- floors ---------------------------------------------------------------------------------------------------------
+# --- lower bounds ---------------------------------------------------------------------------------------------------
 
 
-def step_floor(work: Work, tokens: float = 0) -> dict[str, Any]:
+def step_lower_bound(work: Work, tokens: float = 0) -> dict[str, Any]:
     """Of an optimizer step on demonstrations and samples."""
-    return _training_floor(work, groups(work))
+    return _training_lower_bound(work, groups(work))
 
 
-def sft_floor(work: Work, tokens: float = 0) -> dict[str, Any]:
+def sft_lower_bound(work: Work, tokens: float = 0) -> dict[str, Any]:
     """Of an optimizer step on the demonstrations alone."""
-    return _training_floor(work, [group.select([0]) for group in groups(work)])
+    return _training_lower_bound(work, [group.select([0]) for group in groups(work)])
 
 
-def _training_floor(work: Work, step: Sequence[Group]) -> dict[str, Any]:
+def _training_lower_bound(work: Work, step: Sequence[Group]) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(work.model_path)
     operations = training_operations(config, step, rank=cast(LoraConfig, adapter()).r if work.adapters else None)
     rates = _rates(config, body_tokens=sum(map(len, step)), head_tokens=_completion_tokens(step))
@@ -219,7 +219,7 @@ def _training_floor(work: Work, step: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def decoding_floor(work: Work, tokens: float) -> dict[str, Any]:
+def decoding_lower_bound(work: Work, tokens: float) -> dict[str, Any]:
     """Of sampling ``tokens`` tokens for all prompts side by side.
 
     The prompts run through the body once and give the first token of each completion. Every token after that is a step
@@ -255,18 +255,18 @@ def decoding_floor(work: Work, tokens: float) -> dict[str, Any]:
     }
 
 
-FLOORS: dict[str, Callable[[Work, float], dict[str, Any]]] = {
-    "step": step_floor,
-    "sft": sft_floor,
-    "decoding": decoding_floor,
+LOWER_BOUNDS: dict[str, Callable[[Work, float], dict[str, Any]]] = {
+    "step": step_lower_bound,
+    "sft": sft_lower_bound,
+    "decoding": decoding_lower_bound,
 }
 
 
-def measured_floor(kind: str, work: Work, tokens: float = 0) -> dict[str, Any]:
-    """A floor whose rates are measured now, in a fresh process.
+def measured_lower_bound(kind: str, work: Work, tokens: float = 0) -> dict[str, Any]:
+    """A lower bound whose rates are measured now, in a fresh process.
 
     Args:
-        kind: of ``FLOORS``.
+        kind: of ``LOWER_BOUNDS``.
         tokens: sampled a repetition; read by "decoding".
 
     Returns:
@@ -277,9 +277,9 @@ def measured_floor(kind: str, work: Work, tokens: float = 0) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One floor: kind, work, and tokens where it samples."""
+    """One lower bound: kind, work, and tokens where it samples."""
     kind, work, *tokens = sys.argv[1:]
-    print(json.dumps(FLOORS[kind](Work(**json.loads(work)), *map(float, tokens)), indent=1))
+    print(json.dumps(LOWER_BOUNDS[kind](Work(**json.loads(work)), *map(float, tokens)), indent=1))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import DPOConfig, DPOTrainer
 from trl import SFTConfig as PeerSFTConfig
@@ -63,6 +64,9 @@ class GivenSamples:
             ]
             for group in step
         }
+
+    def take_weights(self, policy: nn.Module) -> None:
+        """Nothing to do: no policy draws these."""
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, **_: Any) -> list[list[Sample]]:
         """As every sampler's."""

@@ -42,14 +42,15 @@ def test_it_is_one_short_file_of_torch_and_transformers():
     assert imported - sys.stdlib_module_names == {"torch", "transformers"}
 
 
-class Recorded:
-    """A sampler that remembers what another one draws, by stage and prompt."""
+class Recorded(TransformersSampler):
+    """Remembers what it draws, by stage and prompt."""
 
-    def __init__(self, sampler):
-        self.sampler, self.samples = sampler, {}
+    def __init__(self, model):
+        super().__init__(model)
+        self.samples = {}
 
     def sample(self, prompts, params, *, stage=0, **options):
-        drawn = self.sampler.sample(prompts, params, stage=stage, **options)
+        drawn = super().sample(prompts, params, stage=stage, **options)
         for prompt, samples in zip(prompts, drawn, strict=True):
             self.samples[stage, tuple(prompt)] = [list(sample.token_ids) for sample in samples]
         return drawn
@@ -61,7 +62,7 @@ def test_its_numbers_are_the_engines(example, training, stages, num_samples):
     rows = training.rows(24)
     demonstrations = [example.encode(training.tokenizer, row["prompt"], row["completion"]) for row in rows]
     policy = training.model()
-    sampler = Recorded(TransformersSampler(policy))
+    sampler = Recorded(policy)
     trainer = training.run(
         "irft",
         model=policy,
