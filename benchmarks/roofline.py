@@ -30,6 +30,7 @@ from tutelage.groups import Group
 
 __all__ = [
     "LOWER_BOUNDS",
+    "PEAKS",
     "Operations",
     "attention_pairs",
     "bandwidth",
@@ -37,6 +38,7 @@ __all__ = [
     "linear_layers",
     "matmul_rate",
     "measured_lower_bound",
+    "nominal_peak",
     "running",
     "sft_lower_bound",
     "step_lower_bound",
@@ -161,14 +163,34 @@ def _completion_tokens(step: Sequence[Group]) -> int:
 # --- what the machine does ------------------------------------------------------------------------------------------
 
 
-def matmul_rate(m: int, k: int, n: int, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations a second of an [m, k] input times an [n, k] weight, as in a linear layer."""
-    inputs, weight = torch.rand(m, k).to(dtype), torch.rand(n, k).to(dtype)
-    return 2 * m * k * n / _least_seconds(lambda: F.linear(inputs, weight))
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+PEAKS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+"""Dense bfloat16 operations per second that the maker states; the first part of a device's name that fits counts."""
+
+
+def nominal_peak(device: torch.device) -> float | None:
+    """Operations per second that the maker states for a GPU; None if it is not in ``PEAKS``, or no GPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def matmul_rate(
+    m: int, k: int, n: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None
+) -> float:
+    """Operations per second of an [m, k] input times an [n, k] weight, as in a linear layer; on a CPU by default."""
+    inputs, weight = (torch.rand(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
+    wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
+
+    def product() -> None:
+        F.linear(inputs, weight)
+        wait()
+
+    wait()
+    return 2 * m * k * n / _least_seconds(product)
 
 
 def bandwidth(size: int = 2**29) -> float:
-    """Bytes a second of reading a buffer of ``size`` bytes, which no cache should hold."""
+    """Bytes per second of reading a buffer of ``size`` bytes, which no cache should hold."""
     return size / _least_seconds(torch.ones(size // 4).sum)
 
 
@@ -183,7 +205,7 @@ def _least_seconds(work: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def _rates(config: PreTrainedConfig, *, body_tokens: int, head_tokens: int) -> dict[str, float]:
-    """Operations a second of the body's products, and of the head's in the fastest of a few blocks of the vocabulary."""
+    """Operations per second of the body's products, and of the head's in the fastest of a few blocks of the vocabulary."""
     return {
         "body": _body_rate(config, body_tokens),
         "head": max(matmul_rate(head_tokens, config.hidden_size, block) for block in (2048, 8192, 32_000)),
@@ -267,10 +289,10 @@ def measured_lower_bound(kind: str, work: Work, tokens: float = 0) -> dict[str, 
 
     Args:
         kind: of ``LOWER_BOUNDS``.
-        tokens: sampled a repetition; read by "decoding".
+        tokens: sampled per repetition; read by "decoding".
 
     Returns:
-        ``seconds`` of a repetition, and the operations and rates they follow from.
+        ``seconds`` per repetition, and the operations and rates they follow from.
     """
     command = [sys.executable, "-m", "benchmarks.roofline", kind, json.dumps(dataclasses.asdict(work)), str(tokens)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
