@@ -39,6 +39,7 @@ from tutelage.files import write_json
 __all__ = ["ROWS", "Row", "add_common_options", "cache_folder", "cases", "main", "result"]
 
 _GEMMA, _SMALL = MODELS
+_PARAMETERS = ("adapters", "full")
 _TARGET_LOWER_BOUND_SHARE = 0.5
 _COLUMNS = {
     "row": 12,
@@ -154,13 +155,16 @@ ROWS = (
 """The table, in its order."""
 
 
-def cases(names: Sequence[str], models: Sequence[str]) -> Iterator[tuple[Row, str, str]]:
-    """The rows asked for in the table's order, each with a model and which parameters are trained."""
+def cases(
+    names: Sequence[str], models: Sequence[str], trained: Sequence[str] = _PARAMETERS
+) -> Iterator[tuple[Row, str, str]]:
+    """The rows asked for in the table's order, each with a model and which parameters are trained, of ``trained``."""
     for row in ROWS:
         if row.name in names or "all" in names:
             for model in models:
                 for parameters in row.parameters:
-                    yield row, model, parameters
+                    if parameters in trained:
+                        yield row, model, parameters
 
 
 def result(
@@ -315,6 +319,14 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument(
+        "--parameters",
+        nargs="+",
+        choices=_PARAMETERS,
+        default=_PARAMETERS,
+        metavar="WHICH",
+        help="which parameters are trained: adapters, full; by default both, where a row has both",
+    )
+    parser.add_argument(
         "--peer_allocator",
         choices=ALLOCATORS,
         help="of the peers' processes; by default what each row is fastest with",
@@ -349,7 +361,7 @@ def main() -> None:
     if options.baseline:
         written["baseline"] = commit(options.baseline)
     turns = {"repeats": options.repeats, "warmups": options.warmups, "threads": options.threads}
-    for row, model, parameters in cases(options.rows, options.models):
+    for row, model, parameters in cases(options.rows, options.models, options.parameters):
         given = {"micro_batch": options.micro_batch} if options.micro_batch else {}
         work = Work(str(prepare_model(model, cache)), adapters=parameters == "adapters", **{**row.work, **given})
         if options.baseline:

@@ -73,7 +73,7 @@ def linear_layers(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
 
 
 def attention_pairs(group: Group, window: int | None = None) -> int:
-    """Pairs of a token and a token it attends to, over the group's tree.
+    """Pairs of a token and a token it attends to, in the shared-prefix layout.
 
     Positions restart after the prompt for each completion, so a token sees what it would see if the completion stood
     alone; the prompt counts once.
@@ -96,7 +96,7 @@ def training_operations(config: PreTrainedConfig, step: Sequence[Group], *, rank
     T tokens through a weight of I inputs and O outputs take 2·T·I·O operations forward, as many again for the gradient of
     the input and as many again for the gradient of the weight, each where it is needed::
 
-        body       T: all tokens, a prompt once; weights have gradients where all parameters are trained
+        body       T: all tokens, each prompt once; weights have gradients where all parameters are trained
         adapters   I × r and r × O beside each linear layer of the body; weights have gradients
         attention  4 · heads · head_dim · pairs forward (scores, then values); twice that backward, a gradient for each
                    side of the two products. What flash attention recomputes is its own choice and not counted.
@@ -125,7 +125,7 @@ def running(sequences: int, most: int, tokens: float) -> list[float]:
     """How many of ``sequences`` have a token at each position, if each ends with the same chance at every token.
 
     Args:
-        most: tokens after which a sequence is cut.
+        most: tokens after which a sequence is truncated.
         tokens: of all sequences together; they decide the chance.
 
     >>> [round(left, 2) for left in running(8, most=3, tokens=14)]

@@ -227,6 +227,7 @@ def test_rows_come_in_the_tables_order_with_each_model_and_choice_of_parameters(
         expected = choices if both else [choice for choice in choices if choice[1] == "adapters"]
         assert [choice for case, *choice in cases if case == name] == expected
     assert [row.name for row, *_ in table.cases(["sft_step", "step"], [SMALL])] == 2 * ["step"] + 2 * ["sft_step"]
+    assert [trained for _, _, trained in table.cases(["all"], [SMALL], ["full"])] == ["full", "full"]
 
 
 @pytest.fixture
