@@ -1,9 +1,9 @@
-"""What glibc does with freed memory: how fast a side on a CPU is hangs on it.
+"""What glibc does with freed memory: on a CPU the speed of a side depends on it.
 
-A freed tensor of megabytes goes back to the kernel at glibc's defaults, and the next one is paid for in page faults. Our steps on a
-vocabulary of 262,144 take twice as long so, and TRL's twice as long even where only pieces of over 32 MiB go back. No side's own
-settings reach that; the comparisons give each side what it is fastest with, and ``--peer_allocator installed`` shows the peers
-as they are without.
+A freed tensor of megabytes goes back to the kernel at glibc's defaults, and the next one costs page faults. With
+a vocabulary of 262,144 our steps then take twice as long; TRL's do even where only pieces of over 32 MiB go back. No side's own
+settings change that. The comparisons give each side the setting that is fastest for it; ``--peer_allocator installed`` shows the
+peers at glibc's defaults.
 """
 
 from __future__ import annotations

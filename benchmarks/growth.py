@@ -68,7 +68,7 @@ SWEEPS = (
 
 
 def measured(sweep: Sweep, start: Work, *, peers: bool, repeats: int, warmups: int) -> list[dict[str, Any]]:
-    """A point for each value and side: seconds a repetition and peak memory."""
+    """A point for each value and side: seconds per repetition and peak memory."""
     points = []
     sides = {name: side for name, side in sweep.sides.items() if peers or name == "ours"}
     turns = {"repeats": repeats, "warmups": warmups, "allocators": ["kept", "unmapped"][: len(sides)]}

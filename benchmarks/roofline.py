@@ -2,8 +2,8 @@
 
     python -m benchmarks.roofline step '{"model_path": "…"}'
 
-prints a floor and what it is made of, as JSON. Operations are those of matrix products, a multiplication and an addition
-counting two; what is elementwise (norms, softmax, the optimizer) costs nothing here, so a floor is out of reach, and the
+prints a lower bound (roofline) and what it is made of, as JSON. Operations are those of matrix products, a multiplication and an addition
+counting two; what is elementwise (norms, softmax, the optimizer) costs nothing here, so a lower bound is out of reach, and the
 question is how far.
 """
 
@@ -29,17 +29,19 @@ from benchmarks.workloads import Work, adapter, groups
 from tutelage.groups import Group
 
 __all__ = [
-    "FLOORS",
+    "LOWER_BOUNDS",
+    "PEAKS",
     "Operations",
     "attention_pairs",
     "bandwidth",
-    "decoding_floor",
+    "decoding_lower_bound",
     "linear_layers",
     "matmul_rate",
-    "measured_floor",
+    "measured_lower_bound",
+    "nominal_peak",
     "running",
-    "sft_floor",
-    "step_floor",
+    "sft_lower_bound",
+    "step_lower_bound",
     "training_operations",
 ]
 
@@ -71,7 +73,7 @@ def linear_layers(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
 
 
 def attention_pairs(group: Group, window: int | None = None) -> int:
-    """Pairs of a token and a token it attends to, over the group's tree.
+    """Pairs of a token and a token it attends to, in the shared-prefix layout.
 
     Positions restart after the prompt for each completion, so a token sees what it would see if the completion stood
     alone; the prompt counts once.
@@ -94,7 +96,7 @@ def training_operations(config: PreTrainedConfig, step: Sequence[Group], *, rank
     T tokens through a weight of I inputs and O outputs take 2·T·I·O operations forward, as many again for the gradient of
     the input and as many again for the gradient of the weight, each where it is needed::
 
-        body       T: all tokens, a prompt once; weights have gradients where all parameters are trained
+        body       T: all tokens, each prompt once; weights have gradients where all parameters are trained
         adapters   I × r and r × O beside each linear layer of the body; weights have gradients
         attention  4 · heads · head_dim · pairs forward (scores, then values); twice that backward, a gradient for each
                    side of the two products. What flash attention recomputes is its own choice and not counted.
@@ -123,7 +125,7 @@ def running(sequences: int, most: int, tokens: float) -> list[float]:
     """How many of ``sequences`` have a token at each position, if each ends with the same chance at every token.
 
     Args:
-        most: tokens after which a sequence is cut.
+        most: tokens after which a sequence is truncated.
         tokens: of all sequences together; they decide the chance.
 
     >>> [round(left, 2) for left in running(8, most=3, tokens=14)]
@@ -161,14 +163,34 @@ def _completion_tokens(step: Sequence[Group]) -> int:
 # --- what the machine does ------------------------------------------------------------------------------------------
 
 
-def matmul_rate(m: int, k: int, n: int, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations a second of an [m, k] input times an [n, k] weight, as in a linear layer."""
-    inputs, weight = torch.rand(m, k).to(dtype), torch.rand(n, k).to(dtype)
-    return 2 * m * k * n / _least_seconds(lambda: F.linear(inputs, weight))
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+PEAKS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+"""Dense bfloat16 operations per second that the maker states; the first part of a device's name that fits counts."""
+
+
+def nominal_peak(device: torch.device) -> float | None:
+    """Operations per second that the maker states for a GPU; None if it is not in ``PEAKS``, or no GPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def matmul_rate(
+    m: int, k: int, n: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None
+) -> float:
+    """Operations per second of an [m, k] input times an [n, k] weight, as in a linear layer; on a CPU by default."""
+    inputs, weight = (torch.rand(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
+    wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
+
+    def product() -> None:
+        F.linear(inputs, weight)
+        wait()
+
+    wait()
+    return 2 * m * k * n / _least_seconds(product)
 
 
 def bandwidth(size: int = 2**29) -> float:
-    """Bytes a second of reading a buffer of ``size`` bytes, which no cache should hold."""
+    """Bytes per second of reading a buffer of ``size`` bytes, which no cache should hold."""
     return size / _least_seconds(torch.ones(size // 4).sum)
 
 
@@ -179,11 +201,11 @@ def _least_seconds(work: Callable[[], Any], repeats: int = 5) -> float:
         begin = time.perf_counter()
         work()
         times.append(time.perf_counter() - begin)
-    return min(times[2:])  # a floor is what the machine can do, not what it does on a bad day
+    return min(times[2:])  # a lower bound is what the machine can do, not what it does on a bad day
 
 
 def _rates(config: PreTrainedConfig, *, body_tokens: int, head_tokens: int) -> dict[str, float]:
-    """Operations a second of the body's products, and of the head's in the fastest of a few blocks of the vocabulary."""
+    """Operations per second of the body's products, and of the head's in the fastest of a few blocks of the vocabulary."""
     return {
         "body": _body_rate(config, body_tokens),
         "head": max(matmul_rate(head_tokens, config.hidden_size, block) for block in (2048, 8192, 32_000)),
@@ -194,20 +216,20 @@ def _body_rate(config: PreTrainedConfig, tokens: int) -> float:
     return matmul_rate(tokens, config.hidden_size, config.intermediate_size)
 
 
-# --- floors ---------------------------------------------------------------------------------------------------------
+# --- lower bounds ---------------------------------------------------------------------------------------------------
 
 
-def step_floor(work: Work, tokens: float = 0) -> dict[str, Any]:
+def step_lower_bound(work: Work, tokens: float = 0) -> dict[str, Any]:
     """Of an optimizer step on demonstrations and samples."""
-    return _training_floor(work, groups(work))
+    return _training_lower_bound(work, groups(work))
 
 
-def sft_floor(work: Work, tokens: float = 0) -> dict[str, Any]:
+def sft_lower_bound(work: Work, tokens: float = 0) -> dict[str, Any]:
     """Of an optimizer step on the demonstrations alone."""
-    return _training_floor(work, [group.select([0]) for group in groups(work)])
+    return _training_lower_bound(work, [group.select([0]) for group in groups(work)])
 
 
-def _training_floor(work: Work, step: Sequence[Group]) -> dict[str, Any]:
+def _training_lower_bound(work: Work, step: Sequence[Group]) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(work.model_path)
     operations = training_operations(config, step, rank=cast(LoraConfig, adapter()).r if work.adapters else None)
     rates = _rates(config, body_tokens=sum(map(len, step)), head_tokens=_completion_tokens(step))
@@ -219,7 +241,7 @@ def _training_floor(work: Work, step: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def decoding_floor(work: Work, tokens: float) -> dict[str, Any]:
+def decoding_lower_bound(work: Work, tokens: float) -> dict[str, Any]:
     """Of sampling ``tokens`` tokens for all prompts side by side.
 
     The prompts run through the body once and give the first token of each completion. Every token after that is a step
@@ -255,31 +277,31 @@ def decoding_floor(work: Work, tokens: float) -> dict[str, Any]:
     }
 
 
-FLOORS: dict[str, Callable[[Work, float], dict[str, Any]]] = {
-    "step": step_floor,
-    "sft": sft_floor,
-    "decoding": decoding_floor,
+LOWER_BOUNDS: dict[str, Callable[[Work, float], dict[str, Any]]] = {
+    "step": step_lower_bound,
+    "sft": sft_lower_bound,
+    "decoding": decoding_lower_bound,
 }
 
 
-def measured_floor(kind: str, work: Work, tokens: float = 0) -> dict[str, Any]:
-    """A floor whose rates are measured now, in a fresh process.
+def measured_lower_bound(kind: str, work: Work, tokens: float = 0) -> dict[str, Any]:
+    """A lower bound whose rates are measured now, in a fresh process.
 
     Args:
-        kind: of ``FLOORS``.
-        tokens: sampled a repetition; read by "decoding".
+        kind: of ``LOWER_BOUNDS``.
+        tokens: sampled per repetition; read by "decoding".
 
     Returns:
-        ``seconds`` of a repetition, and the operations and rates they follow from.
+        ``seconds`` per repetition, and the operations and rates they follow from.
     """
     command = [sys.executable, "-m", "benchmarks.roofline", kind, json.dumps(dataclasses.asdict(work)), str(tokens)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main() -> None:
-    """One floor: kind, work, and tokens where it samples."""
+    """One lower bound: kind, work, and tokens where it samples."""
     kind, work, *tokens = sys.argv[1:]
-    print(json.dumps(FLOORS[kind](Work(**json.loads(work)), *map(float, tokens)), indent=1))
+    print(json.dumps(LOWER_BOUNDS[kind](Work(**json.loads(work)), *map(float, tokens)), indent=1))
 
 
 if __name__ == "__main__":

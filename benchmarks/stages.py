@@ -233,7 +233,7 @@ class _OpenGate(RFTTrainer):
 
 
 def ours_rft_stage(work: Work, turns: Turns) -> None:
-    """A stage of ours: sampling, one pass of the reward phase, one of the policy phase, and a look at the kept row."""
+    """A stage of ours: sampling, one pass of the reward phase, one of the policy phase, and a look at the validation row."""
     model = _our_model(work)
     own = {"validation_rows": 1, "truncated_samples": "score", "reward_batch_size": _REWARD_BATCH}
     turns.weights_loaded(**own, sampling_batch_size=64)

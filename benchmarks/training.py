@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import DPOConfig, DPOTrainer
 from trl import SFTConfig as PeerSFTConfig
@@ -63,6 +64,9 @@ class GivenSamples:
             ]
             for group in step
         }
+
+    def take_weights(self, policy: nn.Module) -> None:
+        """Nothing to do: no policy draws these."""
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams, **_: Any) -> list[list[Sample]]:
         """As every sampler's."""
@@ -143,7 +147,7 @@ def ours_sft_same_tokens(work: Work, turns: Turns) -> None:
 
 
 def ours_streamed_sft(work: Work, turns: Turns) -> None:
-    """SFT on a stream of the rows, 32 a step; a repetition is a whole pass."""
+    """SFT on a stream of the rows, 32 per step; a repetition is a whole pass."""
     model = touched(load_model(work.model_path, dtype=_dtype(work)))
     turns.weights_loaded(per_device_train_batch_size=32)
     policy = add_adapter(model, adapter()) if work.adapters else model
@@ -198,8 +202,8 @@ def peer_sft(work: Work, turns: Turns) -> None:
 def _micro_batches(work: Work, rows: int = 0) -> dict[str, int]:
     """How many prompts, or pairs, of a step either side runs at once.
 
-    With adapters 2 by default: a third of the memory of all 8, and a tenth slower on Gemma. Where all parameters are trained 8, for
-    each micro-batch has a gradient of every weight to add to the last one's, 671 MB of it the head's alone on Gemma.
+    With adapters 2 by default: a third of the memory of all 8, and a tenth slower on Gemma. 8 where all parameters are trained, because
+    each micro-batch adds a gradient of every weight to the last one's, 671 MB of it the head's alone on Gemma.
     """
     rows = rows or work.prompts
     size = min(rows, work.micro_batch or (2 if work.adapters else 8))

@@ -32,11 +32,11 @@ class Work:
     Attributes:
         model_path: a folder from ``prepare_model``.
         adapters: train LoRA r 16 on all linear layers, or all parameters.
-        prompts: a step or stage.
+        prompts: per step or stage.
         prompt_tokens: of each prompt; half to all of it where ``mixed``.
         completion_tokens: of each demonstration and given sample, end-of-sequence token included; the most a sampled
             completion may have.
-        samples: a prompt, besides the demonstration.
+        samples: per prompt, besides the demonstration.
         stages: of a whole pass over the prompts; T.
         mixed: prompts and demonstrations of different lengths.
         micro_batch: prompts, or pairs, of a step that either side of a row on training runs at once; by default what
