@@ -482,11 +482,12 @@ def test_evaluate_and_report(tutelage, refusal, model, sums, tmp_path):
     assert "no method to judge" in shown
     assert (out / "report.html").stat().st_size > 1000
     start, found = (json.loads((out / name / "results.json").read_text("utf-8")) for name in ("tiny", "other"))
-    assert (start["name"], start["start"], found["name"], found["start"]) == ("tiny", None, "other", "tiny")
-    assert found["evaluation"]["num_rows"] == len(found["evaluation"]["per_row"]["row"]) == 8
-    assert start["evaluation"]["demonstration_reward"]["mean"] == pytest.approx(0, abs=1e-5)
-    gain = found["evaluation"]["demonstration_logp"]["mean"] - start["evaluation"]["demonstration_logp"]["mean"]
-    assert found["evaluation"]["demonstration_reward"]["mean"] == pytest.approx(0.5 * gain, rel=1e-4)
+    assert (start["name"], start["start"], found["name"], found["start"]) == ("tiny", None, "other", start["id"])
+    assert found["evaluation"]["rows"] == list(range(8))
+    start, found = (each["evaluation"]["means"] for each in (start, found))
+    assert start["demonstration_reward"]["mean"] == pytest.approx(0, abs=1e-5)
+    gain = found["demonstration_logp"]["mean"] - start["demonstration_logp"]["mean"]
+    assert found["demonstration_reward"]["mean"] == pytest.approx(0.5 * gain, rel=1e-4)
     assert "in use" in refusal(*command)
 
     page = tmp_path / "page.html"
@@ -509,8 +510,10 @@ def test_report_of_a_chain(tutelage, model, sums, tmp_path):
     out = tmp_path / "evaluation"
     command = ["evaluate", "--model_name_or_path", first, sft, "--reference", model, "--dataset_name", sums]
     assert tutelage(*command, "--output_dir", out, "--max_completion_length", 6)[0] == 0
-    found = [json.loads((out / name / "results.json").read_text("utf-8")) for name in ("first", "sft")]
-    assert [record["start"] for record in found] == ["sft", "tiny"], "what a run started from is its control"
+    names = ("first", "sft", "tiny")
+    found, start, base = (json.loads((out / name / "results.json").read_text("utf-8")) for name in names)
+    assert found["start"] == record["start"] == start["id"], "a run knows what it started from"
+    assert start["start"] == base["id"]
     page = tmp_path / "report.html"
     code, shown, _ = tutelage("report", sft, first, second, "--output", page)
     assert code == 0
@@ -548,7 +551,7 @@ def test_a_whole_run(adapter, model, sums, out):
     assert str(out / "report.html") in "".join(done.stdout.split("\n"))
     record = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert record["demonstration_epochs"] == 1
-    assert record["evaluation"]["num_rows"] == 8
+    assert len(record["evaluation"]["rows"]) == 8
     losses = [row["loss"] for row in record["history"] if "loss" in row]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: at a stage's start the margin is 0
     assert len(losses) == 2

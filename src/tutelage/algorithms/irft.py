@@ -13,6 +13,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from tutelage.algorithms.curves import IMPLICIT_REWARD_CURVES, irft_card
 from tutelage.errors import UserError
 from tutelage.groups import Group, pair_indices
 from tutelage.losses import LossKind, implicit_reward, irft_loss, sft_loss
@@ -65,6 +66,8 @@ class IRFTTrainer(StageTrainer):
     """Minimizes h(β[log π(y|x) − log π_t(y|x) − log π(ỹ|x) + log π_t(ỹ|x)]) with ỹ drawn from π_t, stage by stage."""
 
     algorithm: ClassVar[str] = "irft"
+    curves = IMPLICIT_REWARD_CURVES
+    card = staticmethod(irft_card)
     args: IRFTConfig
 
     @property

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tutelage.algorithms.curves import RFT_CURVES, rft_card
 from tutelage.errors import UserError
 from tutelage.groups import Group
 from tutelage.losses import (
@@ -64,6 +65,8 @@ class RFTTrainer(RewardStageTrainer):
     """Raises E r/s − β KL(π‖π_0) on the stage's samples, scored by the reward as the stage updated it; s ≥ 1 is its scale."""
 
     algorithm: ClassVar[str] = "rft"
+    curves = RFT_CURVES
+    card = staticmethod(rft_card)
     args: RFTConfig
 
     def policy_group(self, group: Group) -> Group:

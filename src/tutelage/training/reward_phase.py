@@ -29,6 +29,7 @@ from tutelage.losses import RewardLossKind
 from tutelage.models.loading import add_adapter, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.modes import without_dropout
 from tutelage.models.weights import fingerprint, load_weights, save_weights
+from tutelage.results import CandidateRecord, RunRecord
 from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
@@ -463,9 +464,10 @@ class RewardStageTrainer(StageTrainer):
         """As the engine's, with what the learned reward makes of the rows."""
         return super().evaluation(rows, reward=self.reward, **options)
 
-    def record(self, **options: Any) -> dict[str, Any]:
+    def record(self, *, name: str) -> RunRecord:
         """As the engine's, with the candidates and which was chosen."""
-        return super().record(**options) | {"selection": self.selection}
+        record = replace(super().record(name=name), selection=[CandidateRecord(**entry) for entry in self.selection])
+        return replace(record, card=self.card(record))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -37,10 +38,11 @@ from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.memory import keep_freed_memory
 from tutelage.progress import Progress, Silent
-from tutelage.results import model_card, run_record, run_settings
+from tutelage.results import Curve, RunRecord, model_card, run_id
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_logps
 from tutelage.training.config import DemonstrationConfig
+from tutelage.training.costs import peak_memory_bytes, run_settings
 
 __all__ = ["DemonstrationTrainer"]
 
@@ -68,6 +70,7 @@ class DemonstrationTrainer(Trainer):
     """
 
     algorithm: ClassVar[str] = ""
+    curves: ClassVar[tuple[Curve, ...]] = ()
     args: DemonstrationConfig
     layout: Literal["shared_prefix", "padded"]
 
@@ -302,6 +305,7 @@ class DemonstrationTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As transformers'. Held-out log-probs of the policy as it starts are kept: the zero of the implicit reward."""
         if self.evaluation_set is not None:
+            self.evaluation_set.require_answers(self.policy)
             with self.progress.phase("held-out log-probs of the start"), self.compute_loss_context_manager():
                 self.evaluation_set.remember_reference(
                     self.policy, layout=self.layout, batch_size=self.args.per_device_eval_batch_size
@@ -321,7 +325,7 @@ class DemonstrationTrainer(Trainer):
         """
         evaluation_set = self.evaluation_set
         if eval_dataset is not None:
-            evaluation_set = EvaluationSet.of(eval_dataset, self.tokenization, verifier=self.args.verifier)
+            evaluation_set = self._rows_of(eval_dataset)
         if evaluation_set is None:
             raise UserError("there is no held-out data to evaluate on.", remedy="Give an eval_dataset.")
         start = time.perf_counter()
@@ -332,6 +336,15 @@ class DemonstrationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _rows_of(self, dataset: Dataset) -> EvaluationSet:
+        """Other held-out data, read as those that the trainer was given."""
+        if self.evaluation_set is not None:
+            return self.evaluation_set.over(dataset)
+        args = self.args
+        return EvaluationSet.of(
+            dataset, self.tokenization, turns=cast(Turns, args.turns), verifier=args.verifier, limit=args.eval_rows
+        )
 
     def evaluation(self, rows: EvaluationSet, **options: Any) -> Evaluation:
         """What ``rows.evaluate`` finds of the policy as it stands, at this run's settings."""
@@ -344,25 +357,33 @@ class DemonstrationTrainer(Trainer):
             **options,
         )
 
-    def record(self, *, name: str, start: str | None = None) -> dict[str, Any]:
-        """What results.json holds of this run, without its evaluation; see ``tutelage.results.run_record``."""
-        return run_record(
+    @staticmethod
+    def card(record: RunRecord) -> str:
+        """What the model card says of the algorithm."""
+        return ""
+
+    def record(self, *, name: str) -> RunRecord:
+        """What results.json holds of this run, without its evaluation."""
+        record = RunRecord(
             name=name,
             algorithm=self.algorithm,
             model=str(self.model_name),
             dataset=self.source,
             seed=self.args.seed,
-            start=start,
+            start=run_id(str(self.model_name)),
             settings=run_settings(self.args, self.policy) | {"layout": self.layout},
             demonstration_epochs=round(self.state.epoch or 0.0, 4),
             trained_tokens=self.trained_tokens,
             sampled_tokens=self.sampled_tokens,
             time_s={**self.seconds, "total": sum(self.seconds.values())},
+            peak_memory_bytes=peak_memory_bytes(),
             history=self.state.log_history,
+            curves=list(self.curves),
         )
+        return replace(record, card=self.card(record))
 
     def push_to_hub(  # type: ignore[override]
-        self, commit_message: str = "End of training", *, record: Mapping[str, Any] | None = None, **kwargs: Any
+        self, commit_message: str = "End of training", *, record: RunRecord | None = None, **kwargs: Any
     ) -> Any:
         """Upload model, tokenizer and card.
 
@@ -384,7 +405,7 @@ class DemonstrationTrainer(Trainer):
             ignore_patterns=["_*", "checkpoint-*", "stages/*", "results.json", "report.html"],
         )
 
-    def create_model_card(self, *args, record: Mapping[str, Any] | None = None, **kwargs) -> None:
+    def create_model_card(self, *args, record: RunRecord | None = None, **kwargs) -> None:
         """Write the run's own README.md; ``push_to_hub`` calls it and hands its keyword arguments on.
 
         Args:
