@@ -406,6 +406,11 @@ class TestControls:
         assert first(base, method, more).startswith("irft did not beat continued-sft:")
         assert first(replace(base, model="other"), method).startswith("irft has no control")
 
+    def test_the_start_is_no_control(self):
+        """Even where its record and the method's name the same model."""
+        start, method = the_start(evaluation(scores(60))), run("irft", evaluation=evaluation(scores(50)))
+        assert first(start, method, control(evaluation(scores(20)))).startswith("irft helped over continued-sft:")
+
     def test_a_start_that_was_trained_again_is_another(self):
         """Both runs say which run they started from: that the folder is the same proves nothing."""
         method = run("irft", evaluation=evaluation(scores(60)))

@@ -69,7 +69,9 @@ def starts_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 def controls_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Continued SFT, by whatever name: runs of ``sft`` from the same start."""
-    return [other for other in runs if other is not run and other.algorithm == "sft" and _same_start(other, run)]
+    starts = starts_of(run, runs)
+    others = [other for other in runs if other is not run and other not in starts]
+    return [other for other in others if other.algorithm == "sft" and _same_start(other, run)]
 
 
 def same_place(a: str, b: str) -> bool:
