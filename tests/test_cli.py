@@ -497,6 +497,35 @@ def test_evaluate_and_report(tutelage, refusal, model, sums, tmp_path):
     assert "nowhere" in refusal("report", tmp_path / "nowhere")
 
 
+def test_a_recurrent_model_is_trained_and_evaluated(tutelage, refusal, sums, tmp_path, monkeypatch):
+    """By log-probs alone, for no answers can be drawn from it; with a verifier that is said before training."""
+    mamba, out = save_model(tmp_path / "mamba", architecture="mamba"), tmp_path / "out"
+    run = training("sft", mamba, sums, out, eval_dataset_name=sums)
+    assert tutelage(*run)[0] == 0
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert record["evaluation"]["means"]["demonstration_logp"]["n"] == 8
+    assert {sample["sampled"] for sample in record["samples"]} == {None}
+    command = ["evaluate", "--model_name_or_path", out, "--dataset_name", sums, "--max_completion_length", 6]
+    assert tutelage(*command, "--output_dir", tmp_path / "evaluation")[0] == 0
+    (tmp_path / "tutelage_test_kind.py").write_text("def score(text, row):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    error = refusal(*run, "--overwrite_output_dir", "--verifier", "tutelage_test_kind:score")
+    assert "nothing to score" in error
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == record, "what was there is left alone"
+
+
+def test_results_are_there_when_the_evaluation_fails(refusal, model, sums, out, tmp_path, monkeypatch):
+    (tmp_path / "tutelage_test_moody.py").write_text(
+        "calls = []\ndef score(text, row):\n    calls.append(text)\n    return 1 / (2 - len(calls))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = training("sft", model, sums, out, eval_dataset_name=sums)
+    assert "the verifier failed: ZeroDivisionError" in refusal(*run, "--verifier", "tutelage_test_moody:score")
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert record["history"]
+    assert record["evaluation"] is None
+
+
 def test_report_of_a_chain(tutelage, model, sums, tmp_path):
     """SFT, then twice IRFT from its folder; the runs of one name are told apart, and know what they started from."""
     sft, first, second = (tmp_path / name for name in ("sft", "first", "second"))

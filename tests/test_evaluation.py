@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 
 from tutelage.errors import UserError
@@ -80,13 +79,8 @@ def test_what_a_verifier_cannot_have_is_found_before_training(training, verifier
     rows_of(training).require_answers(training.model("mamba"))  # nothing to score
     with pytest.raises(UserError, match=r"verifier.*nothing to score.*cannot be sampled from"):
         rows.require_answers(training.model("mamba"))
-    trainer = training.trainer(
-        "sft", model=training.model("mamba"), verifier=rows.task, options={"eval_dataset": ROWS}
-    )
-    before = [p.clone() for p in trainer.model.parameters()]
     with pytest.raises(UserError, match="nothing to score"):
-        trainer.train()
-    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
+        training.trainer("sft", model=training.model("mamba"), verifier=rows.task, options={"eval_dataset": ROWS})
 
 
 def test_a_sampler_can_be_handed_in(training):

@@ -147,6 +147,8 @@ class DemonstrationTrainer(Trainer):
             if eval_dataset is not None
             else None
         )
+        if self.evaluation_set is not None:
+            self.evaluation_set.require_answers(self.policy)
         self.add_callback(_Guard(self))
         self.add_callback(_Costs(self))
         logger.info(
@@ -305,7 +307,6 @@ class DemonstrationTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As transformers'. Held-out log-probs of the policy as it starts are kept: the zero of the implicit reward."""
         if self.evaluation_set is not None:
-            self.evaluation_set.require_answers(self.policy)
             with self.progress.phase("held-out log-probs of the start"), self.compute_loss_context_manager():
                 self.evaluation_set.remember_reference(
                     self.policy, layout=self.layout, batch_size=self.args.per_device_eval_batch_size
