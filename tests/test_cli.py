@@ -485,11 +485,12 @@ def test_evaluate_and_report(tutelage, refusal, model, sums, tmp_path):
     assert "no method to judge" in shown
     assert (out / "report.html").stat().st_size > 1000
     start, found = (json.loads((out / name / "results.json").read_text("utf-8")) for name in ("tiny", "other"))
-    assert (start["name"], start["start"], found["name"], found["start"]) == ("tiny", None, "other", "tiny")
-    assert found["evaluation"]["num_rows"] == len(found["evaluation"]["per_row"]["row"]) == 8
-    assert start["evaluation"]["demonstration_reward"]["mean"] == pytest.approx(0, abs=1e-5)
-    gain = found["evaluation"]["demonstration_logp"]["mean"] - start["evaluation"]["demonstration_logp"]["mean"]
-    assert found["evaluation"]["demonstration_reward"]["mean"] == pytest.approx(0.5 * gain, rel=1e-4)
+    assert (start["name"], start["start"], found["name"], found["start"]) == ("tiny", None, "other", start["id"])
+    assert found["evaluation"]["rows"] == list(range(8))
+    start, found = (each["evaluation"]["means"] for each in (start, found))
+    assert start["demonstration_reward"]["mean"] == pytest.approx(0, abs=1e-5)
+    gain = found["demonstration_logp"]["mean"] - start["demonstration_logp"]["mean"]
+    assert found["demonstration_reward"]["mean"] == pytest.approx(0.5 * gain, rel=1e-4)
     assert "in use" in refusal(*command)
 
     page = tmp_path / "page.html"
@@ -497,6 +498,35 @@ def test_evaluate_and_report(tutelage, refusal, model, sums, tmp_path):
     assert code == 0
     assert "other" in page.read_text(encoding="utf-8")
     assert "nowhere" in refusal("report", tmp_path / "nowhere")
+
+
+def test_a_recurrent_model_is_trained_and_evaluated(tutelage, refusal, sums, tmp_path, monkeypatch):
+    """By log-probs alone, for no answers can be drawn from it; with a verifier that is said before training."""
+    mamba, out = save_model(tmp_path / "mamba", architecture="mamba"), tmp_path / "out"
+    run = training("sft", mamba, sums, out, eval_dataset_name=sums)
+    assert tutelage(*run)[0] == 0
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert record["evaluation"]["means"]["demonstration_logp"]["n"] == 8
+    assert {sample["sampled"] for sample in record["samples"]} == {None}
+    command = ["evaluate", "--model_name_or_path", out, "--dataset_name", sums, "--max_completion_length", 6]
+    assert tutelage(*command, "--output_dir", tmp_path / "evaluation")[0] == 0
+    (tmp_path / "tutelage_test_kind.py").write_text("def score(text, row):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    error = refusal(*run, "--overwrite_output_dir", "--verifier", "tutelage_test_kind:score")
+    assert "nothing to score" in error
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == record, "what was there is left alone"
+
+
+def test_results_are_there_when_the_evaluation_fails(refusal, model, sums, out, tmp_path, monkeypatch):
+    (tmp_path / "tutelage_test_moody.py").write_text(
+        "calls = []\ndef score(text, row):\n    calls.append(text)\n    return 1 / (2 - len(calls))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = training("sft", model, sums, out, eval_dataset_name=sums)
+    assert "the verifier failed: ZeroDivisionError" in refusal(*run, "--verifier", "tutelage_test_moody:score")
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert record["history"]
+    assert record["evaluation"] is None
 
 
 def test_report_of_a_chain(tutelage, model, sums, tmp_path):
@@ -512,8 +542,10 @@ def test_report_of_a_chain(tutelage, model, sums, tmp_path):
     out = tmp_path / "evaluation"
     command = ["evaluate", "--model_name_or_path", first, sft, "--reference", model, "--dataset_name", sums]
     assert tutelage(*command, "--output_dir", out, "--max_completion_length", 6)[0] == 0
-    found = [json.loads((out / name / "results.json").read_text("utf-8")) for name in ("first", "sft")]
-    assert [record["start"] for record in found] == ["sft", "tiny"], "what a run started from is its control"
+    names = ("first", "sft", "tiny")
+    found, start, base = (json.loads((out / name / "results.json").read_text("utf-8")) for name in names)
+    assert found["start"] == record["start"] == start["id"], "a run knows what it started from"
+    assert start["start"] == base["id"]
     page = tmp_path / "report.html"
     code, shown, _ = tutelage("report", sft, first, second, "--output", page)
     assert code == 0
@@ -551,7 +583,7 @@ def test_a_whole_run(adapter, model, sums, out):
     assert str(out / "report.html") in "".join(done.stdout.split("\n"))
     record = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert record["demonstration_epochs"] == 1
-    assert record["evaluation"]["num_rows"] == 8
+    assert len(record["evaluation"]["rows"]) == 8
     losses = [row["loss"] for row in record["history"] if "loss" in row]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: at a stage's start the margin is 0
     assert len(losses) == 2

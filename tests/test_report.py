@@ -4,59 +4,76 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from rich.console import Console
+from tutelage.algorithms.curves import IMPLICIT_REWARD_CURVES, RFT_CURVES, irft_card, rft_card
 
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import mean_interval
-from tutelage.report import charts, load_run, summary_table, verdicts, write_report
+from tutelage.report import charts, summary_table, verdicts, write_report
 from tutelage.report.page import render
-from tutelage.results import model_card, run_record
+from tutelage.results import (
+    AnswerRecord,
+    CandidateRecord,
+    Curve,
+    EvaluationRecord,
+    Interval,
+    RunRecord,
+    SampleRecord,
+    load_results,
+    model_card,
+    run_id,
+    write_results,
+)
 
 EVIL = '<script>alert("1")</script>'
 
 
-def evaluation(scores=None, logps=None, rows=None, score="sampled", **more):
+def evaluation(scores=None, logps=None, rows=None, answers="sampled", *, task="sums", **means):
+    """Of ``scores``, what a verifier gave the answers, and ``logps`` of the demonstrations."""
     n = len(scores if scores is not None else logps)
     logps = [-10.0 + 0.01 * row for row in range(n)] if logps is None else logps
-    result = {
-        "num_rows": n,
-        "task": "sums",
-        "demonstration_logp": mean_interval(logps).to_dict() if np.isfinite(logps).all() else {},
-        "truncated_fraction": 0.0,
-        "length_mean": 5.0,
-        "per_row": {"row": list(range(n)) if rows is None else rows, "demonstration_logp": logps},
-    }
+    found = {"demonstration_logp": mean_interval(logps)} if None not in logps else {}
+    per_row = {"demonstration_logp": logps}
     if scores is not None:
-        result[f"accuracy_{score}"] = mean_interval(scores).to_dict()
-        result["per_row"][f"{score}_score"] = scores
-    return result | more
+        right = [float(score >= 1) for score in scores]
+        found |= {f"score_{answers}": mean_interval(scores), f"accuracy_{answers}": mean_interval(right)}
+        per_row |= {f"{answers}_score": scores, f"{answers}_right": right}
+    rows = list(range(n)) if rows is None else rows
+    return EvaluationRecord("held_out.jsonl", task, rows, found | means, 5.0, 0.0, per_row)
 
 
-def run(name, algorithm="irft", start="sft", evaluation=None, **more):
-    return {
-        "schema": 1,
-        "name": name,
-        "algorithm": algorithm,
-        "model": "org/model",
-        "dataset": "sums.jsonl",
-        "seed": 0,
-        "start": start,
+def run(name, algorithm="irft", start="the-start", evaluation=None, **more):
+    """A run that started from the run of id ``start``."""
+    curves = {"rft": RFT_CURVES, "irft": IMPLICIT_REWARD_CURVES, "spin": IMPLICIT_REWARD_CURVES}
+    more = {
         "settings": {"beta": 0.1, "batch_size": 8},
         "demonstration_epochs": 3.0,
         "trained_tokens": 12345,
         "sampled_tokens": 2345,
         "time_s": {"sampling": 11.0, "reference": 2.0, "training": 61.0, "total": 75.0},
         "peak_memory_bytes": 3 * 2**30,
-        "history": [],
-        "evaluation": evaluation,
-        "samples": [],
-        "selection": [],
+        "curves": list(curves.get(algorithm, ())),
     } | more
+    return RunRecord(
+        name, algorithm, "org/model", "sums.jsonl", **{"seed": 0} | more, start=start, evaluation=evaluation
+    )
+
+
+def control(evaluation=None, name="continued-sft", **more):
+    return run(name, "sft", evaluation=evaluation, **more)
+
+
+def the_start(evaluation=None, name="sft", **more):
+    return run(name, "sft", None, evaluation, id="the-start", **more)
 
 
 def scores(right, of=100):
@@ -68,18 +85,20 @@ def sentences(*runs):
     return verdicts(runs)[:-1]
 
 
+def first(*runs):
+    return sentences(*runs)[0]
+
+
 def candidate(stage, reward, kl, verifier_score=None, *, chosen=False, width=0.25):
-    bounds = {"reward_low": reward - width, "reward_high": reward + width}
-    objective = reward - 0.1 * kl
-    return {
-        "stage": stage,
-        "reward": reward,
-        **bounds,
-        "kl": kl,
-        "objective": objective,
-        "verifier_score": verifier_score,
-        "chosen": chosen,
-    }
+    scored = [None] * 3
+    if verifier_score is not None:
+        scored = [verifier_score, verifier_score - 0.02, verifier_score + 0.02]
+    return CandidateRecord(stage, reward, reward - width, reward + width, kl, reward - 0.1 * kl, *scored, chosen)
+
+
+def unscored(found):
+    none = {"verifier_score": None, "verifier_score_low": None, "verifier_score_high": None}
+    return [replace(each, **none) for each in found]
 
 
 # The learned reward rises to the end; the verifier's score rises for three stages and then falls below the start's.
@@ -139,161 +158,380 @@ def rft(found=None, **more):
     return run("rft", "rft", evaluation=found, **{"history": rft_history(), **more})
 
 
-class TestLoad:
-    def test_directory_or_file(self, tmp_path):
-        saved = run("irft", evaluation=evaluation(scores(3)), history=[{"step": 1, "loss": math.nan}])
-        (tmp_path / "results.json").write_text(json.dumps(saved))
-        assert load_run(tmp_path)["evaluation"] == saved["evaluation"]
-        assert load_run(tmp_path / "results.json")["name"] == "irft"
+class TestRecord:
+    def test_written_and_read_back(self, tmp_path):
+        (answer, history) = (AnswerRecord("19", 0.5), [{"step": 1, "loss": 0.25}])
+        saved = replace(
+            rft(evaluation(scores(3))), history=history, samples=[SampleRecord(3, "12 + 7?", "19", answer)]
+        )
+        assert write_results(tmp_path / "new", saved) == tmp_path / "new" / "results.json"
+        assert load_results(tmp_path / "new") == load_results(tmp_path / "new" / "results.json") == saved
 
-    def test_first_files_had_no_selection(self, tmp_path):
-        record = {key: value for key, value in run("irft").items() if key != "selection"}
-        (tmp_path / "results.json").write_text(json.dumps(record))
-        assert load_run(tmp_path)["selection"] == []
+    def test_no_nan_in_the_file(self, tmp_path):
+        """Where a value may be missing, a number that is not finite becomes null; elsewhere it is an error."""
+        saved = run("irft", evaluation=evaluation(logps=[-1.0] * 3), history=[{"step": 1, "loss": math.nan}])
+        saved.evaluation.per_row["demonstration_logp"][1] = -math.inf
+        write_results(tmp_path, saved)
+        json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+        found = load_results(tmp_path)
+        assert found.history == [{"step": 1, "loss": None}]
+        assert found.evaluation.per_row["demonstration_logp"] == [-1.0, None, -1.0]
+        saved.evaluation.means["demonstration_logp"] = Interval(math.nan, 0.0, 1.0, 3)
+        before = (tmp_path / "results.json").read_bytes()
+        with pytest.raises(UserError, match=r"evaluation\.means\.demonstration_logp\.mean.*nan cannot stand"):
+            write_results(tmp_path, saved)
+        assert (tmp_path / "results.json").read_bytes() == before
+        (tmp_path / "results.json").write_text('{"schema": 2, "name": NaN}')
+        with pytest.raises(UserError, match=r"not a JSON file.*NaN"):
+            load_results(tmp_path)
 
     def test_no_file(self, tmp_path):
         with pytest.raises(UserError, match=r"results\.json: no such file.*output directory"):
-            load_run(tmp_path)
+            load_results(tmp_path)
 
     @pytest.mark.parametrize(
-        ("text", "message"),
+        ("place", "value", "message"),
         [
-            ("{", "not a JSON file"),
-            ("[]", "schema None"),
-            ('{"schema": 2}', "schema 2, but this version reads schema 1"),
-            (json.dumps(run("irft") | {"history": {}}), "field 'history'"),
-            (json.dumps({key: value for key, value in run("irft").items() if key != "samples"}), "field 'samples'"),
-            (json.dumps(run("rft", selection={})), "field 'selection'"),
+            (("schema",), 1, "schema 1, but this version reads schema 2"),
+            (("name",), 7, "field 'name': is 7, not a text"),
+            (("history",), {}, "field 'history': is 'dict', not a list"),
+            (("samples",), ..., "field 'samples': is missing"),
+            (("seed",), True, "field 'seed': is True, not a number"),
+            (("seed",), 0.5, "field 'seed': is 0.5, not a whole number"),
+            (("selection", 1, "kl"), "far", r"field 'selection\[1\].kl': is 'far', not a number"),
+            (("selection", 1, "chosen"), 1, r"field 'selection\[1\].chosen': is 1, not true or false"),
+            (("curves", 0, "over"), "epoch", r"field 'curves\[0\].over': is 'epoch', not one of step, stage"),
+            (("evaluation", "means", "demonstration_logp", "low"), ..., "demonstration_logp.low': is missing"),
+            (("evaluation", "per_row", "demonstration_logp"), [1.0], "holds 1 values for 3 rows"),
+            (("time_s", "total"), None, "field 'time_s.total': is None, not a number"),
         ],
     )
-    def test_bad_file(self, tmp_path, text, message):
+    def test_a_file_that_is_not_as_it_should_be(self, tmp_path, place, value, message):
+        data = json.loads(json.dumps(rft(evaluation(logps=[-1.0, -2.0, -4.0])).to_dict()))
+        parent = data
+        for part in place[:-1]:
+            parent = parent[part]
+        parent[place[-1]] = value
+        if value is ...:
+            del parent[place[-1]]
         path = tmp_path / "results.json"
-        path.write_text(text)
+        path.write_text(json.dumps(data))
         with pytest.raises(UserError, match=message) as error:
-            load_run(path)
+            load_results(tmp_path)
         assert str(path) in str(error.value)
+        assert error.value.remedy
+
+    @pytest.mark.parametrize("text", ["{", "[]", "3", "\xff"])
+    def test_not_a_record(self, tmp_path, text):
+        (tmp_path / "results.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=r"not a JSON file|schema None"):
+            load_results(tmp_path)
+
+    def test_fields_of_later_versions_are_left_out(self):
+        data = run("irft").to_dict()
+        assert RunRecord.from_dict(data | {"weather": "fair"}) == run("irft")
+
+    def test_id_outlives_names_costs_and_evaluations(self):
+        one = run("irft", history=[{"step": 1, "loss": 0.5}])
+        again = run("a", evaluation=evaluation(scores(3)), time_s={}, history=[{"loss": 0.5}, {"train_runtime": 3.0}])
+        assert one.id == again.id
+        other = {run("irft", history=[{"loss": 0.25}]).id, run("irft", start="x").id, run("irft", seed=1).id}
+        assert len(other | {one.id}) == 4
+
+    def test_id_of_the_run_that_wrote_a_model(self, tmp_path):
+        saved = run("irft")
+        write_results(tmp_path / "run", saved)
+        (tmp_path / "run" / "policy").mkdir()
+        assert run_id(tmp_path / "run") == run_id(str(tmp_path / "run" / "policy")) == saved.id
+        assert run_id("org/model") is None
+        (tmp_path / "run" / "results.json").write_text('{"schema": 1}')
+        assert run_id(tmp_path / "run") is None
+
+    def test_needs_no_engine(self):
+        """A report is written where torch is not even installed."""
+        code = "import sys, tutelage.results, tutelage.report; print('torch' in sys.modules, 'peft' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "False False\n"
 
 
 class TestVerdicts:
     def test_helped_only_if_the_interval_excludes_zero(self):
-        control = run("continued-sft", "sft", evaluation=evaluation(scores(30)))
-        helped = sentences(control, run("irft", evaluation=evaluation(scores(50))))
+        against = control(evaluation(scores(30)))
+        helped = sentences(against, run("irft", evaluation=evaluation(scores(50))))
         assert helped[0].startswith("irft helped over continued-sft: sampled accuracy 0.50 against 0.30")
-        unclear = sentences(control, run("irft", evaluation=evaluation(scores(32))))
+        unclear = sentences(against, run("irft", evaluation=evaluation(scores(32))))
         assert re.fullmatch(
             r"irft did not beat continued-sft: sampled accuracy 0\.32 against 0\.30, difference \+0\.02 "
             r"\(95% interval −0\.0\d to 0\.0\d\); no difference that 100 rows can show\.",
             unclear[0],
         )
-        worse = sentences(control, run("irft", evaluation=evaluation(scores(10))))
+        worse = sentences(against, run("irft", evaluation=evaluation(scores(10))))
         assert "did worse" in worse[0]
         assert "difference −0.20" in worse[0]
 
     def test_rows_are_paired_by_number(self):
-        # The same noisy log-probs, one tenth of a nat better on every row, in another order: certain if paired.
-        logps = np.random.default_rng(0).normal(-50, 20, size=40)
+        # The same noisy log-probs, about a tenth of a nat better on every row, in another order: certain if paired.
+        rng = np.random.default_rng(0)
+        logps, better = rng.normal(-50, 20, size=40), rng.normal(0.1, 0.02, size=40)
         order = np.random.default_rng(1).permutation(40)
-        control = run("continued-sft", evaluation=evaluation(logps=logps.tolist()))
-        better = run("irft", evaluation=evaluation(logps=(logps[order] + 0.1).tolist(), rows=order.tolist()))
-        assert sentences(control, better)[0].startswith("irft helped over continued-sft: held-out demonstration")
-        assert "difference +0.10 (95% interval 0.10 to 0.10), 40 rows" in sentences(control, better)[0]
+        found = evaluation(logps=(logps + better)[order].tolist(), rows=order.tolist())
+        text = first(control(evaluation(logps=logps.tolist())), run("irft", evaluation=found))
+        assert text.startswith("irft helped over continued-sft: held-out demonstration")
+        assert re.search(r"difference \+0\.1\d\d \(95% interval 0\.\d\d\d to 0\.1\d\d\), 40 rows", text)
 
     def test_only_shared_rows_count(self):
-        control = run("continued-sft", evaluation=evaluation(scores(10, of=20)))
+        against = control(evaluation(scores(10, of=20)))
         method = run("irft", evaluation=evaluation(scores(10, of=20), rows=[*range(15), *range(100, 105)]))
-        assert "15 rows can show" in sentences(control, method)[0]
+        assert "15 rows can show" in first(against, method)
         elsewhere = run("irft", evaluation=evaluation(scores(10, of=20), rows=list(range(100, 120))))
-        assert sentences(control, elsewhere) == [
+        assert sentences(against, elsewhere) == [
             "irft cannot be judged: it shares no evaluated rows with continued-sft."
         ]
 
     def test_greedy_where_nothing_was_sampled(self):
-        control = run("continued-sft", evaluation=evaluation(scores(30), score="greedy"))
-        method = run("irft", evaluation=evaluation(scores(60), score="greedy"))
-        assert "greedy accuracy 0.60 against 0.30" in sentences(control, method)[0]
-
-    def test_the_start_is_the_control_without_continued_sft(self):
-        start = run("sft", "sft", None, evaluation(scores(30)))
-        method = run("irft", evaluation=evaluation(scores(30)))
-        assert sentences(start, method)[0].startswith("irft did not beat sft:")
-        third = run("continued-sft", "sft", evaluation=evaluation(scores(10)))
-        assert sentences(start, method, third)[0].startswith("irft helped over continued-sft:")
+        against = control(evaluation(scores(30), answers="greedy"))
+        method = run("irft", evaluation=evaluation(scores(60), answers="greedy"))
+        assert "greedy accuracy 0.60 against 0.30" in first(against, method)
 
     def test_no_claim_without_control_evaluation_or_the_same_task(self):
         method = run("irft", evaluation=evaluation(scores(30)))
-        assert sentences(method)[0].startswith("irft has no control:")
-        blank = run("continued-sft", "sft")
-        assert sentences(method, blank) == ["irft cannot be judged: continued-sft was not evaluated."]
-        other = run("continued-sft", "sft", evaluation=evaluation(scores(30), task="words"))
-        assert "other data or on another task" in sentences(method, other)[0]
+        assert first(method).startswith("irft has no control:")
+        assert sentences(method, control()) == ["irft cannot be judged: continued-sft was not evaluated."]
+        other = control(evaluation(scores(30), task="words"))
+        assert "other data or on another task" in first(method, other)
+        elsewhere = control(replace(evaluation(scores(30)), dataset="other.jsonl"))
+        assert "other data or on another task" in first(method, elsewhere)
         assert sentences(run("base", "base", None)) == [
             "There is no method to judge: only the start or the control of a comparison."
         ]
 
     def test_few_rows_show_nothing(self):
-        control = run("continued-sft", evaluation=evaluation([0.0] * 4))
-        assert all("Too few" in text for text in sentences(control, run("irft", evaluation=evaluation([1.0] * 4))))
+        against = control(evaluation([0.0] * 4))
+        assert all("Too few" in text for text in sentences(against, run("irft", evaluation=evaluation([1.0] * 4))))
 
     def test_nan_is_said(self):
-        control = run("continued-sft", evaluation=evaluation(logps=[-1.0] * 20))
-        broken = evaluation(logps=[-1.0] * 19 + [math.nan])
-        assert "1 of the values are NaN" in sentences(control, run("irft", start=None, evaluation=broken))[0]
+        broken = evaluation(logps=[-1.0] * 19 + [None])
+        text = first(control(evaluation(logps=[-1.0] * 20)), run("irft", evaluation=broken))
+        assert "1 of the values are NaN" in text
 
-    def test_unequal_budget(self):
-        control = run("continued-sft", evaluation=evaluation(scores(30)))
+    def test_unequal_budget_and_data(self):
+        against = control(evaluation(scores(30)))
         method = run("irft", evaluation=evaluation(scores(30)), demonstration_epochs=6.0)
         expected = "Not an equal budget: irft made 6 demonstration passes, continued-sft 3."
-        assert expected in sentences(control, method)
-        assert expected not in sentences(control, method | {"demonstration_epochs": 3.1})
+        assert expected in sentences(against, method)
+        assert expected not in sentences(against, replace(method, demonstration_epochs=3.1))
+        expected = "Not the same data: irft was trained on more.jsonl, continued-sft on sums.jsonl."
+        assert expected in sentences(against, replace(method, dataset="more.jsonl"))
 
     @pytest.mark.parametrize(("logp", "collapsed"), [(-10.9, False), (-11.1, True), (-5.0, False)])
     def test_collapse(self, logp, collapsed):
-        start = run("sft", "sft", None, evaluation(logps=[-10.0] * 20))
+        start = the_start(evaluation(logps=[-10.0] * 20))
         found = sentences(start, run("spin", "spin", evaluation=evaluation(logps=[logp] * 20)))
         assert collapsed == any(text.startswith("spin collapsed:") for text in found)
 
     def test_seeds(self):
         one = run("irft", evaluation=evaluation(scores(30)), seed=7)
         assert verdicts([one])[-1].startswith("One seed (7) is one seed")
-        assert "(3, 7)" in verdicts([one, run("continued-sft", seed=3)])[-1]
+        assert "(3, 7)" in verdicts([one, control(seed=3)])[-1]
 
     def test_rft_is_a_method(self):
-        control = run("continued-sft", "sft", evaluation=evaluation(scores(30)))
-        found = sentences(control, rft(evaluation(scores(50)), selection=[]))
+        found = sentences(control(evaluation(scores(30))), rft(evaluation(scores(50)), selection=[]))
         assert found[0].startswith("rft helped over continued-sft:")
         assert not any("kept" in text or "hacking" in text for text in found)
 
     def test_which_policy_was_kept(self):
         kept, hacking = sentences(rft())[1:]
         assert kept == (
-            "rft kept the policy after 3 stages: held-out learned reward 1.50 at 3.40 nats KL, objective (reward/scale − β·KL) "
-            "1.16 against 0.00 at the start, verifier score 0.55 against 0.40."
+            "rft kept the policy after 3 stages: learned reward 1.50 on validation rows at 3.40 nats KL, objective "
+            "(reward/scale − β·KL) 1.16 against 0.00 at the start, verifier score 0.55 against 0.40."
         )
         assert hacking == (
-            "Reward hacking in rft: from the start to the policy after 5 stages the held-out learned reward rose from 0.00 "
-            "(95% interval −0.25 to 0.25) to 2.30 (95% interval 2.05 to 2.55), but the verifier score fell from 0.40 to 0.30."
+            "Reward hacking in rft: from the start to the policy after 5 stages the learned reward of validation samples "
+            "rose from 0.00 (95% interval −0.25 to 0.25) to 2.30 (95% interval 2.05 to 2.55), but the verifier score fell "
+            "from 0.40 to 0.30."
         )
 
     def test_the_start_was_kept(self):
         chosen = [candidate(0, 0.0, 0.0, chosen=True), candidate(2, 0.2, 6.0), candidate(1, 0.1, 2.0)]
         assert sentences(rft(selection=chosen))[1:] == [
-            "rft kept the policy that it started from: no stage beat it; its objective (held-out learned reward/scale − β·KL) is "
+            "rft kept the policy that it started from: no stage beat it; its objective (learned reward/scale − β·KL) is "
             "0.00, that of the best other, after 1 stage, −0.10."
         ]
 
     @pytest.mark.parametrize(
         ("reward", "verifier_score", "hacked"),
-        [(0.6, 0.39, True), (0.4, 0.3, False), (0.6, 0.4, False), (0.6, None, False)],
+        [(0.6, 0.3, True), (0.6, 0.39, False), (0.4, 0.3, False), (0.6, 0.4, False), (0.6, None, False)],
     )
-    def test_hacking_is_a_sure_rise_of_the_reward_and_a_fall_of_the_gold_score(self, reward, verifier_score, hacked):
+    def test_hacking_is_a_sure_rise_of_the_reward_and_a_sure_fall_of_the_score(self, reward, verifier_score, hacked):
         pair = [candidate(0, 0.0, 0.0, 0.4, chosen=True), candidate(1, reward, 1.0, verifier_score)]
         assert hacked == any(text.startswith("Reward hacking") for text in sentences(rft(selection=pair)))
+
+    def test_hacking_is_not_read_from_intervals_of_width_zero(self):
+        pair = [candidate(0, 0.0, 0.0, 0.4, chosen=True, width=0.0), candidate(1, 0.6, 1.0, 0.3)]
+        assert not any(text.startswith("Reward hacking") for text in sentences(rft(selection=pair)))
 
     def test_names_must_differ(self):
         with pytest.raises(UserError, match="2 runs are called 'irft'"):
             verdicts([run("irft"), run("irft")])
         with pytest.raises(UserError, match="no runs"):
             verdicts([])
+
+
+class TestControls:
+    """The control is a run of sft from the same start, whatever it is called."""
+
+    def test_a_control_by_any_name(self):
+        """The same numbers, the control called sft-more instead of continued-sft."""
+        start, method = the_start(evaluation(scores(30))), run("irft", evaluation=evaluation(scores(50)))
+        for name in ("continued-sft", "sft-more", "base"):
+            text = first(start, control(evaluation(scores(49)), name), method)
+            assert text.startswith(f"irft did not beat {name}: sampled accuracy 0.50 against 0.49")
+        impostor = run("continued-sft", "spin", evaluation=evaluation(scores(10)))
+        assert first(start, method, impostor).startswith("irft helped over sft:"), "SPIN is no control"
+        elsewhere = control(evaluation(scores(49)), start="another-start")
+        assert first(start, method, elsewhere).startswith("irft helped over sft:"), "from another start"
+
+    def test_the_start_is_the_control_where_there_is_no_other(self):
+        method = run("irft", evaluation=evaluation(scores(30)))
+        assert first(the_start(evaluation(scores(30))), method).startswith("irft did not beat sft:")
+        assert first(the_start(evaluation(scores(30)), "irft-0"), method).startswith("irft did not beat irft-0:")
+        assert first(run("sft", "spin", evaluation=evaluation(scores(30))), method).startswith("sft has no control")
+
+    def test_a_start_that_no_run_made(self):
+        """From a model as it was found: known by its name or its path, however that is written."""
+        base = RunRecord("x", "base", "./model", None, 0, evaluation=evaluation(scores(30)))
+        method = replace(run("irft", evaluation=evaluation(scores(60)), start=None), model="model")
+        assert first(base, method).startswith("irft helped over x:")
+        more = replace(control(evaluation(scores(60)), start=None), model="model/")
+        assert first(base, method, more).startswith("irft did not beat continued-sft:")
+        assert first(replace(base, model="other"), method).startswith("irft has no control")
+
+    def test_the_start_is_no_control(self):
+        """Even where its record and the method's name the same model."""
+        start, method = the_start(evaluation(scores(60))), run("irft", evaluation=evaluation(scores(50)))
+        assert first(start, method, control(evaluation(scores(20)))).startswith("irft helped over continued-sft:")
+
+    def test_a_start_that_was_trained_again_is_another(self):
+        """Both runs say which run they started from: that the folder is the same proves nothing."""
+        method = run("irft", evaluation=evaluation(scores(60)))
+        assert first(method, control(evaluation(scores(30)), start="the-start-2")).startswith("irft has no control")
+        unknown = control(evaluation(scores(30)), start=None)
+        assert first(method, unknown).startswith("irft helped over continued-sft"), (
+            "the same model, as far as is known"
+        )
+
+    def test_the_strongest_control_counts(self):
+        """By the number at hand: one is better by accuracy, the other by log-prob."""
+        accurate = control(evaluation(scores(45), logps=[-20.0 - row / 10 for row in range(100)]), "a")
+        likely = control(evaluation(scores(20), logps=[-10.0 - row / 10 for row in range(100)]), "b")
+        blank, short = control(name="c"), control(evaluation(scores(4, of=4)), "d")
+        method = run("irft", evaluation=evaluation(scores(50), logps=[-15.0 - row / 9 for row in range(100)]))
+        found = sentences(accurate, likely, blank, short, method)
+        assert found[0].startswith("irft did not beat a: sampled accuracy 0.50 against 0.45")
+        assert "a is the strongest of 3 controls by this number" in found[0]
+        assert found[1].startswith("irft did worse than b: held-out demonstration log-prob")
+        assert len(found) == 2
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_names_and_order_decide_nothing(self, seed):
+        """Rename all runs at random and shuffle them: the same verdicts, up to the names."""
+        rng = np.random.default_rng(seed)
+
+        def found():
+            right, graded = rng.random(60) < rng.uniform(0.2, 0.8), rng.random(60).round(1)
+            answers = (graded if rng.random() < 0.3 else right).astype(float).tolist()
+            return evaluation(answers, (-20 + rng.normal(0, 3, size=60)).tolist()) if rng.random() < 0.9 else None
+
+        base = RunRecord("base", "base", "org/model", None, 0, evaluation=found())
+        sft = run("sft", "sft", None, found(), id="the-start")
+        runs = [base, sft, *(control(found(), f"more-{i}", history=[{"loss": i}]) for i in range(rng.integers(3)))]
+        runs += [run(name, name, evaluation=found()) for name in ("irft", "spin")]
+        runs += [run("again", "irft", runs[-1].id, found()), rft(found()), run("far", "irft", None, found())]
+        words = ["continued-sft", "sft", "base", "irft", "spin", "rft", *(f"n{index}" for index in range(len(runs)))]
+        names = random.Random(seed).sample(words, len(runs))
+        plain = [replace(each, name=f"token-{index:02d}.") for index, each in enumerate(runs)]
+        renamed = [replace(each, name=name) for each, name in zip(runs, names, strict=True)]
+        expected = verdicts(plain)
+        for token, name in zip(plain, names, strict=True):
+            expected = [text.replace(token.name, name) for text in expected]
+        assert verdicts(renamed) == expected
+        random.Random(seed).shuffle(renamed)
+        assert sorted(verdicts(renamed)) == sorted(expected)
+
+
+class TestGradedVerifier:
+    """A verifier that gives part of a point is judged by what it gave."""
+
+    def test_the_score_decides_where_it_is_graded(self):
+        # No answer is fully right in either run: by accuracy they are the same.
+        rng = np.random.default_rng(0)
+        worse, better = rng.uniform(0.2, 0.5, size=100), rng.uniform(0.4, 0.9, size=100)
+        text = first(control(evaluation(worse.tolist())), run("irft", evaluation=evaluation(better.tolist())))
+        assert re.match(r"irft helped over continued-sft: sampled score 0\.\d\d against 0\.\d\d,", text)
+
+    def test_one_run_with_parts_of_a_point_is_enough(self):
+        half = evaluation([0.5] * 30 + [1.0] * 30 + [0.0] * 40)
+        for runs in ((control(evaluation(scores(30))), run("irft", evaluation=half)),) * 2:
+            assert "sampled score 0.45 against 0.30" in first(*runs)
+        assert "sampled score 0.30 against 0.45" in first(
+            control(half), run("irft", evaluation=evaluation(scores(30)))
+        )
+
+    def test_accuracy_decides_where_it_is_not(self):
+        text = first(control(evaluation(scores(30))), run("irft", evaluation=evaluation(scores(50))))
+        assert "sampled accuracy 0.50 against 0.30" in text
+
+    def test_the_summary_shows_scores_only_where_they_are_graded(self, five_runs):
+        assert "score" not in terminal(five_runs)
+        five_runs[2].evaluation = evaluation([0.5] * 30 + [1.0] * 30 + [0.0] * 40)
+        assert "sampled score" in " ".join(terminal(five_runs, width=300).split()) or ">sampled score<" in render(
+            five_runs
+        )
+        assert re.search(r">sampled score<", render(five_runs))
+
+
+class TestWidth:
+    """No verdict from an interval of width zero, and none that cannot be seen in the digits."""
+
+    @staticmethod
+    def by_logp(differences, around=-22.3):
+        n = len(differences)
+        theirs = np.random.default_rng(0).normal(around, 1.0, size=n)
+        pair = (evaluation(logps=values.tolist()) for values in (theirs, theirs + np.asarray(differences)))
+        against, method = pair
+        return first(control(against), run("irft", evaluation=method))
+
+    def test_equal_numbers(self):
+        text = self.by_logp(np.zeros(64))
+        assert text.startswith("No difference between irft and continued-sft: ")
+        assert "equal up to rounding over 64 rows" in text
+        rounding = self.by_logp(np.random.default_rng(1).uniform(0, 2e-4, size=64))
+        assert rounding.startswith("No difference between irft and continued-sft: ")
+
+    @pytest.mark.parametrize("n", [10, 64])
+    @pytest.mark.parametrize("difference", [0.1, -3.0])
+    def test_the_same_difference_everywhere(self, n, difference):
+        text = self.by_logp([difference] * n)
+        assert text.startswith("No verdict on irft against continued-sft: ")
+        assert f"each of the {n} rows differs by the same {difference:.2f}".replace("-", "−") in text
+
+    def test_the_digits_show_the_claim(self):
+        text = self.by_logp(np.random.default_rng(1).normal(0.0012, 0.0008, size=64))
+        assert text.startswith("irft helped over continued-sft")
+        assert "−22.30 against −22.30" not in text
+        found = re.search(
+            r"log-prob −([\d.]+) against −([\d.]+) nats, difference \+([\d.]+) \(95% interval ([\d.]+) to", text
+        )
+        ours, theirs, difference, low = map(float, found.groups())
+        assert ours < theirs
+        assert 0 < low < difference
+
+    @pytest.mark.parametrize(("differing", "claim"), [(5, "Too few rows differ"), (6, "irft helped over")])
+    def test_a_handful_of_rows(self, differing, claim):
+        """Five rows of a hundred: the bootstrap is sure of them, a sign test (2 / 2^5 = 6%) is not."""
+        differences = np.zeros(100)
+        differences[:differing] = np.linspace(0.4, 0.6, differing)
+        assert self.by_logp(differences).startswith(claim)
 
 
 @pytest.fixture
@@ -306,28 +544,30 @@ def five_runs():
             row = {"step": step, "epoch": step / 8, "stage": 1 + (step - 1) * stages // 24, "loss": 1 / step}
             row |= {"logps/demonstrations": -12 + step / 10, "time/training": 2.0, "grad_norm": float(rng.random())}
             if method:
-                row |= {"logps/samples": -11.0, "rewards/margin": float(rng.normal()), "time/sampling": 1.0}
+                row |= {"logps/samples": -11.0, "time/sampling": 1.0}
+                row |= {method: float(rng.normal())}
             rows += [row, {"step": step, "eval_demonstration_logp": -13 + step / 10}]
         rows[6]["loss"] = math.nan
         return rows
 
     def samples(name):
-        shown = {"row": 3, "prompt": "12 + 7?", "demonstration": "19", "sampled": f"{name}\n\tsays 19"}
-        return [shown | {"sampled_score": 1.0, "greedy": "20", "greedy_score": 0.0}]
+        answers = AnswerRecord(f"{name}\n\tsays 19", 1.0), AnswerRecord("20", 0.0)
+        return [SampleRecord(3, "12 + 7?", "19", *answers)]
 
-    kinds = {"base-sft": ("sft", None, 1), "continued-sft": ("sft", "base-sft", 1)}
-    kinds |= {name: (name, "base-sft", stages) for name, stages in (("spin", 3), ("irft", 6), ("rft", 24))}
+    kinds = {"base-sft": ("sft", None, 1), "continued-sft": ("sft", "the-start", 1)}
+    kinds |= {name: (name, "the-start", stages) for name, stages in (("spin", 3), ("irft", 6), ("rft", 24))}
     runs = []
     for name, (algorithm, start, stages) in kinds.items():
         found = evaluation(
             (rng.random(128) < 0.4).astype(float).tolist(),
             rng.normal(-123.0, 20.0, size=128).tolist(),
-            accuracy_greedy=mean_interval(scores(40)).to_dict(),
-            preference_accuracy=mean_interval(scores(60)).to_dict(),
+            accuracy_greedy=mean_interval(scores(40)),
+            preference_accuracy=mean_interval(scores(60)),
         )
-        method = algorithm != "sft"
+        method = {"sft": None, "rft": "policy/reward"}.get(algorithm, "rewards/margin")
         more = {"history": history(stages, method), "samples": samples(name)}
         more["settings"] = {"beta": 0.1 if method else None, "batch_size": 8, "stages": stages}
+        more["id"] = "the-start" if start is None else ""
         runs.append(run(name, algorithm, start, found, **more))
     return runs
 
@@ -356,8 +596,8 @@ class TestSummary:
 
     def test_explicit_reward(self, five_runs):
         for each in five_runs[3:]:
-            each["evaluation"]["reward_accuracy"] = mean_interval(scores(70)).to_dict()
-            each["evaluation"]["preference_reward_accuracy"] = mean_interval(scores(81)).to_dict()
+            each.evaluation.means["reward_accuracy"] = mean_interval(scores(70))
+            each.evaluation.means["preference_reward_accuracy"] = mean_interval(scores(81))
         text = terminal(five_runs)
         assert text == terminal(five_runs, width=300)
         assert re.search(r"^rft .* 0\.70 +0\.81$", text, re.MULTILINE)
@@ -414,7 +654,9 @@ class TestPage:
         assert page.count("<svg") >= 8
 
     def test_same_runs_same_file(self, five_runs):
-        assert render(five_runs) == render(json.loads(json.dumps(five_runs)))
+        assert render(five_runs) == render(
+            [RunRecord.from_dict(json.loads(json.dumps(each.to_dict()))) for each in five_runs]
+        )
 
     def test_ids_stand_once_for_one_thing(self, five_runs):
         definitions = re.findall(r'id="([^"]+)">\s*<(rect[^>]*>|path[^>]*>)', render([*five_runs[:4], rft()]))
@@ -423,18 +665,19 @@ class TestPage:
             assert by_id.setdefault(name, content) == content
 
     def test_everything_is_escaped(self, five_runs):
-        sample = {"row": EVIL, "sampled_score": 0.5, "greedy_score": None}
-        sample |= dict.fromkeys(("prompt", "demonstration", "sampled", "greedy"), EVIL)
-        evil = five_runs[3] | {
-            "name": EVIL,
-            "model": EVIL,
-            "dataset": EVIL,
-            "settings": {EVIL: EVIL, "list": [EVIL]},
-            "samples": [sample],
-            "history": [{"step": 1, EVIL: 1.0, "loss": 0.5}, {"step": 2, EVIL: 2.0}],
-        }
-        control = run(EVIL, "continued-sft", evaluation=five_runs[1]["evaluation"], demonstration_epochs=9.0)
-        for runs in ([evil], [evil, *five_runs[:2]], [control, five_runs[3]]):
+        sample = SampleRecord(0, EVIL, EVIL, AnswerRecord(EVIL, 0.5), AnswerRecord(EVIL))
+        evil = replace(
+            five_runs[3],
+            name=EVIL,
+            model=EVIL,
+            dataset=EVIL,
+            settings={EVIL: EVIL, "list": [EVIL]},
+            samples=[sample],
+            history=[{"step": 1, EVIL: 1.0, "loss": 0.5}, {"step": 2, EVIL: 2.0}],
+            curves=[Curve("loss", EVIL, EVIL, EVIL)],
+        )
+        stood_against = control(five_runs[1].evaluation, EVIL, demonstration_epochs=9.0)
+        for runs in ([evil], [evil, *five_runs[:2]], [stood_against, five_runs[3]]):
             page = render(runs)
             assert "script" not in {tag for tag, _ in parse(page)}
             assert "<script" not in page
@@ -445,14 +688,14 @@ class TestPage:
         card = page[page.index('<article class="prompt">') : page.index("</article>")]
         assert page.count("<article") == 1
         for each in five_runs:
-            assert f"{each['name']}\n\tsays 19" in card
+            assert f"{each.name}\n\tsays 19" in card
         assert card.count("✓ right, 1") == card.count("✗ wrong, 0") == 5
-        five_runs[1]["samples"] = []
+        five_runs[1].samples = []
         assert "not sampled" in render(five_runs)
 
     def test_many_prompts_are_folded(self, five_runs):
-        shown = five_runs[0]["samples"][0]
-        page = render([five_runs[0] | {"samples": [shown | {"row": row} for row in range(20)]}])
+        (shown,) = five_runs[0].samples
+        page = render([replace(five_runs[0], samples=[replace(shown, row=row) for row in range(20)])])
         assert page.count("<article") == 20
         assert "<summary>8 more prompts</summary>" in page
 
@@ -468,7 +711,7 @@ class TestPage:
         assert "<h2>Learned reward" not in render([run("irft")])
 
     def test_candidates_without_a_verifier(self):
-        page = render([rft(selection=[{**each, "verifier_score": None} for each in HACKED])])
+        page = render([rft(selection=unscored(HACKED))])
         assert "<h2>Learned reward of the candidates</h2>" in page
         assert "By distance from the start" in page
         assert "verifier score, dashed" not in page
@@ -484,18 +727,13 @@ class TestPage:
         assert ">batch_size<" in single
 
     def test_a_run_with_nothing_in_it(self):
-        page = render([run("irft", time_s=None, peak_memory_bytes=None, demonstration_epochs=None)])
+        page = render([run("irft", time_s={}, peak_memory_bytes=None, demonstration_epochs=None)])
         parse(page)
         for heading in ("Summary", "Curves", "Time", "Samples"):
             assert f"<h2>{heading}</h2>" not in page
 
-    def test_nan_in_the_evaluation(self, five_runs):
-        five_runs[3]["evaluation"]["demonstration_logp"] = {
-            "mean": math.nan,
-            "low": math.nan,
-            "high": math.nan,
-            "n": 9,
-        }
+    def test_a_quantity_without_a_mean(self, five_runs):
+        del five_runs[3].evaluation.means["demonstration_logp"]
         parse(render(five_runs))
         terminal(five_runs)
 
@@ -507,8 +745,10 @@ class TestPage:
 
 
 class TestCharts:
+    LOSS = next(curve for curve in charts.COMMON if curve.key == "loss")
+
     def test_colors_come_from_the_page(self, five_runs):
-        svg = charts.curve(five_runs, "loss")
+        svg = charts.draw(five_runs, self.LOSS)
         assert svg is not None
         assert all(f"var(--run-{index})" in svg for index in range(5))
         assert not re.search(r"(fill|stroke): #", svg)
@@ -517,26 +757,26 @@ class TestCharts:
 
     def test_nothing_to_draw(self):
         empty = run("irft", history=[{"step": 1, "loss": math.nan}, {"step": 2, "loss": None}, {"loss": 1.0}])
-        assert charts.curve([empty], "loss") is None
-        assert charts.curve([empty], "rewards/margin") is None
+        assert charts.draw([empty], self.LOSS) is None
+        assert charts.draw([empty], Curve("rewards/margin", "Margin")) is None
 
     def test_nan_leaves_a_gap(self):
         def subpaths(values):
             history = [{"step": step, "loss": value} for step, value in enumerate(values)]
-            svg = charts.curve([run("irft", history=history)], "loss")
+            svg = charts.draw([run("irft", history=history)], self.LOSS)
             assert svg is not None
             (line,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--run-0\)', svg)
             return line.count("M")
 
         values = [1.0 / (1 + step) for step in range(20)]
         assert subpaths(values) == 1
-        assert subpaths([*values[:9], math.nan, *values[10:]]) == 2
-        assert subpaths([*values[:9], math.inf, *values[10:]]) == 2
+        for missing in (math.nan, math.inf, None):  # None: what a record holds of such a number
+            assert subpaths([*values[:9], missing, *values[10:]]) == 2
 
     def test_stage_boundaries_unless_they_would_hide_the_curve(self):
         def marks(steps, stages):
             history = [{"step": step, "stage": step * stages // steps, "loss": 1.0} for step in range(steps)]
-            svg = charts.curve([run("irft", history=history)], "loss")
+            svg = charts.draw([run("irft", history=history)], self.LOSS)
             assert svg is not None
             return svg.count("stroke-opacity: 0.5")
 
@@ -546,17 +786,17 @@ class TestCharts:
 
     def test_stages_without_a_step_share_a_boundary(self):
         history = [{"step": 0, "stage": stage, "loss": 1.0} for stage in range(4)]
-        svg = charts.curve([run("rft", history=history)], "loss")
+        svg = charts.draw([run("rft", history=history)], self.LOSS)
         assert svg is not None
         assert svg.count("stroke-opacity: 0.5") == 1
 
     def test_over_stages(self):
         # Two stages without a policy step share step 0; over stages they stand apart.
         history = [{"step": 0, "stage": 0, "a": 1.0, "b": 2.0}, {"step": 0, "stage": 1, "a": 3.0, "b": 1.0}]
-        skipped = run("rft", "rft", history=history)
 
         def lines(over, faint=None):
-            svg = charts.curve([skipped], "a", over=over, faint=faint)
+            curve = Curve("a", "A", faint=faint, over=over)
+            svg = charts.draw([run("rft", history=history, curves=[curve])], curve)
             assert svg is not None
             paths = re.findall(
                 r'<path d="M ([\d.]+) [\d.]+ \s*L ([\d.]+) [^"]*"[^>]*stroke: var\(--run-0\)([^"]*)', svg
@@ -569,7 +809,31 @@ class TestCharts:
         assert lines("stage", faint="none") == [(False, False)]
 
     def test_faint_curve_alone(self):
-        assert charts.curve([run("rft", history=[{"stage": 0, "b": 1.0}])], "a", faint="b", over="stage") is not None
+        curve = Curve("a", "A", faint="b", over="stage")
+        assert charts.draw([run("rft", history=[{"stage": 0, "b": 1.0}], curves=[curve])], curve) is not None
+
+    def test_an_algorithm_brings_its_curves(self):
+        """A report draws what it has never heard of, under the headings of the record."""
+        history = [{"step": step, "stage": 0, "teacher/gap": 1.0, "teacher/kl": 2.0, "odd": 3.0} for step in range(3)]
+        curves = [Curve("teacher/gap", "Gap to the teacher", "nats", "Teacher", faint="teacher/kl")]
+        page = render([run("distilled", "sdft", history=history, curves=curves)])
+        assert "<h3>Teacher</h3>" in page
+        assert "Gap to the teacher<span>nats</span>" in page
+        rest = page[page.index("Everything else") :]
+        assert ">odd<" in rest
+        assert "teacher" not in rest.lower()
+
+    def test_one_key_with_two_meanings_has_two_frames(self):
+        """A run's numbers stand under its own title alone."""
+        mine, yours = Curve("gap", "Gap to the sample", group="A"), Curve("gap", "Gap to the teacher", group="B")
+        history = [{"step": 1, "gap": 1.0}, {"step": 2, "gap": 2.0}]
+        runs = [run("a", history=history, curves=[mine]), run("b", history=history, curves=[yours])]
+        for curve, color, other in ((mine, 0, 1), (yours, 1, 0)):
+            svg = charts.draw(runs, curve)
+            assert svg is not None
+            assert f"var(--run-{color})" in svg
+            assert f"var(--run-{other})" not in svg
+        assert charts.other_curves(runs) == []
 
     def test_candidates(self):
         svg = charts.candidate_scores(rft(), 2, "kl")
@@ -577,7 +841,7 @@ class TestCharts:
         assert not re.search(r"(fill|stroke): #", svg)
         assert "verifier score, dashed" in svg
         assert "var(--run-2)" in svg
-        broken = [{**each, "kl": math.nan, "verifier_score": math.nan} for each in HACKED]
+        broken = [replace(each, kl=math.nan, verifier_score=math.nan) for each in HACKED]
         assert charts.candidate_scores(rft(selection=broken), 0, "kl") is not None
         assert charts.candidate_scores(rft(selection=HACKED[:1]), 0, "stage") is None
         assert charts.candidate_scores(run("irft"), 0, "stage") is None
@@ -588,10 +852,10 @@ class TestCharts:
             assert svg is not None
             return re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill-opacity: 0; stroke', svg)
 
-        chosen, rewards_only = rings(HACKED), rings([{**each, "verifier_score": None} for each in HACKED])
+        chosen, rewards_only = rings(HACKED), rings(unscored(HACKED))
         assert len(set(chosen)) == 1
         assert (len(chosen), len(rewards_only)) == (2, 1)
-        assert rings([{**each, "chosen": False} for each in HACKED]) == []
+        assert rings([replace(each, chosen=False) for each in HACKED]) == []
 
     def test_time_by_stage(self):
         rows = [{"step": step, "stage": 1 + step // 3, "time/training": 2.0} for step in range(6)]
@@ -600,37 +864,53 @@ class TestCharts:
         assert charts.stage_times(run("sft", history=rows[:3]), 0) is None
 
     def test_other_metrics_are_all_there(self, five_runs):
-        assert [metric.key for metric in charts.other_metrics(five_runs)] == ["grad_norm"]
+        assert [curve.key for curve in charts.other_curves(five_runs)] == ["grad_norm"]
         assert "grad_norm" in render(five_runs)
 
 
 class TestModelCard:
+    @staticmethod
+    def card(record, story):
+        return model_card(replace(record, card=story(record)))
+
     def test_rft(self):
-        card = model_card(rft())
-        assert "from demonstrations and preference pairs by" in card
-        assert "5 stages: at the start of each, 4 completion(s) a prompt were sampled" in card
+        card = self.card(rft(), rft_card)
+        assert "Trained with **rft** by tutelage, starting from `org/model`, on `sums.jsonl` (seed 0, 3 passes" in card
+        assert "The data are demonstrations and preference pairs." in card
+        assert "5 stages: at the start of each, 4 completion(s) per prompt were sampled" in card
         assert "in 4 of the stages the policy was then improved with that reward by leave-one-out REINFORCE" in card
         assert "These are the weights after 3 of them, chosen on validation rows." in card
         assert "raised the demonstrations over them" not in card
 
     def test_rft_with_other_advantages(self):
-        card = model_card(rft(settings={"num_samples": 4, "advantages": "group_normalized"}))
+        card = self.card(rft(settings={"num_samples": 4, "advantages": "group_normalized"}), rft_card)
         assert "by REINFORCE with group-normalized advantages under a KL penalty to the start" in card
         assert "leave-one-out" not in card
 
     def test_rft_that_kept_its_start(self):
-        card = model_card(rft(history=[], selection=[candidate(0, 0.0, 0.0, chosen=True), candidate(1, 0.1, 2.0)]))
-        assert "from demonstrations alone by" in card
+        chosen = [candidate(0, 0.0, 0.0, chosen=True), candidate(1, 0.1, 2.0)]
+        card = self.card(rft(history=[], selection=chosen), rft_card)
+        assert "The data are demonstrations alone." in card
         assert "No stage beat the start: these are its weights." in card
 
     def test_irft(self):
-        card = model_card(run("irft", history=[{"pairs/dropped": 0}, {"loss": 0.5}]))
+        card = self.card(run("irft", history=[{"pairs/dropped": 0}, {"loss": 0.5}]), irft_card)
         assert "1 stages" in card
         assert "raised the demonstrations over them" in card
         assert "REINFORCE" not in card
 
+    def test_an_algorithm_without_a_story_gets_no_other_ones(self):
+        card = model_card(run("new", "new-method", evaluation=evaluation(scores(3))))
+        assert "Trained with **new-method**" in card
+        assert "stages" not in card
+        assert "Li et al" not in card
+        assert "| accuracy_sampled | 0.03 |" in card
 
-def test_run_record_has_an_empty_selection():
-    assert (
-        run_record(name="base", algorithm="base", model="org/model", dataset="sums.jsonl", seed=0)["selection"] == []
-    )
+    def test_notes_on_the_evaluation(self):
+        found = replace(evaluation(scores(3)), notes=["demonstration_logp has no mean: 1 of its 100 values are NaN."])
+        assert "demonstration_logp has no mean" in model_card(run("irft", evaluation=found))
+
+
+def test_a_record_begins_empty():
+    record = RunRecord("base", "base", "org/model", None, 0)
+    assert (record.selection, record.evaluation, record.demonstration_epochs) == ([], None, None)

@@ -921,7 +921,7 @@ def test_a_planted_answer_is_learned(training, guesser, marks, seed):
     assert verifier_scores[chosen(trainer)] > verifier_scores[0] + 0.1
     assert history(trainer, "validation/verifier_score")[0] == pytest.approx(verifier_scores[0])
     assert history(trainer, "validation/verifier_gap")[-1] > 0
-    assert trainer.record(name="x")["selection"] == trainer.stages.phase.selection
+    assert trainer.record(name="x").selection == trainer.stages.phase.selection
 
 
 # --- the command line ----------------------------------------------------------------------------------------------------
@@ -979,7 +979,7 @@ def test_the_command_line(training, command, monkeypatch, guesser, marks):
     assert record["algorithm"] == "rft"
     assert sum(entry["chosen"] for entry in record["selection"]) == 1
     assert all(entry["verifier_score"] is not None for entry in record["selection"])
-    assert record["evaluation"]["reward_accuracy"]["n"] <= 8
+    assert record["evaluation"]["means"]["reward_accuracy"]["n"] <= 8
     assert "verifier score" in (out / "report.html").read_text(encoding="utf-8").lower()
 
     weights_of = {name: (out / name / "adapter_model.safetensors").read_bytes() for name in ("policy", "reward")}
@@ -993,7 +993,7 @@ def test_the_command_line(training, command, monkeypatch, guesser, marks):
     evaluation = training.folder / "evaluation"
     command("evaluate", "--model_name_or_path", out, "--dataset_name", data, "--output_dir", evaluation, *length)
     found = json.loads((evaluation / "out" / "results.json").read_text(encoding="utf-8"))["evaluation"]
-    assert found["num_rows"] == len(QUESTIONS)
+    assert len(found["rows"]) == len(QUESTIONS)
     scored = training.folder / "scored.jsonl"
     shown = command("score", "--reward", out / "reward", "--dataset_name", pairs, "--output", scored)
     assert "accuracy, preferred over rejected" in shown

@@ -449,4 +449,4 @@ def test_training_and_evaluation_take_a_run_folder(tutelage, run, base, tmp_path
         )
         for row in SUMS
     ]
-    assert found["demonstration_logp"]["mean"] == pytest.approx(fmean(truth), rel=1e-4)
+    assert found["means"]["demonstration_logp"]["mean"] == pytest.approx(fmean(truth), rel=1e-4)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.models.loading import load_model, load_tokenizer
+from tutelage.results import EvaluationRecord, Interval, RunRecord
 from tutelage.sampling.base import Sample
 from tutelage.scoring.logps import cached_logps
 from tutelage.testing.tokenizers import tiny_tokenizer
@@ -545,9 +546,8 @@ def test_pushing_uploads_the_runs_own_card(training, monkeypatch, adapter):
 
 def test_a_card_can_show_an_evaluation(training):
     trainer = training.trainer("sft")
-    record = {"name": "x", "algorithm": "sft", "model": "m", "dataset": "d", "seed": 0, "demonstration_epochs": 1.0}
-    evaluation = {"accuracy_greedy": {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 12}}
-    trainer.create_model_card(record={**record, "settings": {}, "history": [], "evaluation": evaluation})
+    found = EvaluationRecord("d", None, [], {"accuracy_greedy": Interval(0.25, 0.1, 0.4, 12)})
+    trainer.create_model_card(record=RunRecord("x", "sft", "m", "d", 0, evaluation=found))
     assert "| accuracy_greedy | 0.25 | 0.1 to 0.4 | 12 |" in (training.folder / "run" / "README.md").read_text()
 
 

@@ -1,208 +1,484 @@
-"""What a run leaves besides its weights: results.json and the model card."""
+"""The record of a run: what results.json holds. It is written and read here and nowhere else.
+
+::
+
+    RunRecord          one run: what it was, what it cost, what was logged
+      Curve            how a logged number is drawn
+      EvaluationRecord findings on held-out rows: means as Interval, and the values of each row
+      SampleRecord     a prompt with the model's answers (AnswerRecord)
+      CandidateRecord  a policy that the run chose from
+
+The record describes itself: the curves to draw and the words of the model card come with it, so that a report needs
+neither the algorithm nor torch. Numbers are never NaN: see `RunRecord.to_dict`.
+"""
 
 from __future__ import annotations
 
-import gc
-import os
-import resource
-import sys
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import nn
-from transformers import TrainingArguments
-
-from tutelage.evaluation.policy import Evaluation, EvaluationSet
+from tutelage.errors import UserError
 from tutelage.files import write_json
 
 __all__ = [
-    "evaluation_record",
+    "SCHEMA",
+    "AlgorithmInfo",
+    "AnswerRecord",
+    "CandidateRecord",
+    "Curve",
+    "EvaluationRecord",
+    "Interval",
+    "RunRecord",
+    "SampleRecord",
+    "load_results",
     "model_card",
-    "peak_memory_bytes",
-    "reset_peak_memory",
-    "run_record",
-    "run_settings",
+    "run_id",
     "write_results",
 ]
 
-SCHEMA = 1
-_SHOWN_SAMPLES = 12
-_TRAINING_FIELDS = (
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optim",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-)
+SCHEMA = 2
 
 
-def run_record(*, name: str, algorithm: str, model: str, dataset: str, seed: int, **found: Any) -> dict[str, Any]:
-    """What results.json holds of a run; of a model that no run of ours made, the fields of training are empty.
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its confidence interval.
 
-    Args:
-        name: what tables call the run.
-        algorithm: ``base`` for a model as it was found.
-        model: the model the run started from.
-        dataset: what it was trained on, for people.
-        found: further fields, in place of the empty ones.
+    Attributes:
+        mean: mean over the rows.
+        low, high: bounds of the interval, in the unit of the mean.
+        n: number of rows.
     """
-    record = {
-        "schema": SCHEMA,
-        "name": name,
-        "algorithm": algorithm,
-        "model": model,
-        "dataset": dataset,
-        "seed": seed,
-        "start": None,
-        "settings": {},
-        "demonstration_epochs": 0.0,
-        "trained_tokens": 0,
-        "sampled_tokens": 0,
-        "time_s": {},
-        "peak_memory_bytes": peak_memory_bytes(),
-        "history": [],
-        "evaluation": None,
-        "samples": [],
-        "selection": [],
-    }
-    assert found.keys() <= record.keys()
-    return record | found
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The four numbers by name, as results.json holds them; ``Interval(**d)`` reads them back."""
+        return asdict(self)
 
 
-def evaluation_record(evaluation: Evaluation, rows: EvaluationSet) -> dict[str, Any]:
-    """The ``evaluation`` and ``samples`` of results.json."""
-    shown = []
-    for index, demonstration in enumerate(rows.demonstrations[:_SHOWN_SAMPLES]):
-        prompt = demonstration.prompt
-        record: dict[str, Any] = {
-            "row": demonstration.row,
-            "prompt": prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
-            "demonstration": demonstration.completion,
-        }
-        for kind, answers in (("sampled", evaluation.sampled), ("greedy", evaluation.greedy)):
-            if answers is not None:
-                record[kind] = answers.texts[index]
-                record[f"{kind}_score"] = answers.scores[index] if answers.scores is not None else None
-        shown.append(record)
-    return {"evaluation": {"dataset": rows.source, **evaluation.to_dict()}, "samples": shown}
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How one key of a run's history is drawn.
+
+    Attributes:
+        key: the key in the history.
+        title, unit: what a reader sees.
+        group: the heading that the curve stands under.
+        faint: key of a second curve in the same frame, drawn faintly; the unit says what it is.
+        over: what the axis counts. Stages where there is one value per stage, for stages may share a step.
+    """
+
+    key: str
+    title: str
+    unit: str = ""
+    group: str = ""
+    faint: str | None = None
+    over: Literal["step", "stage"] = "step"
 
 
-def write_results(folder: str | Path, record: Mapping[str, Any]) -> Path:
-    """Write ``results.json`` into the run's folder; returns its path."""
+@dataclass(frozen=True, slots=True)
+class AlgorithmInfo:
+    """What an algorithm says of itself, to people.
+
+    Attributes:
+        name: on the command line.
+        summary: what it does, in one line.
+        page: its page below ``docs``.
+        card: what a model card says of a run, one paragraph; "" for nothing.
+        curves: what it logs besides what every algorithm does.
+    """
+
+    name: str
+    summary: str
+    page: str
+    card: Callable[[RunRecord], str] = lambda record: ""
+    curves: tuple[Curve, ...] = ()
+
+
+@dataclass(slots=True)
+class EvaluationRecord:
+    """What was found on held-out rows.
+
+    Attributes:
+        dataset: where the rows come from.
+        task: name of the verifier, if there was one.
+        rows: the rows' numbers.
+        means: mean and 95% interval of each quantity; ``docs/evaluation.md`` says what each is.
+        length_mean: tokens of the sampled answers.
+        truncated_fraction: share of the sampled answers that reached the length limit.
+        per_row: values by name, each in the order of ``rows``: ``demonstration_logp`` (nats per sequence), and of the
+            answers ``sampled_score``, ``greedy_score`` (the verifier's) and ``sampled_right``, ``greedy_right`` (1 where
+            the score is full, else 0). None where the number was NaN or infinite.
+        notes: what a reader has to know about the numbers, such as a quantity that has no mean.
+    """
+
+    dataset: str
+    task: str | None
+    rows: list[int]
+    means: dict[str, Interval]
+    length_mean: float | None = None
+    truncated_fraction: float | None = None
+    per_row: dict[str, list[float | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class AnswerRecord:
+    """An answer of the model, with the verifier's score if there is a verifier."""
+
+    text: str
+    score: float | None = None
+
+
+@dataclass(slots=True)
+class SampleRecord:
+    """A held-out row with the answers that were drawn for it: at temperature 1, and greedily."""
+
+    row: int
+    prompt: str
+    demonstration: str | None
+    sampled: AnswerRecord | None = None
+    greedy: AnswerRecord | None = None
+
+
+@dataclass(slots=True)
+class CandidateRecord:
+    """A policy that the run chose from, seen through its samples for the validation rows and the last reward.
+
+    Attributes:
+        stage: the number of stages that made it; 0 is the start.
+        reward, reward_low, reward_high: mean reward of its samples, with the 95% bounds.
+        kl: to the start (nats per sequence).
+        objective: reward/scale − β·KL, by which the run chose.
+        verifier_score, verifier_score_low, verifier_score_high: the verifier's mean score; None without a verifier.
+        chosen: whether the run kept it.
+    """
+
+    stage: int
+    reward: float
+    reward_low: float
+    reward_high: float
+    kl: float
+    objective: float
+    verifier_score: float | None
+    verifier_score_low: float | None
+    verifier_score_high: float | None
+    chosen: bool
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """One run; of a model that no run of ours made, the fields of training are empty.
+
+    Attributes:
+        name: what tables and verdicts call the run. Nothing else depends on it.
+        algorithm: ``base`` for a model as it was found.
+        model: name or path of the model that the run started from; of ``base``, the model itself.
+        dataset: what it was trained on; None for ``base``.
+        seed: of training and of the answers.
+        id: names the run for other runs. By default a digest of what was trained, from which model and with which
+            losses, without ``name``, times and evaluation: a renamed, moved or newly evaluated run keeps it.
+        start: ``id`` of the run whose output this one started from; None if that was no run's output.
+        settings: the algorithm's fields, the optimizer's and the adapter's.
+        demonstration_epochs: passes over the demonstrations; None for ``base``.
+        trained_tokens, sampled_tokens: completion tokens.
+        time_s: seconds by kind of work, and their ``total``.
+        peak_memory_bytes: most memory held at once, where the system tells.
+        history: every line that was logged, with its ``step``. None where a number was NaN or infinite.
+        curves: how to draw what this algorithm logs; what all algorithms log, the report knows by itself.
+        card: sentences of the model card on what the algorithm did.
+        evaluation, samples: on held-out rows, if there were any.
+        selection: the policies that the run chose from, by stage.
+    """
+
+    name: str
+    algorithm: str
+    model: str
+    dataset: str | None
+    seed: int
+    id: str = ""
+    start: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    demonstration_epochs: float | None = None
+    trained_tokens: int = 0
+    sampled_tokens: int = 0
+    time_s: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    card: str = ""
+    evaluation: EvaluationRecord | None = None
+    samples: list[SampleRecord] = field(default_factory=list)
+    selection: list[CandidateRecord] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.id:
+            losses = [row["loss"] for row in self.history if "loss" in row]
+            told = [self.algorithm, self.model, self.start, self.dataset, self.seed, self.settings, losses]
+            told += [self.trained_tokens, self.sampled_tokens]
+            self.id = sha256(json.dumps(_plain(told), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, with the schema's number.
+
+        JSON has no NaN and no infinity. Where a value may be missing (in ``history``, ``settings`` and ``per_row``) such
+        a number becomes None; anywhere else it is an error.
+
+        Raises:
+            UserError: a number that must be finite is not.
+        """
+        return {"schema": SCHEMA, **_written(RunRecord, self, "")}
+
+    @staticmethod
+    def from_dict(data: Any, *, file: str | None = None) -> RunRecord:
+        """The inverse of ``to_dict``. Fields that this version does not know are left out.
+
+        Raises:
+            UserError: another schema, a field that is missing or of the wrong type; it names ``file`` and the field.
+        """
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise UserError(
+                f"results of schema {found!r}, but this version reads schema {SCHEMA}.",
+                file=file,
+                field="schema",
+                remedy="Read it with the version of tutelage that wrote it, or run again.",
+            )
+        try:
+            return _read(RunRecord, data, "")
+        except _Mismatch as error:
+            raise UserError(
+                f"{error.problem}.", file=file, field=error.place, remedy="Run again, or restore the file from a copy."
+            ) from None
+
+
+def write_results(folder: str | Path, record: RunRecord) -> Path:
+    """Write ``results.json`` into the run's folder; returns its path.
+
+    Raises:
+        UserError: see ``RunRecord.to_dict``.
+    """
     path = Path(folder) / "results.json"
+    content = record.to_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    write_json(path, content)
     return path
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """A README.md for the model: algorithm, data, stages and results of the run."""
-    settings = record["settings"]
+def load_results(directory_or_file: str | Path) -> RunRecord:
+    """The results.json of a run.
+
+    Args:
+        directory_or_file: the run's directory, or its results.json.
+
+    Raises:
+        UserError: no such file, not JSON, another schema, or a field that is missing or of the wrong type.
+    """
+    path = Path(directory_or_file)
+    if path.is_dir():
+        path = path / "results.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise UserError(
+            "no such file.",
+            file=str(path),
+            remedy="Give the output directory of a run that has finished, or its results.json.",
+        ) from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(
+            f"not a JSON file ({error}).", file=str(path), remedy="Run again, or restore the file from a copy."
+        ) from None
+    return RunRecord.from_dict(data, file=str(path))
+
+
+def run_id(model: str | Path) -> str | None:
+    """The ``id`` of the run that wrote a model, read from the results.json beside it; None if there is none.
+
+    Args:
+        model: a run's folder, the ``policy`` inside one, or the name of any other model.
+    """
+    folder = Path(model)
+    for place in (folder, folder.parent) if folder.name == "policy" else (folder,):
+        path = place / "results.json"
+        if path.is_file():
+            try:
+                return load_results(path).id
+            except UserError:  # of another version: the run is known by its path alone
+                return None
+    return None
+
+
+def model_card(record: RunRecord) -> str:
+    """A README.md for the model: what made it, with which settings, and what was found on held-out rows."""
+    epochs = record.demonstration_epochs
     lines = [
         "---",
-        "library_name: " + ("peft" if settings.get("adapter") else "transformers"),
-        "tags: [tutelage, " + str(record["algorithm"]) + "]",
+        "library_name: " + ("peft" if record.settings.get("adapter") else "transformers"),
+        "tags: [tutelage, " + record.algorithm + "]",
         "---",
         "",
-        f"# {record['name']}",
+        f"# {record.name}",
         "",
-        f"Trained with **{record['algorithm']}** from {_data_kinds(record)} by tutelage, starting from "
-        f"`{record['model']}`, on `{record['dataset']}` (seed {record['seed']}, "
-        f"{record['demonstration_epochs']:g} passes over the demonstrations).",
+        f"Trained with **{record.algorithm}** by tutelage, starting from `{record.model}`, on `{record.dataset}` "
+        f"(seed {record.seed}{'' if epochs is None else f', {epochs:g} passes over the demonstrations'}).",
+        "",
+        *([record.card, ""] if record.card else []),
+        "## Settings",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in record.settings.items()),
+        "",
+        "## Results on held-out rows",
         "",
     ]
-    if record["algorithm"] == "rft":
-        lines += [_rft_stages(record), ""]
-    elif record["algorithm"] != "sft":
-        stages = sum("pairs/dropped" in row for row in record["history"])
-        lines += [
-            f"{stages} stages: at the start of each, {settings.get('num_samples')} completion(s) a prompt were sampled "
-            f"from the policy as it stood, and the steps of the stage raised the demonstrations over them "
-            "(Li et al. 2024, arXiv 2405.17888).",
-            "",
-        ]
-    lines += ["## Settings", "", "| setting | value |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in settings.items()]
-    lines += ["", "## Results on held-out rows", ""]
-    evaluation = record["evaluation"]
-    if evaluation is None:
+    if record.evaluation is None:
         lines.append("No held-out data was given.")
     else:
         lines += ["| quantity | mean | 95% interval | n |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| {name} | {value['mean']:.4g} | {value['low']:.4g} to {value['high']:.4g} | {value['n']} |"
-            for name, value in evaluation.items()
-            if isinstance(value, Mapping) and "mean" in value
+            f"| {name} | {found.mean:.4g} | {found.low:.4g} to {found.high:.4g} | {found.n} |"
+            for name, found in record.evaluation.means.items()
         ]
+        lines += [f"\n{note}" for note in record.evaluation.notes]
     return "\n".join([*lines, ""])
 
 
-def _data_kinds(record: Mapping[str, Any]) -> str:
-    ranked = any("preference/accuracy" in row for row in record["history"])
-    return "demonstrations and preference pairs" if ranked else "demonstrations alone"
+# --- to JSON and back --------------------------------------------------------------------------------------------------
 
 
-def _rft_stages(record: Mapping[str, Any]) -> str:
-    """What the stages did, and which of their policies the weights are."""
-    history, settings = record["history"], record["settings"]
-    normalized = settings.get("advantages") == "group_normalized"
-    estimator = "REINFORCE with group-normalized advantages" if normalized else "leave-one-out REINFORCE"
-    stages = sum("reward/loss" in row for row in history)
-    ran = sum(row.get("policy/phase") == 1 for row in history)
-    text = (
-        f"{stages} stages: at the start of each, {settings.get('num_samples')} completion(s) a prompt were sampled from "
-        "the policy as it stood, and a reward learned to put the demonstrations above them; in "
-        f"{ran} of the stages the policy was then improved with that reward by {estimator} under a KL penalty to the "
-        "start (Li et al. 2024, arXiv 2405.17888, Algorithm 1)."
-    )
-    kept = next((candidate for candidate in record["selection"] if candidate["chosen"]), None)
-    if kept is None:
-        return text
-    if kept["stage"] == 0:
-        return f"{text} No stage beat the start: these are its weights."
-    return f"{text} These are the weights after {kept['stage']} of them, chosen on validation rows."
+class _Mismatch(Exception):
+    """What is wrong with a value, and where it stands."""
+
+    def __init__(self, problem: str, place: str):
+        self.problem, self.place = problem, place
 
 
-def peak_memory_bytes() -> int | None:
-    """Most memory the process has held: of the accelerator where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    except OSError:  # no Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
-def reset_peak_memory() -> None:
-    """Start measuring anew, where the system can: on an accelerator and on Linux."""
-    gc.collect()  # an earlier trainer and its model hold each other
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
+def _optional(kind: Any) -> Any:
+    """T of ``T | None``, else None."""
+    if get_origin(kind) not in (Union, UnionType):
+        return None
+    (inner,) = (each for each in get_args(kind) if each is not NoneType)
+    return inner
 
 
-def run_settings(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
-    """What a reader needs to run it again: the algorithm's own fields, the optimizer's and the adapter's."""
-    own = [n for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for n in cls.__annotations__]
-    names = [name for name in dict.fromkeys([*own, *_TRAINING_FIELDS]) if name in args.__dataclass_fields__]
-    settings = {name: _plain(getattr(args, name)) for name in names}
-    for adapter in getattr(model, "peft_config", {}).values():
-        settings |= {"adapter": str(adapter.peft_type.value), "lora_r": getattr(adapter, "r", None)}
-        settings["lora_alpha"] = getattr(adapter, "lora_alpha", None)
-    return settings
+def _at(place: str, name: str | int) -> str:
+    if isinstance(name, int):
+        return f"{place}[{name}]"
+    return f"{place}.{name}" if place else name
+
+
+def _written(kind: Any, value: Any, place: str) -> Any:
+    """A value of a type as JSON types."""
+    inner = _optional(kind)
+    if inner is not None:
+        absent = value is None or (inner is float and not math.isfinite(value))
+        return None if absent else _written(inner, value, place)
+    if is_dataclass(kind):
+        types = _types(kind)  # type: ignore[arg-type]
+        return {f.name: _written(types[f.name], getattr(value, f.name), _at(place, f.name)) for f in fields(kind)}
+    if get_origin(kind) is list:
+        (inner,) = get_args(kind)
+        return [_written(inner, each, _at(place, index)) for index, each in enumerate(value)]
+    if get_origin(kind) is dict:
+        _, inner = get_args(kind)
+        return {str(name): _written(inner, each, _at(place, name)) for name, each in value.items()}
+    if kind is float and not math.isfinite(value):
+        raise UserError(
+            f"{value} cannot stand in results.json.",
+            field=place,
+            remedy="It is the mean or the cost of something that went wrong before: look at the lines of the log.",
+        )
+    return float(value) if kind is float else _plain(value)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return value[0] if len(value) == 1 else list(value)
-    return value if isinstance(value, (str, int, float, bool, type(None))) else getattr(value, "value", str(value))
+    """Any value as JSON types; None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str | bool | int | NoneType):
+        return value
+    if hasattr(value, "item"):  # a number of NumPy or torch
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int) else str(value)
+
+
+def _read(kind: Any, value: Any, place: str) -> Any:
+    """A value of a type from JSON types.
+
+    Raises:
+        _Mismatch: it is not of that type.
+    """
+    inner = _optional(kind)
+    if inner is not None:
+        return None if value is None else _read(inner, value, place)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        _require(value, dict, "an object", place)
+        types = _types(kind)  # type: ignore[arg-type]
+        missing = next((name for name in types if name not in value), None)
+        if missing:
+            raise _Mismatch("is missing", _at(place, missing))
+        found = {name: _read(each, value[name], _at(place, name)) for name, each in types.items()}
+        if kind is EvaluationRecord:
+            _require_lengths(found, place)
+        return kind(**found)  # type: ignore[operator]
+    if get_origin(kind) is list:
+        (inner,) = get_args(kind)
+        _require(value, list, "a list", place)
+        return [_read(inner, each, _at(place, index)) for index, each in enumerate(value)]
+    if get_origin(kind) is dict:
+        _, inner = get_args(kind)
+        _require(value, dict, "an object", place)
+        return {name: _read(inner, each, _at(place, name)) for name, each in value.items()}
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise _Mismatch(f"is {value!r}, not one of {', '.join(get_args(kind))}", place)
+        return value
+    if kind is bool:
+        return _require(value, bool, "true or false", place)
+    if isinstance(value, bool):  # Python counts it among the integers
+        raise _Mismatch(f"is {value!r}, not {'a text' if kind is str else 'a number'}", place)
+    if kind is float:
+        return float(_require(value, int | float, "a number", place))
+    return _require(value, kind, "a text" if kind is str else "a whole number", place)
+
+
+def _require(value: Any, kind: Any, called: str, place: str) -> Any:
+    if not isinstance(value, kind):
+        shown = value if isinstance(value, str | int | float | NoneType) else type(value).__name__
+        raise _Mismatch(f"is {shown!r}, not {called}", place)
+    return value
+
+
+def _require_lengths(found: dict[str, Any], place: str) -> None:
+    """One value per row."""
+    for name, values in found["per_row"].items():
+        if len(values) != len(found["rows"]):
+            problem = f"holds {len(values)} values for {len(found['rows'])} rows"
+            raise _Mismatch(problem, _at(_at(place, "per_row"), name))
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")

@@ -1,9 +1,13 @@
-"""The algorithms, a page each."""
+"""The algorithms, a page each; ``registry`` finds one by its name."""
 
-from tutelage.algorithms.irft import IRFTConfig, IRFTTrainer
-from tutelage.algorithms.rft import RFTConfig, RFTTrainer
-from tutelage.algorithms.sft import SFTConfig, SFTTrainer
-from tutelage.algorithms.spin import SPINConfig, SPINTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tutelage.algorithms.irft import IRFTConfig, IRFTTrainer
+    from tutelage.algorithms.rft import RFTConfig, RFTTrainer
+    from tutelage.algorithms.sft import SFTConfig, SFTTrainer
+    from tutelage.algorithms.spin import SPINConfig, SPINTrainer
 
 __all__ = [
     "IRFTConfig",
@@ -15,3 +19,10 @@ __all__ = [
     "SPINConfig",
     "SPINTrainer",
 ]
+
+
+def __getattr__(name: str) -> Any:  # a page imports torch and transformers, which the registry's names do not need
+    if name in __all__:
+        page = name.removesuffix("Config").removesuffix("Trainer").lower()
+        return getattr(import_module(f"tutelage.algorithms.{page}"), name)
+    raise AttributeError(f"module 'tutelage.algorithms' has no attribute {name!r}")

@@ -14,10 +14,12 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from tutelage.algorithms.registry import Algorithm
 from tutelage.errors import UserError
 from tutelage.groups import Group, Role, pair_indices
 from tutelage.losses import LossKind, implicit_reward, irft_loss, sft_loss
 from tutelage.progress import Progress
+from tutelage.results import AlgorithmInfo, Curve, RunRecord
 from tutelage.sampling import Sampler
 from tutelage.scoring.logps import TokenLogps
 from tutelage.training.replay import Replay
@@ -25,7 +27,7 @@ from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.stage_config import StageConfig
 from tutelage.training.trainer import DemonstrationTrainer, Step
 
-__all__ = ["IRFTConfig", "IRFTObjective", "IRFTTrainer"]
+__all__ = ["ALGORITHM", "IRFT", "IRFTConfig", "IRFTObjective", "IRFTTrainer"]
 
 
 @dataclass
@@ -121,11 +123,46 @@ class IRFTObjective:
         return loss
 
 
+_CURVES = (
+    Curve("rewards/margin", "Reward margin", "demonstration minus sample", "Implicit reward"),
+    Curve(
+        "rewards/accuracy",
+        "Reward accuracy",
+        "share of pairs with a positive margin; a tie counts half",
+        "Implicit reward",
+    ),
+    Curve(
+        "rewards/demonstrations",
+        "Reward of demonstrations",
+        "β log π/π_ref; faint: of samples",
+        "Implicit reward",
+        faint="rewards/samples",
+    ),
+    Curve("pairs/dropped", "Dropped pairs", "sample equal to its demonstration", "Samples"),
+)
+
+
+def _card(record: RunRecord) -> str:
+    """How many stages there were, and what each did."""
+    stages = sum("pairs/dropped" in row for row in record.history)
+    return (
+        f"The data are demonstrations alone. {stages} stages: at the start of each, "
+        f"{record.settings.get('num_samples')} completion(s) per prompt were sampled from the policy as it stood, and the "
+        "steps of the stage raised the demonstrations over them (Li et al. 2024, arXiv 2405.17888)."
+    )
+
+
+IRFT = AlgorithmInfo(
+    "irft", "contrast demonstrations with the policy's own samples, stage by stage", "irft.md", _card, _CURVES
+)
+
+
 class IRFTTrainer(DemonstrationTrainer):
     """Trains on ``IRFTObjective`` with samples drawn from π_t, the policy where the stage began, stage by stage.
 
     Args:
         sampler: draws the samples; by default from the model in memory.
+        info: of a special case of IRFT.
         others: see ``DemonstrationTrainer``.
     """
 
@@ -146,7 +183,7 @@ class IRFTTrainer(DemonstrationTrainer):
         progress: Progress | None = None,
         source: str = "training data",
         eval_source: str = "held-out data",
-        algorithm: str = "irft",
+        info: AlgorithmInfo = IRFT,
     ):
         super().__init__(
             model,
@@ -160,7 +197,7 @@ class IRFTTrainer(DemonstrationTrainer):
             progress=progress,
             source=source,
             eval_source=eval_source,
-            algorithm=algorithm,
+            info=info,
             objective=IRFTObjective(args.beta, cast(LossKind, args.loss_kind), args.sft_weight),
         )
         store = make_store(self)
@@ -168,3 +205,6 @@ class IRFTTrainer(DemonstrationTrainer):
         # With the SFT term a demonstration teaches something without a sample beside it too.
         phase = Replay(rollout, store, stages=args.replay_stages, needs_pairs=not args.sft_weight)
         self.train_in_stages(make_stages(self, rollout, store, phase))
+
+
+ALGORITHM = Algorithm(IRFT, IRFTConfig, IRFTTrainer)

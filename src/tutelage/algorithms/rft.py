@@ -16,6 +16,8 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from tutelage.algorithms.registry import Algorithm
+from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
 from tutelage.data.demonstrations import Turns
 from tutelage.data.validation import split_validation
 from tutelage.errors import UserError
@@ -29,6 +31,7 @@ from tutelage.losses import (
     policy_gradient_loss,
 )
 from tutelage.progress import Progress
+from tutelage.results import AlgorithmInfo
 from tutelage.rewards.comparisons import TruncatedSamples
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.sampling import Sampler
@@ -40,7 +43,15 @@ from tutelage.training.selection import Candidates
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.trainer import DemonstrationTrainer, Step
 
-__all__ = ["RFTConfig", "RFTObjective", "RFTTrainer"]
+__all__ = ["ALGORITHM", "RFTConfig", "RFTObjective", "RFTTrainer"]
+
+RFT = AlgorithmInfo(
+    "rft",
+    "learn a reward from demonstrations over samples, and improve the policy with it",
+    "rft.md",
+    rft_card,
+    RFT_CURVES,
+)
 
 
 @dataclass
@@ -175,7 +186,7 @@ class RFTTrainer(DemonstrationTrainer):
             progress=progress,
             source=source,
             eval_source=eval_source,
-            algorithm="rft",
+            info=RFT,
             objective=RFTObjective(
                 beta=args.beta,
                 advantages=_ADVANTAGES[args.advantages],
@@ -247,3 +258,6 @@ class RFTTrainer(DemonstrationTrainer):
 
 
 _ADVANTAGES = {"leave_one_out": leave_one_out_advantages, "group_normalized": group_normalized_advantages}
+
+
+ALGORITHM = Algorithm(RFT, RFTConfig, RFTTrainer)

@@ -11,14 +11,18 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from tutelage.algorithms.registry import Algorithm
 from tutelage.groups import Group, Role
 from tutelage.losses import sft_loss
 from tutelage.progress import Progress
+from tutelage.results import AlgorithmInfo
 from tutelage.scoring.logps import TokenLogps
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.trainer import DemonstrationTrainer, Step
 
-__all__ = ["SFTConfig", "SFTTrainer"]
+__all__ = ["ALGORITHM", "SFTConfig", "SFTTrainer"]
+
+SFT = AlgorithmInfo("sft", "maximum likelihood of the demonstrations", "sft.md")
 
 
 @dataclass
@@ -83,6 +87,9 @@ class SFTTrainer(DemonstrationTrainer):
             progress=progress,
             source=source,
             eval_source=eval_source,
-            algorithm="sft",
+            info=SFT,
             objective=SFTObjective(),
         )
+
+
+ALGORITHM = Algorithm(SFT, SFTConfig, SFTTrainer)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from tutelage.algorithms.irft import IRFTConfig, IRFTTrainer
+from tutelage.algorithms.irft import IRFT, IRFTConfig, IRFTTrainer
+from tutelage.algorithms.registry import Algorithm
 from tutelage.errors import UserError
 from tutelage.progress import Progress
 from tutelage.sampling import Sampler
 
-__all__ = ["SPINConfig", "SPINTrainer"]
+__all__ = ["ALGORITHM", "SPINConfig", "SPINTrainer"]
+
+SPIN = replace(IRFT, name="spin", summary="IRFT with one stage per epoch", page="spin.md")
 
 
 @dataclass
@@ -70,5 +73,8 @@ class SPINTrainer(IRFTTrainer):
             progress=progress,
             source=source,
             eval_source=eval_source,
-            algorithm="spin",
+            info=SPIN,
         )
+
+
+ALGORITHM = Algorithm(SPIN, SPINConfig, SPINTrainer)

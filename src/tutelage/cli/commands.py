@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, inspect_dataset, print_inspection, tokenized_prompts
 from tutelage.data.records import group_record
 from tutelage.errors import UserError
-from tutelage.evaluation.policy import EvaluationSet
+from tutelage.evaluation.policy import EvaluationSet, can_sample
+from tutelage.evaluation.record import evaluated
 from tutelage.files import write_json_lines
 from tutelage.groups import Group
-from tutelage.report import load_run, summary_table, verdicts, write_report
-from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
+from tutelage.report import summary_table, verdicts, write_report
+from tutelage.results import RunRecord, load_results, write_results
 from tutelage.sampling import SamplingParams, TransformersSampler
+from tutelage.training.costs import peak_memory_bytes, reset_peak_memory
 
 __all__ = ["data", "evaluate", "report", "sample"]
 
@@ -131,25 +134,25 @@ def evaluate(args: Sequence[str], console: Console) -> None:
                 rows.remember_reference(model, batch_size=options.batch_size)
                 reference = rows.reference
             rows.reference = reference
+            rows.require_answers(model)
+            answers = can_sample(model)
             found = rows.evaluate(
                 model,
                 beta=options.beta,
                 batch_size=options.batch_size,
+                sampling_batch_size=options.batch_size,
                 seed=options.seed,
-                sample=True,
-                greedy=True,
+                sample=answers,
+                greedy=answers,
                 on_progress=advance,
             )
-        record = run_record(name=label, algorithm="base", model=name, dataset=options.dataset_name, seed=options.seed)
-        record |= _of_run(name) | evaluation_record(found, rows)
-        record["name"] = label
-        records.append(record)
+        records.append(evaluated(_record_of(name, label, options.seed), found, rows))
         del model
     _find_starts(records, names)
     for record in records:
-        if options.reference and record["name"] != labels[0]:
-            record["start"] = record["start"] or labels[0]
-        write_results(out / record["name"], record)
+        if options.reference and record.id != records[0].id:
+            record.start = record.start or records[0].id
+        write_results(out / record.name, record)
     _show(records, out / "report.html", console)
 
 
@@ -159,11 +162,11 @@ def report(args: Sequence[str], console: Console) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
     parser.add_argument("--output", default="report.html", help="The page to write.")
     options = parser.parse_args(args)
-    records = [load_run(run) for run in options.runs]
-    names = [record["name"] for record in records]
+    records = [load_results(run) for run in options.runs]
+    names = [record.name for record in records]
     for record, label in zip(records, _labels(options.runs), strict=True):
-        if names.count(record["name"]) > 1:  # two runs of one algorithm: their folders tell them apart
-            record["name"] = label
+        if names.count(record.name) > 1:  # two runs of one algorithm: their folders tell them apart
+            record.name = label
     _find_starts(records, options.runs)
     _show(records, Path(options.output), console)
 
@@ -189,15 +192,16 @@ def data(args: Sequence[str], console: Console) -> None:
     print_inspection(found, console)
 
 
-def _find_starts(records: list[dict[str, Any]], folders: Sequence[str]) -> None:
-    """A run whose model is another one's folder started from that one."""
-    names = {Path(folder).resolve(): record["name"] for folder, record in zip(folders, records, strict=True)}
+def _find_starts(records: Sequence[RunRecord], folders: Sequence[str]) -> None:
+    """A run whose model is another one's folder started from that one, if its record does not say."""
+    ids = {Path(folder).resolve(): record.id for folder, record in zip(folders, records, strict=True)}
     for record in records:
-        start = names.get(Path(record["model"]).resolve())
-        record["start"] = record["start"] or (start if start != record["name"] else None)
+        start = ids.get(Path(record.model).resolve())
+        if record.start is None and record.algorithm != "base" and start != record.id:
+            record.start = start
 
 
-def _show(records: list[dict[str, Any]], path: Path, console: Console) -> None:
+def _show(records: Sequence[RunRecord], path: Path, console: Console) -> None:
     write_report(records, path)
     console.print(summary_table(records))
     for sentence in verdicts(records):
@@ -205,14 +209,11 @@ def _show(records: list[dict[str, Any]], path: Path, console: Console) -> None:
     console.print(f"report: {path}", highlight=False, markup=False)
 
 
-def _of_run(name: str) -> dict[str, Any]:
-    """The training side of a run folder's results, or nothing."""
-    if not (Path(name) / "results.json").exists():
-        return {}
-    run = load_run(name)
-    return {
-        key: value for key, value in run.items() if key not in ("name", "start", "evaluation", "samples", "dataset")
-    }
+def _record_of(model: str, label: str, seed: int) -> RunRecord:
+    """A run folder's record, or one of a model as it was found; under the name that this comparison gives it."""
+    if (Path(model) / "results.json").exists():
+        return replace(load_results(model), name=label)
+    return RunRecord(label, "base", model=model, dataset=None, seed=seed, peak_memory_bytes=peak_memory_bytes())
 
 
 def _labels(names: Sequence[str]) -> list[str]:

@@ -21,11 +21,13 @@ from tutelage.cli.train import ALGORITHMS, OutputFolder, train
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
+from tutelage.evaluation.record import evaluated
 from tutelage.evaluation.verifiers import reasoning_gym_rows
 from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
-from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
+from tutelage.results import RunRecord, write_results
 from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
+from tutelage.training.costs import peak_memory_bytes, reset_peak_memory
 
 __all__ = ["main"]
 
@@ -74,7 +76,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _run(options: argparse.Namespace, out: Path, console: Console) -> list[dict[str, Any]]:
+def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRecord]:
     plan = _Plan(console, options.rows)
     train_rows, test_rows = _data(options)
     console.print(
@@ -121,7 +123,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[dict[
             )
             args = config(output_dir=str(out / name), run_name=name, num_train_epochs=epochs, **training, **rate)
             model = base if start == "base" else after_sft
-            records.append(train(algorithm, data, model, args, console, start=start))
+            records.append(train(algorithm, data, model, args, console))
     return records
 
 
@@ -146,7 +148,7 @@ def _save(rows: list[dict[str, str]], path: Path) -> Path:
 
 def _evaluate_base(
     model: ModelArguments, data: DataArguments, training: dict[str, Any], console: Console
-) -> dict[str, Any]:
+) -> RunRecord:
     reset_peak_memory()
     name = model.require_name()
     config = ALGORITHMS["sft"][0](output_dir="", **training)
@@ -159,10 +161,9 @@ def _evaluate_base(
     )
     with TerminalProgress(console, "base") as progress, progress.phase("answering", 2 * len(rows.groups)) as advance:
         found = rows.evaluate(policy, seed=config.seed, sample=True, greedy=True, on_progress=advance)
-    record = run_record(
-        name="base", algorithm="base", model=name, dataset=str(data.eval_dataset_name), seed=config.seed
-    )
-    return record | evaluation_record(found, rows)
+    peak = peak_memory_bytes()
+    record = RunRecord("base", "base", model=name, dataset=None, seed=config.seed, peak_memory_bytes=peak)
+    return evaluated(record, found, rows)
 
 
 class _Plan:

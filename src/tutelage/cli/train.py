@@ -26,11 +26,14 @@ from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.progress import LogLines, TerminalProgress, duration
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
+from tutelage.evaluation.policy import can_sample
+from tutelage.evaluation.record import evaluated
 from tutelage.models.loading import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
-from tutelage.results import evaluation_record, model_card, reset_peak_memory, write_results
+from tutelage.results import RunRecord, model_card, write_results
 from tutelage.scoring.layout import probe_layout
 from tutelage.training.config import DemonstrationConfig
+from tutelage.training.costs import reset_peak_memory
 from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["ALGORITHMS", "main", "train"]
@@ -81,13 +84,11 @@ def train(
     training: DemonstrationConfig,
     console: Console,
     *,
-    start: str | None = None,
     before_training: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> RunRecord:
     """Train, save, evaluate; returns what results.json holds.
 
     Args:
-        start: name of the run this one starts from, for comparisons.
         before_training: called when data, model and settings have been found good.
     """
     _, trainer_class = ALGORITHMS[algorithm]
@@ -124,9 +125,10 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
         folder = Path(str(training.output_dir))
         trainer.export(folder)
-        record = trainer.record(name=name, start=start)
-        record |= _final_evaluation(trainer, progress)
-    console.print(f"  {name} took {duration(record['time_s']['total'])}", highlight=False)
+        record = trainer.record(name=name)
+        write_results(folder, record)  # before the evaluation, which may fail
+        record = _final_evaluation(trainer, record, progress)
+    console.print(f"  {name} took {duration(record.time_s['total'])}", highlight=False)
     write_results(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if training.push_to_hub:
@@ -173,15 +175,16 @@ def _load_model(model: ModelArguments, console: Console, progress: TerminalProgr
     return policy, tokenizer, None
 
 
-def _final_evaluation(trainer: DemonstrationTrainer, progress: TerminalProgress) -> dict[str, Any]:
-    """What results.json holds of the trained policy on the evaluation rows; nothing if there are none."""
+def _final_evaluation(trainer: DemonstrationTrainer, record: RunRecord, progress: TerminalProgress) -> RunRecord:
+    """The record with what the evaluation rows show of the trained policy; as it is if there are none."""
     rows = trainer.evaluation_set
     if rows is None:
-        return {}
-    answers = 2 * len(rows.groups)  # one sampled and one greedy for each row
-    with progress.phase("evaluating", answers) as advance, trainer.compute_loss_context_manager():
-        evaluation = trainer.evaluation(rows, sample=True, greedy=True, on_progress=advance)
-    return evaluation_record(evaluation, rows)
+        return record
+    answers = can_sample(trainer.policy)  # log-probs of a recurrent model can be had, answers cannot
+    count = 2 * len(rows.groups) if answers else None  # one sampled and one greedy for each row
+    with progress.phase("evaluating", count) as advance, trainer.compute_loss_context_manager():
+        evaluation = trainer.evaluation(rows, sample=answers, greedy=answers, on_progress=advance)
+    return evaluated(record, evaluation, rows)
 
 
 def _checked(trainer_class: type[DemonstrationTrainer], *args: Any, **options: Any) -> DemonstrationTrainer:

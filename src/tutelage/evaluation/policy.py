@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,11 +17,13 @@ from tutelage.errors import UserError
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.evaluation.verifiers import Verifier, load_verifier
 from tutelage.groups import Group
+from tutelage.results import EvaluationRecord
 from tutelage.rewards.base import Reward
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
+from tutelage.sampling.base import Sampler
 from tutelage.scoring.logps import Layout, cached_logps
 
-__all__ = ["Evaluation", "EvaluationSet", "ranking"]
+__all__ = ["Answers", "Evaluation", "EvaluationSet", "can_sample", "ranking"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,14 @@ class Answers:
     scores: list[float] | None
 
     @property
-    def right(self) -> list[float]:
-        """1 where the score is full, else 0: what accuracy is the mean of."""
-        return [float(score >= 1) for score in self.scores or ()]
+    def right(self) -> list[float] | None:
+        """1 where the score is full, else 0: what accuracy is the mean of; None without a verifier."""
+        return None if self.scores is None else [float(score >= 1) for score in self.scores]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Findings, one value a held-out row.
+    """Findings, one value per held-out row.
 
     Attributes:
         rows: the rows' numbers.
@@ -83,12 +86,11 @@ class Evaluation:
                 values[name] = getattr(self, name)
         if self.sampled is not None:
             values["length"] = [len(sample.token_ids) for sample in self.sampled.samples]
-            values["cut"] = [float(not sample.finished) for sample in self.sampled.samples]
+            values["truncated"] = [float(not sample.finished) for sample in self.sampled.samples]
         for name, answers in (("sampled", self.sampled), ("greedy", self.greedy)):
             if answers is not None and answers.scores is not None:
+                values[f"score_{name}"] = answers.scores
                 values[f"accuracy_{name}"] = answers.right
-                if answers.scores != answers.right:  # the verifier gives part of a point
-                    values[f"score_{name}"] = answers.scores
         return values
 
     def metrics(self) -> dict[str, float]:
@@ -96,19 +98,37 @@ class Evaluation:
         means = {name: float(np.mean(values)) for name, values in self._values().items()}
         return {"loss": -sum(self.demonstration_logps) / sum(self.demonstration_lengths)} | means
 
-    def to_dict(self) -> dict[str, Any]:
-        """The ``evaluation`` of ``results.json``: means with 95% intervals, and the values of each row."""
+    def record(self, source: str) -> EvaluationRecord:
+        """The ``evaluation`` of results.json: means with 95% intervals, and the values of each row.
+
+        A quantity that is NaN or infinite somewhere has no mean; a note says so.
+
+        Args:
+            source: where the rows come from.
+        """
         values = self._values()
-        cut, length = values.pop("cut", None), values.pop("length", None)
-        found: dict[str, Any] = {"num_rows": len(self.rows), "task": self.task}
-        found |= {name: mean_interval(numbers).to_dict() for name, numbers in values.items()}
-        if cut is not None and length is not None:
-            found |= {"truncated_fraction": float(np.mean(cut)), "length_mean": float(np.mean(length))}
-        per_row: dict[str, Any] = {"row": self.rows, "demonstration_logp": self.demonstration_logps}
-        for name, answers in (("sampled_score", self.sampled), ("greedy_score", self.greedy)):
+        truncated, length = values.pop("truncated", None), values.pop("length", None)
+        means, notes = {}, []
+        for name, numbers in values.items():
+            broken = int((~np.isfinite(numbers)).sum())
+            if broken:
+                notes.append(f"{name} has no mean: {broken} of its {len(numbers)} values are NaN or infinite.")
+            else:
+                means[name] = mean_interval(numbers)
+        per_row: dict[str, list[float | None]] = {"demonstration_logp": [*self.demonstration_logps]}
+        for name, answers in (("sampled", self.sampled), ("greedy", self.greedy)):
             if answers is not None and answers.scores is not None:
-                per_row[name] = answers.right
-        return found | {"per_row": per_row}
+                per_row |= {f"{name}_score": [*answers.scores], f"{name}_right": [*(answers.right or ())]}
+        return EvaluationRecord(
+            dataset=source,
+            task=self.task,
+            rows=self.rows,
+            means=means,
+            length_mean=None if length is None else float(np.mean(length)),
+            truncated_fraction=None if truncated is None else float(np.mean(truncated)),
+            per_row=per_row,
+            notes=notes,
+        )
 
 
 @dataclass
@@ -121,6 +141,7 @@ class EvaluationSet:
         verifier: scores answers, if there is one.
         task: its name.
         source: where the rows come from.
+        turns, limit: which turns were taken of how many of the first rows (None: of all), for further data of the kind.
         reference: log-probs of ``groups`` and ``pairs`` under π_0, once remembered.
     """
 
@@ -131,6 +152,8 @@ class EvaluationSet:
     verifier: Verifier | None = None
     task: str | None = None
     source: str = "held-out data"
+    turns: Turns = "last"
+    limit: int | None = None
     reference: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] | None = field(default=None, repr=False)
 
     @staticmethod
@@ -169,7 +192,58 @@ class EvaluationSet:
         check = load_verifier(verifier) if verifier else None
         if check is not None:  # before any training, not after it
             _score(check, demonstrations[0].completion, demonstrations[0], source)
-        return EvaluationSet(demonstrations, groups, pairs, tokenization, check, verifier, source)
+        return EvaluationSet(demonstrations, groups, pairs, tokenization, check, verifier, source, turns, limit)
+
+    def over(self, dataset: Dataset, *, source: str | None = None) -> EvaluationSet:
+        """Other data, read as these were: the same tokenization, turns, limit and verifier.
+
+        The log-probs under π_0 are kept where every row of the new data is one of these; for others π_0 itself has to
+        be asked (``remember_reference``).
+
+        Args:
+            source: where the data come from; by default the same name.
+
+        Raises:
+            UserError: as ``of``.
+        """
+        other = EvaluationSet.of(
+            dataset,
+            self.tokenization,
+            verifier=self.task,
+            limit=self.limit,
+            turns=self.turns,
+            source=self.source if source is None else source,
+        )
+        if self.reference is not None:
+            known = (
+                {_content(group): logps for group, logps in zip(groups, values, strict=True)}
+                for groups, values in zip((self.groups, self.pairs), self.reference, strict=True)
+            )
+            found = [
+                [logps.get(_content(group)) for group in groups]
+                for groups, logps in zip((other.groups, other.pairs), known, strict=True)
+            ]
+            logps, pair_logps = ([each for each in part if each is not None] for part in found)
+            if len(logps) == len(other.groups) and len(pair_logps) == len(other.pairs):
+                other.reference = logps, pair_logps
+        return other
+
+    def require_answers(self, model: nn.Module) -> None:
+        """Find out before training whether the model can give the answers that the verifier is to score.
+
+        Raises:
+            UserError: there is a verifier, and the model cannot be sampled from.
+        """
+        if self.verifier is None:
+            return
+        try:
+            TransformersSampler(model)
+        except UserError as error:
+            raise UserError(
+                f"the verifier has nothing to score: {error.problem}",
+                remedy="Leave --verifier out, or use a transformer with a key-value cache.",
+                field="verifier",
+            ) from error
 
     def verify(self, index: int, token_ids: Sequence[int]) -> float:
         """The verifier's score of an answer to a row; there must be a verifier."""
@@ -187,6 +261,7 @@ class EvaluationSet:
         beta: float = 1.0,
         layout: Layout = "auto",
         batch_size: int = 16,
+        sampler: Sampler | None = None,
         sampling_batch_size: int = 64,
         seed: int = 0,
         sample: bool | None = None,
@@ -198,11 +273,18 @@ class EvaluationSet:
 
         Args:
             beta: temperature of the implicit reward.
+            batch_size: groups per forward pass of the log-probs.
+            sampler: draws the answers, from these very weights; by default transformers, where there is something to draw.
+            sampling_batch_size: sequences that the default sampler decodes side by side.
             seed: of the answers.
             sample: draw one answer per row at temperature 1; by default if there is a verifier to score it.
             greedy: also decode one greedily.
             reward: a learned reward to look at.
             on_progress: called with the number of answers drawn so far, sampled and greedy together.
+
+        Raises:
+            UserError: answers are to be drawn and the model cannot be sampled from (see ``can_sample``); the verifier
+                failed.
         """
         logps, pair_logps = self._logps(model, layout, batch_size)
         demonstration_logps = [values[0] for values in logps]
@@ -221,8 +303,9 @@ class EvaluationSet:
             if on_progress:
                 on_progress(answered)
 
-        sampler = TransformersSampler(model, batch_size=sampling_batch_size, pad_token_id=self.tokenization.pad_id)
-        sampled = self._answers(sampler, 1.0, seed, count) if sample else None
+        if sampler is None and (sample or greedy):  # only then: a recurrent model has log-probs, and no sampler
+            sampler = TransformersSampler(model, batch_size=sampling_batch_size, pad_token_id=self.tokenization.pad_id)
+        sampled = self._answers(sampler, 1.0, seed, count) if sampler and sample else None
         return Evaluation(
             rows=[group.row for group in self.groups],
             demonstration_logps=demonstration_logps,
@@ -233,7 +316,7 @@ class EvaluationSet:
             reward_accuracy=ranking(reward, self._against(sampled)) if reward and sampled else None,
             preference_reward_accuracy=ranking(reward, self.pairs) if reward else None,
             sampled=sampled,
-            greedy=self._answers(sampler, 0.0, seed, count) if greedy else None,
+            greedy=self._answers(sampler, 0.0, seed, count) if sampler and greedy else None,
             task=self.task,
         )
 
@@ -257,7 +340,7 @@ class EvaluationSet:
 
     def _answers(
         self,
-        sampler: TransformersSampler,
+        sampler: Sampler,
         temperature: float,
         seed: int,
         on_finished: Callable[[int, list[Sample]], None],
@@ -293,9 +376,23 @@ def ranking(reward: Reward, pairs: list[Group]) -> list[float]:
     return ((rewards[:, 0] - rewards[:, 1]).sign().add(1) / 2).tolist()
 
 
+def can_sample(model: nn.Module) -> bool:
+    """Whether answers can be drawn from the model in this process: known before any training."""
+    try:
+        TransformersSampler(model)
+    except UserError:
+        return False
+    return True
+
+
+def _content(group: Group) -> tuple:
+    """What log-probs of a group depend on."""
+    return group.prompt_ids, tuple(completion.token_ids for completion in group.completions)
+
+
 def _score(verifier: Verifier, text: str, demonstration: Demonstration, source: str) -> float:
     try:
-        return float(verifier(text, demonstration.fields))
+        score = float(verifier(text, demonstration.fields))
     except UserError:
         raise
     except Exception as error:  # whatever a user's function may raise, the row should be named
@@ -305,3 +402,11 @@ def _score(verifier: Verifier, text: str, demonstration: Demonstration, source: 
             file=source,
             row=demonstration.number,
         ) from error
+    if not math.isfinite(score):
+        raise UserError(
+            f"the verifier gave {score}.",
+            remedy="A score is a finite number: 1 or more is right, 0 is wrong.",
+            file=source,
+            row=demonstration.number,
+        )
+    return score

@@ -8,37 +8,24 @@ out of eight it would say that the accuracy is 1, exactly.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from tutelage.errors import UserError
+from tutelage.results import Interval
 
-__all__ = ["Interval", "bootstrap_mean", "mean_interval", "paired_difference", "proportion_interval"]
+__all__ = [
+    "Interval",
+    "bootstrap_mean",
+    "bounded_interval",
+    "mean_interval",
+    "paired_difference",
+    "proportion_interval",
+]
 
 _DRAWS_AT_ONCE = 2**20  # bounds the memory of a bootstrap to a few times 8 MiB, however many rows there are
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its confidence interval.
-
-    Attributes:
-        mean: mean over the rows.
-        low, high: bounds of the interval, in the unit of the mean.
-        n: number of rows.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def to_dict(self) -> dict[str, float | int]:
-        """The four numbers by name, as results.json holds them; ``Interval(**d)`` reads them back."""
-        return asdict(self)
 
 
 def mean_interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> Interval:
@@ -60,7 +47,8 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = 2000, c
     """Percentile bootstrap of the mean of ``values`` [n], one per row.
 
     Draws n rows with replacement, ``resamples`` times, takes the mean of each draw and cuts off both tails. The same
-    arguments give the same interval. Values that are all equal give an interval of width zero.
+    arguments give the same interval. Values that are all equal give an interval of width zero: the bootstrap knows no
+    spread but that of the rows, so such an interval supports no claim.
 
     Raises:
         UserError: no values, or one is NaN or infinite.
@@ -118,7 +106,8 @@ def paired_difference(
 
     If all values are 0 or 1, the interval is that of Bonett and Price (2012) for paired proportions, which counts one
     more row won and one more lost before it takes the usual normal interval, so that two runs that agree on every
-    row do not get an interval of width zero. Otherwise it is the bootstrap over rows.
+    row do not get an interval of width zero. Otherwise it is the bootstrap over rows, whose interval has width zero where
+    all rows differ by the same amount.
 
     Raises:
         UserError: a and b differ in length or are empty, or a value is NaN or infinite.

@@ -1,4 +1,7 @@
-"""Verifiers: functions that say how right an answer is."""
+"""Verifiers: functions that say how right an answer is, and hence what *score* and *accuracy* mean.
+
+The score is what the verifier gives, accuracy the share of answers with a full one (1 or more).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from tutelage.errors import UserError
 __all__ = ["Verifier", "load_verifier", "reasoning_gym_rows"]
 
 Verifier = Callable[[str, Mapping[str, Any]], float]
-"""From the answer's text and the row (all its columns) to a score; 1 is right, 0 is wrong."""
+"""From the answer's text and the row (all its columns) to a score: 1 (or more) is right, 0 is wrong, between them is part of a point."""
 
 
 def load_verifier(name: str) -> Verifier:

@@ -1,8 +1,8 @@
-"""What the runs showed: results.json read back, plain verdicts, a table for the terminal, a self-contained page.
+"""What the runs showed: plain verdicts, a table for the terminal, a self-contained page, from the records of runs.
 
 ::
 
-    runs.py      load_run; who is the start and who the control
+    runs.py      who is the start of a run and who its control
     verdicts.py  method against control, in sentences
     summary.py   the numbers of the summary, as a table for the terminal
     charts.py    curves, and the policies that a run chose from, as SVG
@@ -10,8 +10,7 @@
 """
 
 from tutelage.report.page import write_report
-from tutelage.report.runs import load_run
 from tutelage.report.summary import summary_table
 from tutelage.report.verdicts import verdicts
 
-__all__ = ["load_run", "summary_table", "verdicts", "write_report"]
+__all__ = ["summary_table", "verdicts", "write_report"]

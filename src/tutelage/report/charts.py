@@ -10,9 +10,8 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,92 +19,35 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tutelage.report.runs import Run, candidates, has_verifier_score
+from tutelage.report.runs import candidates, has_verifier_score
+from tutelage.results import Curve, RunRecord
 
 __all__ = [
-    "GROUPS",
     "NUM_COLORS",
     "TIME_PARTS",
-    "Metric",
     "candidate_scores",
-    "curve",
+    "curve_groups",
     "dash",
-    "other_metrics",
+    "draw",
+    "other_curves",
     "stage_times",
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A key of the history, with the title and the unit that a reader sees.
-
-    Attributes:
-        faint: key of a second curve in the same frame, drawn faintly; the unit says what it is.
-        over: what the axis counts. Stages where a metric has one value each, for stages may share a step.
-    """
-
-    key: str
-    title: str
-    unit: str = ""
-    faint: str | None = None
-    over: Literal["step", "stage"] = "step"
-
-
-GROUPS = {
-    "Likelihood": (
-        Metric("eval_demonstration_logp", "Held-out demonstrations, log-prob", "nats per sequence"),
-        Metric("logps/demonstrations", "Training demonstrations, log-prob", "nats per sequence"),
-        Metric("logps/samples", "Samples, log-prob", "nats per sequence"),
-        Metric("loss", "Training loss", "not comparable between algorithms"),
-    ),
-    "Implicit reward": (
-        Metric("rewards/margin", "Reward margin", "demonstration minus sample"),
-        Metric("rewards/accuracy", "Reward accuracy", "share of pairs with a positive margin"),
-    ),
-    "Learned reward": (
-        Metric(
-            "validation/accuracy",
-            "Accuracy: demonstration over sample",
-            "share of held-out pairs; faint: training, before their step",
-            faint="reward/accuracy",
-            over="stage",
-        ),
-        Metric("preference/accuracy", "Accuracy on preference pairs", "share of pairs", over="stage"),
-        Metric("reward/gap", "Reward gap", "demonstration minus sample, training rows", over="stage"),
-        Metric(
-            "reward/demonstrations",
-            "Reward of demonstrations",
-            "training rows; faint: of samples",
-            faint="reward/samples",
-            over="stage",
-        ),
-        Metric("validation/verifier_gap", "Reward gap of right and wrong samples", "right minus wrong", over="stage"),
-        Metric("reward/length_correlation", "Correlation of reward and length", "−1 to 1", over="stage"),
-        Metric("reward/loss", "Reward loss", "of training pairs", over="stage"),
-        Metric("reward/steps", "Length of the reward phase", "optimizer steps", over="stage"),
-        Metric("reward/saturated", "Reward phase stopped early", "1: accuracy saturated, 0: no", over="stage"),
-    ),
-    "Policy": (
-        Metric("validation/reward", "Reward of held-out samples", "by the reward of the stage", over="stage"),
-        Metric("validation/verifier_score", "Verifier score of held-out samples", "mean", over="stage"),
-        Metric("validation/kl", "KL to the start, held-out prompts", "nats per sequence", over="stage"),
-        Metric("policy/reward", "Reward of training samples", "by the reward of the stage"),
-        Metric("policy/advantage", "Size of the advantage", "mean distance to the prompt's other samples"),
-        Metric("policy/kl", "KL to the start, training prompts", "nats per sequence"),
-        Metric("policy/entropy", "Entropy", "nats per token", over="stage"),
-        Metric("policy/clip_fraction", "Beyond the clip range", "share of samples"),
-        Metric("policy/phase", "Policy phase", "1: ran, 0: skipped", over="stage"),
-    ),
-    "Samples": (
-        Metric("length/samples", "Length of samples", "tokens"),
-        Metric("length/demonstrations", "Length of demonstrations", "tokens"),
-        Metric("samples/distinct_1", "Distinct tokens, distinct-1", "share of all"),
-        Metric("samples/distinct_2", "Distinct token pairs, distinct-2", "share of all"),
-        Metric("samples/truncated_fraction", "Cut at the length limit", "share of samples"),
-        Metric("pairs/dropped", "Dropped pairs", "sample equal to its demonstration"),
-    ),
-    "Speed": (Metric("tokens_per_second", "Throughput", "tokens per second"),),
-}
+# What every algorithm logs; the rest comes with the record of the run.
+COMMON = (
+    Curve("eval_demonstration_logp", "Held-out demonstrations, log-prob", "nats per sequence", "Likelihood"),
+    Curve("logps/demonstrations", "Training demonstrations, log-prob", "nats per sequence", "Likelihood"),
+    Curve("logps/samples", "Samples, log-prob", "nats per sequence", "Likelihood"),
+    Curve("loss", "Training loss", "not comparable between algorithms", "Likelihood"),
+    Curve("length/samples", "Length of samples", "tokens", "Samples"),
+    Curve("length/demonstrations", "Length of demonstrations", "tokens", "Samples"),
+    Curve("samples/distinct_1", "Distinct tokens, distinct-1", "share of all", "Samples"),
+    Curve("samples/distinct_2", "Distinct token pairs, distinct-2", "share of all", "Samples"),
+    Curve("samples/truncated_fraction", "Truncated at the length limit", "share of samples", "Samples"),
+    Curve("tokens_per_second", "Throughput", "completion tokens per second", "Speed"),
+)
+_FIRST, _LAST = ("Likelihood",), ("Samples", "Speed")  # the groups of the algorithms stand between
 # part of the time: opacity of its bar
 TIME_PARTS = {"sampling": 1.0, "reference": 0.76, "reward": 0.56, "validation": 0.4, "training": 0.24}
 NUM_COLORS = 7  # as many as the style sheet has; further runs repeat them with another dash
@@ -120,12 +62,26 @@ _CSS = {_INK: "var(--ink-2)", _RULE: "var(--rule)", _PAPER: "var(--paper)"} | {
 }
 
 
-def other_metrics(runs: Sequence[Run]) -> list[Metric]:
-    """What the histories hold besides `GROUPS`, in alphabetical order."""
-    metrics = [metric for group in GROUPS.values() for metric in group]
-    known = {metric.key for metric in metrics} | {metric.faint for metric in metrics} | _NOT_METRICS
-    keys = {key for run in runs for row in run["history"] for key, value in row.items() if _is_number(value)}
-    return [Metric(key, key) for key in sorted(keys - known) if not key.startswith(("time/", "train_"))]
+def curve_groups(runs: Sequence[RunRecord]) -> dict[str, list[Curve]]:
+    """The curves by heading: those of all algorithms and those that the records bring."""
+    curves = [*COMMON, *dict.fromkeys(curve for run in runs for curve in run.curves)]
+    order = dict.fromkeys([*_FIRST, *(curve.group for curve in curves if curve.group not in _LAST), *_LAST])
+    return {group or "Further": [curve for curve in curves if curve.group == group] for group in order}
+
+
+def other_curves(runs: Sequence[RunRecord]) -> list[Curve]:
+    """What the histories hold and neither the report nor the run's own record describes, in alphabetical order."""
+    keys: set[str] = set()
+    for run in runs:
+        described = _described(run)
+        known = described.keys() | {curve.faint for curve in described.values()} | _NOT_METRICS
+        keys |= {key for row in run.history for key, value in row.items() if _is_number(value)} - known
+    return [Curve(key, key) for key in sorted(keys) if not key.startswith(("time/", "train_"))]
+
+
+def _described(run: RunRecord) -> dict[str, Curve]:
+    """The run's curves by their keys; its record goes before what is common."""
+    return {curve.key: curve for curve in (*COMMON, *run.curves)}
 
 
 def dash(index: int) -> int:
@@ -133,33 +89,36 @@ def dash(index: int) -> int:
     return index // NUM_COLORS % len(_DASHES)
 
 
-def curve(runs: Sequence[Run], key: str, *, faint: str | None = None, over: str = "step") -> str | None:
-    """SVG of one metric over steps or stages, all runs in one frame; None if no run has a value.
+def draw(runs: Sequence[RunRecord], curve: Curve) -> str | None:
+    """SVG of one curve over steps or stages, all runs in one frame; None if no run has a value.
 
-    NaN leaves a gap. Faint vertical lines mark where a run's stage changes.
-
-    Args:
-        faint: key of a second metric, which is drawn faintly where a run has it.
+    A run that describes the same key in another way is left out: its numbers mean something else. NaN leaves a gap.
+    Faint vertical lines mark where a run's stage changes.
     """
-    lines = {key: 1.0} | ({faint: 0.4} if faint else {})
-    series = [{name: _series(run, name, over) for name in lines} for run in runs]
+    lines = {curve.key: 1.0} | ({curve.faint: 0.4} if curve.faint else {})
+    series = [
+        {key: _series(run, key, curve.over) for key in lines}
+        if _described(run).get(curve.key, Curve(curve.key, curve.key)) == curve
+        else {}
+        for run in runs
+    ]
     if not any(math.isfinite(y) for found in series for _, values in found.values() for y in values):
         return None
     figure, axes = _frame()
     for index, (run, found) in enumerate(zip(runs, series, strict=True)):
         if not any(places for places, _ in found.values()):
             continue
-        boundaries = _stage_boundaries(run) if over == "step" else []
+        boundaries = _stage_boundaries(run) if curve.over == "step" else []
         for step in boundaries if len(boundaries) <= _MAX_BOUNDARIES else ():
             axes.axvline(step, color=_color(index), alpha=0.5, linewidth=0.8, linestyle=_DASHES[2], zorder=1)
         style = {"color": _color(index), "linestyle": _DASHES[dash(index)], "linewidth": 1.5, "markersize": 3}
         for name, (places, values) in found.items():
             axes.plot(places, values, **style, alpha=lines[name], marker="o" if len(places) <= 12 else None)
-    axes.set_xlabel(over)
+    axes.set_xlabel(curve.over)
     return _svg(figure)
 
 
-def candidate_scores(run: Run, index: int, over: str) -> str | None:
+def candidate_scores(run: RunRecord, index: int, over: str) -> str | None:
     """SVG of the candidate policies' learned reward, with 95% intervals, and verifier score; None for fewer than two.
 
     The verifier score has the left axis and a dashed line, the learned reward the right one (the left one if it is alone).
@@ -172,7 +131,7 @@ def candidate_scores(run: Run, index: int, over: str) -> str | None:
     if len(found) < 2:
         return None
     places, rewards, lows, highs, scores = (
-        [_finite(each.get(field)) for each in found]
+        [_finite(getattr(each, field)) for each in found]
         for field in (over, "reward", "reward_low", "reward_high", "verifier_score")
     )
     figure, left = _frame()
@@ -187,11 +146,11 @@ def candidate_scores(run: Run, index: int, over: str) -> str | None:
     axes.set_ylabel("learned reward", color=color, fontsize=8.5)
     axes.tick_params(axis="y", colors=color)
     for each, place, reward, score in zip(found, places, rewards, scores, strict=True):
-        if each["chosen"]:
+        if each.chosen:
             for where, height, ink in ((axes, reward, color), (left, score, _INK)):
                 where.plot(place, height, "o", markersize=9, markerfacecolor="none", markeredgecolor=ink)
         if over == "kl" and len(found) <= _MAX_LABELS:
-            number = str(each["stage"])
+            number = str(each.stage)
             axes.annotate(number, (place, reward), (5, -9), textcoords="offset points", color=_INK, size=7.5)
     left.set_xlabel("stage" if over == "stage" else "KL to the start, nats per sequence")
     if over == "kl":
@@ -199,13 +158,13 @@ def candidate_scores(run: Run, index: int, over: str) -> str | None:
     return _svg(figure)
 
 
-def stage_times(run: Run, index: int) -> str | None:
+def stage_times(run: RunRecord, index: int) -> str | None:
     """SVG of the seconds that each stage of a run took, by part; None if the run has fewer than two stages.
 
     The rows' ``time/...`` are taken as the seconds since the row before.
     """
     seconds: dict[int, dict[str, float]] = {}
-    for row in run["history"]:
+    for row in run.history:
         for part in TIME_PARTS:
             value = row.get(f"time/{part}")
             if "stage" in row and _is_number(value) and math.isfinite(value):
@@ -225,14 +184,15 @@ def stage_times(run: Run, index: int) -> str | None:
     return _svg(figure)
 
 
-def _series(run: Run, key: str, over: str) -> tuple[list[int], list[float]]:
-    rows = [row for row in run["history"] if over in row and _is_number(row.get(key))]
+def _series(run: RunRecord, key: str, over: str) -> tuple[list[int], list[float]]:
+    # A number that was not finite is None in the record.
+    rows = [row for row in run.history if over in row and key in row and (row[key] is None or _is_number(row[key]))]
     return [row[over] for row in rows], [_finite(row[key]) for row in rows]
 
 
-def _stage_boundaries(run: Run) -> list[int]:
+def _stage_boundaries(run: RunRecord) -> list[int]:
     """The steps of the first rows of all stages but the first; stages that took no step share one."""
-    rows = [row for row in run["history"] if "stage" in row and "step" in row]
+    rows = [row for row in run.history if "stage" in row and "step" in row]
     return list(dict.fromkeys(row["step"] for before, row in pairwise(rows) if row["stage"] != before["stage"]))
 
 

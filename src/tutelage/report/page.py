@@ -11,17 +11,17 @@ from importlib.resources import files
 from pathlib import Path
 
 from tutelage.report import charts
-from tutelage.report.runs import Run, has_verifier_score, require_distinct_names
+from tutelage.report.runs import has_verifier_score, require_distinct_names, starts_of
 from tutelage.report.summary import Cell, Column, duration, summary_columns
 from tutelage.report.verdicts import judge
+from tutelage.results import Curve, RunRecord, SampleRecord
 
 __all__ = ["render", "write_report"]
 
 OPEN_PROMPTS = 12  # further prompts with their samples are folded
-_IDENTITY = ("algorithm", "model", "dataset", "seed", "start")
 
 
-def write_report(runs: Sequence[Run], path: str | Path) -> None:
+def write_report(runs: Sequence[RunRecord], path: str | Path) -> None:
     """Write report.html for one run or several, under a temporary name first. The same runs give the same file.
 
     Raises:
@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Run], path: str | Path) -> None:
     os.replace(unfinished, path)
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RunRecord]) -> str:
     """The page as HTML. Every text that comes from runs, models or data is escaped.
 
     Raises:
@@ -53,19 +53,23 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _title(runs: Sequence[Run]) -> str:
-    return runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs compared"
+def _title(runs: Sequence[RunRecord]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
 
 
-def _header(runs: Sequence[Run], title: str) -> str:
+def _header(runs: Sequence[RunRecord], title: str) -> str:
     home = str(Path.home())  # whose it is does not belong on a page that is shown to others
     meta = [
-        f"{field} {', '.join(_distinct(str(run[field]).replace(home, '~', 1) for run in runs))}"
-        for field in ("model", "dataset", "seed")
+        f"{label} {', '.join(_distinct(str(value).replace(home, '~', 1) for value in values if value is not None))}"
+        for label, values in (
+            ("model", [run.model for run in runs]),
+            ("trained on", [run.dataset for run in runs]),
+            ("evaluated on", [run.evaluation and run.evaluation.dataset for run in runs]),
+            ("task", [run.evaluation and run.evaluation.task for run in runs]),
+            ("seed", [run.seed for run in runs]),
+        )
+        if any(value is not None for value in values)
     ]
-    tasks = _distinct(task for run in runs if (task := (run["evaluation"] or {}).get("task")))
-    if tasks:
-        meta.append(f"task {', '.join(tasks)}")
     items = "".join(
         f'<li class="{verdict.tone}"><strong>{escape(verdict.claim)}:</strong> {escape(verdict.evidence)}.</li>'
         for verdict in judge(runs)
@@ -75,7 +79,7 @@ def _header(runs: Sequence[Run], title: str) -> str:
     )
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[RunRecord]) -> str:
     columns = summary_columns(runs)
     if not columns:
         return ""
@@ -118,12 +122,12 @@ def _value(cell: Cell | None, column: Column) -> str:
     return f"{escape(cell.text)}{bar}<small>{escape(cell.bounds)}</small>"
 
 
-def _selection(runs: Sequence[Run]) -> str:
+def _selection(runs: Sequence[RunRecord]) -> str:
     """A row of charts per run that chose among policies: what the learned reward says of them, and what the verifier."""
     rows = []
     for index, run in enumerate(runs):
         drawn = "".join(
-            _figure(title, run["name"] if len(runs) > 1 else "", svg)
+            _figure(title, run.name if len(runs) > 1 else "", svg)
             for over, title in (("stage", "By stage"), ("kl", "By distance from the start"))
             if (svg := charts.candidate_scores(run, index, over)) is not None
         )
@@ -143,13 +147,13 @@ def _selection(runs: Sequence[Run]) -> str:
     return "\n".join([f"<h2>{title}</h2>", *rows, f'<p class="note">{note}</p>'])
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[RunRecord]) -> str:
     sections = [
         f"<h3>{escape(group)}</h3>\n{drawn}"
-        for group, metrics in charts.GROUPS.items()
-        if (drawn := _grid(runs, metrics))
+        for group, curves in charts.curve_groups(runs).items()
+        if (drawn := _grid(runs, curves))
     ]
-    rest = _grid(runs, charts.other_metrics(runs))
+    rest = _grid(runs, charts.other_curves(runs))
     if rest:
         sections.append(f"<details><summary>Everything else that was logged</summary>\n{rest}</details>")
     if not sections:
@@ -160,11 +164,9 @@ def _curves(runs: Sequence[Run]) -> str:
     return "\n".join([f"<section><h2>Curves</h2>\n{legend}", *sections, note, "</section>"])
 
 
-def _grid(runs: Sequence[Run], metrics: Iterable[charts.Metric]) -> str:
+def _grid(runs: Sequence[RunRecord], curves: Iterable[Curve]) -> str:
     drawn = [
-        _figure(metric.title, metric.unit, svg)
-        for metric in metrics
-        if (svg := charts.curve(runs, metric.key, faint=metric.faint, over=metric.over)) is not None
+        _figure(curve.title, curve.unit, svg) for curve in curves if (svg := charts.draw(runs, curve)) is not None
     ]
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
@@ -174,8 +176,8 @@ def _figure(title: str, unit: str, svg: str) -> str:
     return f"<figure><figcaption>{escape(title)}<span>{escape(unit)}</span></figcaption>{labeled}</figure>"
 
 
-def _time(runs: Sequence[Run]) -> str:
-    times = [run.get("time_s") or {} for run in runs]
+def _time(runs: Sequence[RunRecord]) -> str:
+    times = [run.time_s for run in runs]
     longest = max((time.get("total", 0.0) for time in times), default=0.0)
     if longest <= 0:
         return ""
@@ -195,7 +197,7 @@ def _time(runs: Sequence[Run]) -> str:
         total = duration(time["total"]) if "total" in time else "–"
         rows.append(f'{_name(run, index)}<div class="bar" style="{_color(index)}">{parts}</div><span>{total}</span>')
     stages = "".join(
-        _figure(run["name"], "seconds per stage", svg)
+        _figure(run.name, "seconds per stage", svg)
         for index, run in enumerate(runs)
         if (svg := charts.stage_times(run, index)) is not None
     )
@@ -203,9 +205,9 @@ def _time(runs: Sequence[Run]) -> str:
     return f'<h2>Time</h2>\n<div class="keys">{keys}</div>\n<div class="times">{"".join(rows)}</div>\n{stages}'
 
 
-def _samples(runs: Sequence[Run]) -> str:
+def _samples(runs: Sequence[RunRecord]) -> str:
     """A card per prompt, in the order of the first run that shows it, with one column per run."""
-    by_run = [{sample["row"]: sample for sample in run["samples"]} for run in runs]
+    by_run = [{sample.row: sample for sample in run.samples} for run in runs]
     order = _distinct(row for samples in by_run for row in samples)
     if not order:
         return ""
@@ -215,8 +217,8 @@ def _samples(runs: Sequence[Run]) -> str:
         answers = "".join(_answer(run, index, by_run[index].get(row)) for index, run in enumerate(runs))
         cards.append(
             f'<article class="prompt"><div class="given"><div><p class="label">Prompt, row {escape(str(row))}</p>'
-            f'<pre>{escape(given["prompt"])}</pre></div><div><p class="label">Demonstration</p>'
-            f'<pre>{escape(given["demonstration"])}</pre></div></div><div class="answers">{answers}</div></article>'
+            f'<pre>{escape(given.prompt)}</pre></div><div><p class="label">Demonstration</p>'
+            f'<pre>{escape(given.demonstration or "–")}</pre></div></div><div class="answers">{answers}</div></article>'
         )
     shown, folded = "".join(cards[:OPEN_PROMPTS]), "".join(cards[OPEN_PROMPTS:])
     if folded:
@@ -224,11 +226,12 @@ def _samples(runs: Sequence[Run]) -> str:
     return f"<h2>Samples</h2>\n{shown}{folded}"
 
 
-def _answer(run: Run, index: int, sample: dict | None) -> str:
+def _answer(run: RunRecord, index: int, sample: SampleRecord | None) -> str:
+    answers = {"sampled": sample.sampled, "greedy": sample.greedy} if sample else {}
     parts = [
-        f'<p class="label"><span>{kind}</span>{_mark(sample.get(kind + "_score"))}</p><pre>{escape(text)}</pre>'
-        for kind in ("sampled", "greedy")
-        if sample and (text := sample.get(kind)) is not None
+        f'<p class="label"><span>{kind}</span>{_mark(answer.score)}</p><pre>{escape(answer.text)}</pre>'
+        for kind, answer in answers.items()
+        if answer is not None
     ]
     return f"<div>{_name(run, index)}{''.join(parts) or '<p class=quiet>not sampled</p>'}</div>"
 
@@ -243,8 +246,18 @@ def _mark(score: float | None) -> str:
     return f"<span>partly, {score:.3g}</span>"
 
 
-def _settings(runs: Sequence[Run]) -> str:
-    all_settings = [{field: run.get(field) for field in _IDENTITY} | run["settings"] for run in runs]
+def _settings(runs: Sequence[RunRecord]) -> str:
+    all_settings = [
+        {
+            "algorithm": run.algorithm,
+            "model": run.model,
+            "dataset": run.dataset,
+            "seed": run.seed,
+            "start": ", ".join(start.name for start in starts_of(run, runs)) or run.start,
+        }
+        | run.settings
+        for run in runs
+    ]
     keys = _distinct(key for settings in all_settings for key in settings)
     texts = {key: [_setting(settings, key) for settings in all_settings] for key in keys}
     differing = {key: row for key, row in texts.items() if len(set(row)) > 1}
@@ -275,9 +288,9 @@ def _setting(settings: dict, key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _name(run: Run, index: int) -> str:
+def _name(run: RunRecord, index: int) -> str:
     dash = f" dash-{charts.dash(index)}" if charts.dash(index) else ""
-    return f'<span class="name{dash}" style="{_color(index)}">{escape(run["name"])}</span>'
+    return f'<span class="name{dash}" style="{_color(index)}">{escape(run.name)}</span>'
 
 
 def _color(index: int) -> str:

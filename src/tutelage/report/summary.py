@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.evaluation.statistics import Interval
-from tutelage.report.runs import Run, require_distinct_names
+from tutelage.report.runs import is_graded, require_distinct_names
 from tutelage.report.verdicts import signed
+from tutelage.results import Interval, RunRecord
 
 __all__ = ["Cell", "Column", "duration", "summary_columns", "summary_table"]
 
@@ -46,13 +46,21 @@ _TERMINAL_COLUMNS = 7
 _COSTS = {"passes", "time", "peak memory"}
 
 
-def summary_columns(runs: Sequence[Run]) -> list[Column]:
-    """The columns of the summary that hold at least one value, without the names of the runs."""
+def summary_columns(runs: Sequence[RunRecord]) -> list[Column]:
+    """The columns of the summary that hold at least one value, without the names of the runs.
+
+    Where a verifier gives 0 and 1 alone, scores are accuracies, and stand there once.
+    """
     columns = [Column(heading, help, tuple(read(run) for run in runs)) for heading, help, read in _COLUMNS]
-    return [column for column in columns if any(column.cells)]
+    graded = {f"{kind} score" for kind in ("sampled", "greedy") if is_graded(runs, f"{kind}_score")}
+    return [
+        column
+        for column in columns
+        if any(column.cells) and (column.heading in graded or not column.heading.endswith(" score"))
+    ]
 
 
-def summary_table(runs: Sequence[Run]) -> Table:
+def summary_table(runs: Sequence[RunRecord]) -> Table:
     """The summary for a terminal of 100 columns: a run a row, the 95% intervals below their values.
 
     Where there are more columns than have room, what the runs cost is left to the page.
@@ -77,7 +85,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
         table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for index, run in enumerate(runs):
         cells = [_terminal(column.cells[index]) for column in columns]
-        table.add_row(Text(run["name"]), *cells)  # Text: a name is no markup
+        table.add_row(Text(run.name), *cells)  # Text: a name is no markup
     return table
 
 
@@ -103,26 +111,26 @@ def _terminal(cell: Cell | None) -> Text:
     return Text.assemble(cell.text, *([("\n" + cell.bounds, "dim")] if cell.bounds else []))
 
 
-def _evaluated(key: str, digits: int = 2) -> Callable[[Run], Cell | None]:
-    def read(run: Run) -> Cell | None:
-        value = (run["evaluation"] or {}).get(key)
-        return Cell(signed(value["mean"], digits), Interval(**value), digits) if value else None
+def _evaluated(key: str, digits: int = 2) -> Callable[[RunRecord], Cell | None]:
+    def read(run: RunRecord) -> Cell | None:
+        found = run.evaluation.means.get(key) if run.evaluation else None
+        return Cell(signed(found.mean, digits), found, digits) if found else None
 
     return read
 
 
-def _passes(run: Run) -> Cell | None:
-    passes = run.get("demonstration_epochs")
+def _passes(run: RunRecord) -> Cell | None:
+    passes = run.demonstration_epochs
     return None if passes is None else Cell(f"{passes:.3g}")
 
 
-def _time(run: Run) -> Cell | None:
-    total = (run.get("time_s") or {}).get("total")
+def _time(run: RunRecord) -> Cell | None:
+    total = run.time_s.get("total")
     return None if total is None else Cell(duration(total))
 
 
-def _memory(run: Run) -> Cell | None:
-    peak = run.get("peak_memory_bytes")
+def _memory(run: RunRecord) -> Cell | None:
+    peak = run.peak_memory_bytes
     return None if peak is None else Cell(f"{peak / 2**30:.2f} GiB")
 
 
@@ -130,6 +138,8 @@ _COLUMNS = (
     ("passes", "Times the run went through the demonstrations", _passes),
     ("sampled accuracy", "Share of prompts whose sampled answer is right", _evaluated("accuracy_sampled")),
     ("greedy accuracy", "Share of prompts whose greedy answer is right", _evaluated("accuracy_greedy")),
+    ("sampled score", "Mean verifier score of the sampled answers", _evaluated("score_sampled")),
+    ("greedy score", "Mean verifier score of the greedy answers", _evaluated("score_greedy")),
     (
         "demonstration log-prob",
         "Log-prob of held-out demonstrations, nats per sequence",

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from tutelage.evaluation.statistics import Interval, paired_difference
+from tutelage.evaluation.statistics import paired_difference
 from tutelage.report.runs import (
-    Run,
     candidates,
-    control_of,
-    find_run,
-    is_control,
-    is_start,
+    controls_of,
+    is_graded,
+    is_method,
     require_distinct_names,
+    same_place,
+    starts_of,
 )
+from tutelage.results import CandidateRecord, Interval, RunRecord
 
 __all__ = ["Verdict", "judge", "signed", "verdicts"]
 
 MIN_ROWS = 10  # below that a bootstrap interval is too narrow to be believed
+MIN_DIFFERING = 6  # with fewer, even all of them on one side, a sign test cannot reach 5%
+ROUNDING = 1e-5  # differences below this share of the values compared may be rounding
 COLLAPSE = 0.10  # a fall of the held-out demonstration log-prob by this share of the start's
 
 
@@ -37,14 +40,17 @@ class Verdict:
         return f"{self.claim}: {self.evidence}."
 
 
-def verdicts(runs: Sequence[Run]) -> list[str]:
+def verdicts(runs: Sequence[RunRecord]) -> list[str]:
     """Plain sentences on whether each method beat its control.
 
-    The control is the run called "continued-sft", or else the run that the method started from. "Helped" is said
-    only when the 95% interval of the paired difference excludes zero. Runs whose held-out demonstrations became more
-    than 10% less likely (in nats) than under their start are called collapsed. Of a run that chose among policies by a
-    learned reward it is said which was kept, and whether training went on to raise that reward while the verifier score
-    fell.
+    The control is a run of ``sft`` from the same start, or else the start itself. Of several, a method has to beat the
+    one that is best by the very number at hand, on the rows that both have. Names and the order of the runs decide
+    nothing.
+
+    "Helped" is said only when the 95% interval of the paired difference excludes zero and has a width. Runs whose
+    held-out demonstrations became more than 10% less likely (in nats) than under their start are called collapsed. Of a
+    run that chose among policies by a learned reward it is said which was kept, and whether training went on to raise
+    that reward while the verifier score fell.
 
     Raises:
         UserError: no runs, or two of the same name.
@@ -52,10 +58,10 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     return [verdict.text for verdict in judge(runs)]
 
 
-def judge(runs: Sequence[Run]) -> list[Verdict]:
+def judge(runs: Sequence[RunRecord]) -> list[Verdict]:
     """As `verdicts`, with claim, evidence and tone apart."""
     require_distinct_names(runs)
-    methods = [run for run in runs if not (is_start(run) or is_control(run))]
+    methods = [run for run in runs if is_method(run)]
     found = [
         verdict
         for method in methods
@@ -78,141 +84,239 @@ def signed(value: float, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
-def _judge_method(method: Run, runs: Sequence[Run]) -> list[Verdict]:
-    control, name = control_of(method, runs), method["name"]
-    if control is None:
-        evidence = "neither a run called continued-sft nor the run that it started from is here to compare it with"
+def _judge_method(method: RunRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
+    name, controls = method.name, controls_of(method, runs) or starts_of(method, runs)
+    controls = sorted(controls, key=lambda control: control.id)
+    if not controls:
+        evidence = "neither a run of sft from the same start nor the start itself is here to compare it with"
         return [Verdict(f"{name} has no control", evidence, "note")]
-    obstacle = _obstacle(method, control)
-    if obstacle:
-        return [Verdict(f"{name} cannot be judged", obstacle, "note")]
-    accuracy = _compare(method, control, "sampled_score", "sampled accuracy") or _compare(
-        method, control, "greedy_score", "greedy accuracy"
-    )
-    likelihood = _compare(method, control, "demonstration_logp", "held-out demonstration log-prob", unit=" nats")
-    found = [verdict for verdict in (accuracy, likelihood) if verdict]
-    if not found:
-        evidence = f"it shares no evaluated rows with {control['name']}"
+    obstacles = {control.name: _obstacle(method, control) for control in controls}
+    controls = [control for control in controls if obstacles[control.name] is None]
+    if not controls:
+        evidence = "; ".join(dict.fromkeys(obstacle for obstacle in obstacles.values() if obstacle))
         return [Verdict(f"{name} cannot be judged", evidence, "note")]
-    passes, allowed = method.get("demonstration_epochs"), control.get("demonstration_epochs")
-    if passes is not None and allowed is not None and not math.isclose(passes, allowed, rel_tol=0.05):
-        evidence = f"{name} made {passes:.3g} demonstration passes, {control['name']} {allowed:.3g}"
-        found.append(Verdict("Not an equal budget", evidence, "note"))
+    found, against = [], []
+    for comparison in (
+        _answers(method, controls, "sampled") or _answers(method, controls, "greedy"),
+        _compare(method, controls, "demonstration_logp", "held-out demonstration log-prob", unit=" nats"),
+    ):
+        if comparison:
+            found.append(comparison[0])
+            against.append(comparison[1])
+    if not found:
+        evidence = f"it shares no evaluated rows with {', '.join(control.name for control in controls)}"
+        return [Verdict(f"{name} cannot be judged", evidence, "note")]
+    for control in {control.name: control for control in against}.values():
+        found += _unequal(method, control)
     return found
 
 
-def _obstacle(method: Run, control: Run) -> str | None:
-    for run in (method, control):
-        if not run["evaluation"]:
-            return f"{run['name']} was not evaluated"
-    # The held-out data where a run names them; what was trained on may differ.
-    ours, theirs = (
-        (run["evaluation"].get("dataset", run["dataset"]), run["evaluation"].get("task")) for run in (method, control)
-    )
-    return None if ours == theirs else f"{control['name']} was evaluated on other data or on another task"
+def _unequal(method: RunRecord, control: RunRecord) -> list[Verdict]:
+    """What besides the algorithm differs between the two."""
+    found, passes, allowed = [], method.demonstration_epochs, control.demonstration_epochs
+    if passes is not None and allowed is not None and not math.isclose(passes, allowed, rel_tol=0.05):
+        evidence = f"{method.name} made {passes:.3g} demonstration passes, {control.name} {allowed:.3g}"
+        found.append(Verdict("Not an equal budget", evidence, "note"))
+    ours, theirs = method.dataset, control.dataset
+    if control.algorithm == "sft" and ours is not None and theirs is not None and not same_place(ours, theirs):
+        evidence = f"{method.name} was trained on {ours}, {control.name} on {theirs}"
+        found.append(Verdict("Not the same data", evidence, "note"))
+    return found
 
 
-def _compare(method: Run, control: Run, score: str, label: str, unit: str = "") -> Verdict | None:
-    pairs = _shared_rows(method, control, score)
-    if not pairs:
+def _obstacle(method: RunRecord, control: RunRecord) -> str | None:
+    if method.evaluation is None or control.evaluation is None:
+        return f"{(method if method.evaluation is None else control).name} was not evaluated"
+    ours, theirs = method.evaluation, control.evaluation
+    if ours.task == theirs.task and same_place(ours.dataset, theirs.dataset):
         return None
+    return f"{control.name} was evaluated on other data or on another task"
+
+
+def _answers(
+    method: RunRecord, controls: Sequence[RunRecord], kind: Literal["sampled", "greedy"]
+) -> tuple[Verdict, RunRecord] | None:
+    """By the verifier's score where it gives part of a point, else by the share of right answers."""
+    if is_graded([method, *controls], f"{kind}_score"):
+        return _compare(method, controls, f"{kind}_score", f"{kind} score")
+    return _compare(method, controls, f"{kind}_right", f"{kind} accuracy")
+
+
+def _compare(
+    method: RunRecord, controls: Sequence[RunRecord], key: str, label: str, unit: str = ""
+) -> tuple[Verdict, RunRecord] | None:
+    """The verdict by one number, and the control that it is against; None where no rows are shared.
+
+    Against the strongest control: a method that is said to help has to beat each of them.
+    """
+    pairs = {control.name: _shared_rows(method, control, key) for control in controls}
+    having = [control for control in controls if pairs[control.name]]
+    if not having:
+        return None
+
+    def strength(control: RunRecord) -> tuple:
+        theirs = [value for _, value in pairs[control.name]]
+        broken = not all(map(math.isfinite, theirs))
+        return len(theirs) >= MIN_ROWS, not broken, 0.0 if broken else sum(theirs) / len(theirs), control.id, theirs
+
+    control = max(having, key=strength)
+    verdict = _verdict(method, control, pairs[control.name], label, unit)
+    if len(having) > 1:
+        evidence = f"{verdict.evidence}; {control.name} is the strongest of {len(having)} controls by this number"
+        verdict = Verdict(verdict.claim, evidence, verdict.tone)
+    return verdict, control
+
+
+def _verdict(
+    method: RunRecord, control: RunRecord, pairs: Sequence[tuple[float, float]], label: str, unit: str
+) -> Verdict:
+    name, other, n = method.name, control.name, len(pairs)
     ours, theirs = zip(*pairs, strict=True)
-    name, other, n = method["name"], control["name"], len(pairs)
     broken = sum(not math.isfinite(value) for value in (*ours, *theirs))
     if broken:
         evidence = f"{broken} of the values are NaN or infinite"
         return Verdict(f"{name} and {other} cannot be compared by {label}", evidence, "hurt")
-    numbers = f"{label} {signed(sum(ours) / n)} against {signed(sum(theirs) / n)}{unit}"
+    means = [sum(values) / n for values in (ours, theirs)]
     if n < MIN_ROWS:
+        numbers = f"{label} {signed(means[0])} against {signed(means[1])}{unit}"
         evidence = f"{numbers}, but the rows that both have are only {n}"
         return Verdict(f"Too few rows to compare {name} with {other}", evidence, "note")
     difference = paired_difference(ours, theirs)
-    numbers += f", difference {_difference(difference)}"
+    digits = _digits(difference)
+    numbers = f"{label} {signed(means[0], digits)} against {signed(means[1], digits)}{unit}"
+    resolution = ROUNDING * max(map(abs, means))
+    if max(abs(difference.low), abs(difference.high)) <= resolution:
+        evidence = f"{numbers}, equal up to rounding over {n} rows"
+        return Verdict(f"No difference between {name} and {other}", evidence, "note")
+    if difference.high - difference.low <= 1e-9 * max(map(abs, (*means, difference.mean))):
+        evidence = (
+            f"{numbers}, and each of the {n} rows differs by the same {signed(difference.mean, digits)}: an interval of "
+            "width zero shows nothing"
+        )
+        return Verdict(f"No verdict on {name} against {other}", evidence, "note")
+    numbers += f", difference {_difference(difference, digits)}"
+    if difference.low <= 0 <= difference.high:
+        return Verdict(f"{name} did not beat {other}", f"{numbers}; no difference that {n} rows can show", "neutral")
+    differing = sum(abs(a - b) > ROUNDING * max(abs(a), abs(b)) for a, b in pairs)
+    if differing < MIN_DIFFERING:
+        evidence = f"{numbers}, but only {differing} of {n} rows differ"
+        return Verdict(f"Too few rows differ between {name} and {other}", evidence, "note")
     if difference.low > 0:
         return Verdict(f"{name} helped over {other}", f"{numbers}, {n} rows", "helped")
-    if difference.high < 0:
-        return Verdict(f"{name} did worse than {other}", f"{numbers}, {n} rows", "hurt")
-    return Verdict(f"{name} did not beat {other}", f"{numbers}; no difference that {n} rows can show", "neutral")
+    return Verdict(f"{name} did worse than {other}", f"{numbers}, {n} rows", "hurt")
 
 
-def _shared_rows(a: Run, b: Run, score: str) -> list[tuple[float, float]]:
-    """The values of a and b on the rows that have both."""
-    ours, theirs = (
-        dict(zip(rows["row"], rows[score], strict=True)) if score in rows else {}
-        for rows in (run["evaluation"].get("per_row", {}) for run in (a, b))
-    )
+def _shared_rows(a: RunRecord, b: RunRecord, key: str) -> list[tuple[float, float]]:
+    """The values of a and b on the rows that have both; NaN where a record holds None."""
+    ours, theirs = _by_row(a, key), _by_row(b, key)
     return [(value, theirs[row]) for row, value in ours.items() if row in theirs]
 
 
-def _difference(interval: Interval) -> str:
+def _by_row(run: RunRecord, key: str) -> dict[int, float]:
+    found = run.evaluation
+    if found is None or key not in found.per_row:
+        return {}
+    values = (math.nan if value is None else value for value in found.per_row[key])
+    return dict(zip(found.rows, values, strict=True))
+
+
+def _digits(difference: Interval) -> int:
+    """Decimals that tell the mean from its bounds and, where it excludes zero, that it does; at least 2.
+
+    >>> _digits(Interval(0.0012, 0.0010, 0.0014, 100)), _digits(Interval(0.2, 0.1, 0.3, 100))
+    (4, 2)
+    """
+    shown = [(difference.high - difference.low) / 2]
+    if not difference.low <= 0 <= difference.high:
+        shown.append(min(abs(difference.low), abs(difference.high)))
+    return min(12, max([2, *(-math.floor(math.log10(value)) for value in shown if value > 0)]))
+
+
+def _difference(interval: Interval, digits: int) -> str:
     plus = "+" if interval.mean > 0 else ""
-    return f"{plus}{signed(interval.mean)} (95% interval {signed(interval.low)} to {signed(interval.high)})"
+    low, high = signed(interval.low, digits), signed(interval.high, digits)
+    return f"{plus}{signed(interval.mean, digits)} (95% interval {low} to {high})"
 
 
-def _collapse(run: Run, runs: Sequence[Run]) -> Verdict | None:
-    start = find_run(runs, run.get("start"))
-    if not (start and run["evaluation"] and start["evaluation"]):
-        return None
-    before, after = (each["evaluation"]["demonstration_logp"]["mean"] for each in (start, run))
-    if not before - after > COLLAPSE * abs(before):
-        return None
-    evidence = (
-        f"the log-prob of held-out demonstrations fell from {signed(before)} to {signed(after)} nats since "
-        f"{start['name']}, by more than {COLLAPSE:.0%}"
-    )
-    return Verdict(f"{run['name']} collapsed", evidence, "hurt")
+def _collapse(run: RunRecord, runs: Sequence[RunRecord]) -> Verdict | None:
+    starts = [start for start in starts_of(run, runs) if _obstacle(run, start) is None]
+    for start in sorted(starts, key=lambda start: start.id):
+        pairs = _shared_rows(run, start, "demonstration_logp")
+        if not pairs:
+            continue
+        after, before = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+        if before - after > COLLAPSE * abs(before):
+            evidence = (
+                f"the log-prob of held-out demonstrations fell from {signed(before)} to {signed(after)} nats since "
+                f"{start.name}, by more than {COLLAPSE:.0%}"
+            )
+            return Verdict(f"{run.name} collapsed", evidence, "hurt")
+    return None
 
 
-def _kept(run: Run) -> Verdict | None:
+def _kept(run: RunRecord) -> Verdict | None:
     """Which of its policies the run kept, and why."""
     found = candidates(run)
-    kept = next((candidate for candidate in found if candidate["chosen"]), None)
+    kept = next((candidate for candidate in found if candidate.chosen), None)
     if kept is None:
         return None
     start, *later = found
     if kept is not start:
         evidence = (
-            f"held-out learned reward {signed(kept['reward'])} at {signed(kept['kl'])} nats KL, objective (reward/scale − β·KL) "
-            f"{signed(kept['objective'])} against {signed(start['objective'])} at the start"
+            f"learned reward {signed(kept.reward)} on validation rows at {signed(kept.kl)} nats KL, objective (reward/scale "
+            f"− β·KL) {signed(kept.objective)} against {signed(start.objective)} at the start"
         )
-        if None not in (kept["verifier_score"], start["verifier_score"]):
-            evidence += f", verifier score {signed(kept['verifier_score'])} against {signed(start['verifier_score'])}"
-        return Verdict(f"{run['name']} kept the policy after {_stages(kept)}", evidence, "note")
-    evidence = f"no stage beat it; its objective (held-out learned reward/scale − β·KL) is {signed(kept['objective'])}"
+        if kept.verifier_score is not None and start.verifier_score is not None:
+            evidence += f", verifier score {signed(kept.verifier_score)} against {signed(start.verifier_score)}"
+        return Verdict(f"{run.name} kept the policy after {_stages(kept)}", evidence, "note")
+    evidence = f"no stage beat it; its objective (learned reward/scale − β·KL) is {signed(kept.objective)}"
     if later:
-        best = max(later, key=lambda candidate: candidate["objective"])
-        evidence += f", that of the best other, after {_stages(best)}, {signed(best['objective'])}"
-    return Verdict(f"{run['name']} kept the policy that it started from", evidence, "neutral")
+        best = max(later, key=lambda candidate: candidate.objective)
+        evidence += f", that of the best other, after {_stages(best)}, {signed(best.objective)}"
+    return Verdict(f"{run.name} kept the policy that it started from", evidence, "neutral")
 
 
-def _hacked(run: Run) -> Verdict | None:
-    """A warning where the learned reward of the last policy is surely above the start's and its verifier score surely below."""
+def _hacked(run: RunRecord) -> Verdict | None:
+    """A warning where the last policy's learned reward surely lies above the start's and its verifier score below."""
     found = candidates(run)
-    if not found or None in (found[0]["verifier_score"], found[-1]["verifier_score"]):
+    if not found:
         return None
     first, last = found[0], found[-1]
-    fell = last.get("verifier_score_high", last["verifier_score"]) < first.get(
-        "verifier_score_low", first["verifier_score"]
-    )
-    if not (last["reward_low"] > first["reward_high"] and fell):
+    scores = _score_interval(first), _score_interval(last)
+    if scores[0] is None or scores[1] is None:
         return None
-    rewards = (
-        f"{signed(each['reward'])} (95% interval {signed(each['reward_low'])} to {signed(each['reward_high'])})"
+    rewards = (first.reward_low, first.reward_high), (last.reward_low, last.reward_high)
+    if not (_above(rewards[1], rewards[0]) and _above(scores[0], scores[1])):
+        return None
+    shown = (
+        f"{signed(each.reward)} (95% interval {signed(each.reward_low)} to {signed(each.reward_high)})"
         for each in (first, last)
     )
     evidence = (
-        f"from the start to the policy after {_stages(last)} the held-out learned reward rose from {' to '.join(rewards)}, but the "
-        f"verifier score fell from {signed(first['verifier_score'])} to {signed(last['verifier_score'])}"
+        f"from the start to the policy after {_stages(last)} the learned reward of validation samples rose from "
+        f"{' to '.join(shown)}, but the verifier score fell from {signed(first.verifier_score or 0.0)} to "
+        f"{signed(last.verifier_score or 0.0)}"
     )
-    return Verdict(f"Reward hacking in {run['name']}", evidence, "hurt")
+    return Verdict(f"Reward hacking in {run.name}", evidence, "hurt")
 
 
-def _stages(candidate: dict[str, Any]) -> str:
-    return f"{candidate['stage']} stage{'s' if candidate['stage'] != 1 else ''}"
+def _score_interval(candidate: CandidateRecord) -> tuple[float, float] | None:
+    if candidate.verifier_score_low is None or candidate.verifier_score_high is None:
+        return None
+    return candidate.verifier_score_low, candidate.verifier_score_high
 
 
-def _about_seeds(runs: Sequence[Run]) -> Verdict:
-    seeds = sorted({run["seed"] for run in runs})
+def _above(upper: tuple[float, float], lower: tuple[float, float]) -> bool:
+    """Whether one interval lies above another; one of width zero knows no spread and shows nothing."""
+    return upper[0] > lower[1] and upper[1] > upper[0] and lower[1] > lower[0]
+
+
+def _stages(candidate: CandidateRecord) -> str:
+    return f"{candidate.stage} stage{'s' if candidate.stage != 1 else ''}"
+
+
+def _about_seeds(runs: Sequence[RunRecord]) -> Verdict:
+    seeds = sorted({run.seed for run in runs})
     if len(seeds) == 1:
         evidence = "the intervals speak for the choice of rows, not for another training"
         return Verdict(f"One seed ({seeds[0]}) is one seed", evidence, "note")

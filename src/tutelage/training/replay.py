@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tutelage.groups import Group, drop_copies
+from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
 from tutelage.training.rollout import Rollout
 from tutelage.training.store import StageStore
@@ -29,7 +29,7 @@ class Replay:
     def __init__(self, rollout: Rollout, store: StageStore, *, stages: int = 0, needs_pairs: bool = True):
         self.rollout, self.store, self.stages, self.needs_pairs = rollout, store, stages, needs_pairs
         self.reward: Reward | None = None
-        self.selection: list[dict[str, Any]] = []
+        self.selection: list[CandidateRecord] = []
 
     def prepare(
         self, stage: int, recorded: dict[int, Group], *, policy: str | None

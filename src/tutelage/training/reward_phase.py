@@ -17,6 +17,7 @@ from tutelage.files import read_json, write_json, write_json_lines
 from tutelage.groups import Group, Role
 from tutelage.models.weights import load_weights, save_weights
 from tutelage.progress import Progress
+from tutelage.results import CandidateRecord
 from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.fitting import RewardFitter
@@ -87,7 +88,7 @@ class RewardPhase:
         self.initial_negatives = initial_negatives
         self.truncated_samples: TruncatedSamples = truncated_samples
         self.tokenization, self.seed, self.costs, self.progress = tokenization, seed, costs, progress
-        self.selection: list[dict[str, Any]] = []
+        self.selection: list[CandidateRecord] = []
         self._fitted = -1
 
     @property
@@ -132,7 +133,7 @@ class RewardPhase:
         scores = self._scores()
         best = self.candidates.best(scores)
         self.candidates.restore(best)
-        self.selection = [score.to_dict(chosen=stage == best) for stage, score in scores.items()]
+        self.selection = [score.record(chosen=stage == best) for stage, score in scores.items()]
 
     def export(self, folder: Path) -> None:
         """``reward``, as it is at the end."""

@@ -68,7 +68,7 @@ def make_reward(
             model = add_adapter(model, peft_config)
         reward = ExplicitReward.fresh(cast(nn.Module, model).to(args.device), shared=False, **options)
         if args.activation_checkpointing:  # a shared body follows the policy
-            reward.recompute_activations(args.activation_checkpointing_kwargs)
+            reward.recompute_activations(cast(Any, args.activation_checkpointing_kwargs))
     if args.init_reward_from:
         reward.start_from(args.init_reward_from)
     return reward

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -16,6 +15,7 @@ from tutelage.evaluation.statistics import Interval, bounded_interval, mean_inte
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import load_weights, save_weights
+from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
 from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
 from tutelage.training.store import StageStore
@@ -116,18 +116,18 @@ class CandidateScore:
     objective: float
     verifier_gap: float | None
 
-    def to_dict(self, *, chosen: bool) -> dict[str, Any]:
+    def record(self, *, chosen: bool) -> CandidateRecord:
         """An entry of the ``selection`` in results.json."""
-        return {
-            "stage": self.candidate.stage,
-            "reward": self.reward.mean,
-            "reward_low": self.reward.low,
-            "reward_high": self.reward.high,
-            "kl": self.candidate.kl,
-            "objective": self.objective,
+        return CandidateRecord(
+            stage=self.candidate.stage,
+            reward=self.reward.mean,
+            reward_low=self.reward.low,
+            reward_high=self.reward.high,
+            kl=self.candidate.kl,
+            objective=self.objective,
             **_verifier_score(self.candidate.verifier_scores),
-            "chosen": chosen,
-        }
+            chosen=chosen,
+        )
 
 
 def compare(

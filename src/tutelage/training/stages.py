@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from tutelage.errors import UserError
 from tutelage.groups import Group
 from tutelage.progress import Progress
+from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
@@ -28,7 +29,7 @@ class Phase(Protocol):
         ...
 
     @property
-    def selection(self) -> list[dict[str, Any]]:
+    def selection(self) -> list[CandidateRecord]:
         """The policies that it chose from, as results.json holds them; empty where it chooses nothing."""
         ...
 

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -33,10 +33,11 @@ from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabular
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.progress import Progress, Silent
-from tutelage.results import model_card, run_record, run_settings
+from tutelage.results import AlgorithmInfo, RunRecord, model_card, run_id
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, TokenLogps, completion_token_logps
 from tutelage.training.config import DemonstrationConfig
+from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.metrics import Costs, Means, Track
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.schedule import StageEpochs
@@ -109,7 +110,7 @@ class DemonstrationTrainer(Trainer):
         callbacks, optimizers: as for ``transformers.Trainer``.
         progress: is told what runs and how far it is; silent by default.
         source, eval_source: what errors about the data call them: file names, for example.
-        algorithm: its name.
+        info: the algorithm's name, and what its records say of themselves.
         objective: its loss.
 
     Raises:
@@ -133,11 +134,11 @@ class DemonstrationTrainer(Trainer):
         progress: Progress | None = None,
         source: str = "training data",
         eval_source: str = "held-out data",
-        algorithm: str,
+        info: AlgorithmInfo,
         objective: Objective,
     ):
         args = copy.copy(args)
-        self.algorithm, self.objective = algorithm, objective
+        self.info, self.algorithm, self.objective = info, info.name, objective
         self.stages: Stages | None = None
         if args.device.type == "cpu":
             keep_freed_memory()
@@ -192,6 +193,8 @@ class DemonstrationTrainer(Trainer):
             autocast=self.compute_loss_context_manager,
         )
         self.evaluation_set = None if eval_dataset is None else self._evaluation_rows(eval_dataset)
+        if self.evaluation_set is not None:
+            self.evaluation_set.require_answers(self.policy)
         self.add_callback(_Guard(self))
         self.add_callback(_Costs(self))
         logger.info(
@@ -426,8 +429,10 @@ class DemonstrationTrainer(Trainer):
         """
         rows = self.evaluation_set
         if eval_dataset is not None:
-            rows = self._evaluation_rows(eval_dataset)
-            if (start := self._at_start()) is not None:
+            rows = (
+                self.evaluation_set.over(eval_dataset) if self.evaluation_set else self._evaluation_rows(eval_dataset)
+            )
+            if rows.reference is None and (start := self._at_start()) is not None:
                 with start:
                     self._remember_start(rows)
         if rows is None:
@@ -466,27 +471,30 @@ class DemonstrationTrainer(Trainer):
             **options,
         )
 
-    def record(self, *, name: str, start: str | None = None) -> dict[str, Any]:
-        """What results.json holds of this run, without its evaluation; see ``tutelage.results.run_record``."""
+    def record(self, *, name: str) -> RunRecord:
+        """What results.json holds of this run, without its evaluation."""
         costs = self.costs
-        return run_record(
+        record = RunRecord(
             name=name,
             algorithm=self.algorithm,
             model=str(self.model_name),
             dataset=self.source,
             seed=self.args.seed,
-            start=start,
+            start=run_id(str(self.model_name)),
             settings=run_settings(self.args, self.policy) | {"layout": self.layout},
             demonstration_epochs=round(self.state.epoch or 0.0, 4),
             trained_tokens=costs.trained_tokens,
             sampled_tokens=costs.sampled_tokens,
             time_s={**costs.seconds, "total": sum(costs.seconds.values())},
+            peak_memory_bytes=peak_memory_bytes(),
             history=self.state.log_history,
-            **({"selection": self.stages.phase.selection} if self.stages else {}),
+            curves=list(self.info.curves),
+            selection=self.stages.phase.selection if self.stages else [],
         )
+        return replace(record, card=self.info.card(record))
 
     def push_to_hub(  # type: ignore[override]
-        self, commit_message: str = "End of training", *, record: Mapping[str, Any] | None = None, **kwargs: Any
+        self, commit_message: str = "End of training", *, record: RunRecord | None = None, **kwargs: Any
     ) -> Any:
         """Upload model, tokenizer and card.
 
@@ -508,7 +516,7 @@ class DemonstrationTrainer(Trainer):
             ignore_patterns=["_*", "checkpoint-*", "stages/*", "results.json", "report.html"],
         )
 
-    def create_model_card(self, *args, record: Mapping[str, Any] | None = None, **kwargs) -> None:
+    def create_model_card(self, *args, record: RunRecord | None = None, **kwargs) -> None:
         """Write the run's own README.md; ``push_to_hub`` calls it and hands its keyword arguments on.
 
         Args:
