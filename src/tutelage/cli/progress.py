@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 
+from tutelage.report.summary import duration
+
 __all__ = ["LogLines", "TerminalProgress"]
 
 _SHOWN = {
@@ -115,18 +117,6 @@ class LogLines(TrainerCallback):
         if shown:
             stage = f" stage {logs['stage']}" if logs and "stage" in logs else ""
             self.console.print(f"  [dim]step {state.global_step}{stage}[/dim]  " + "  ".join(shown), highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """For people: '40 s', '3 min', '2 h 05 min'.
-
-    >>> duration(40), duration(200), duration(7500)
-    ('40 s', '3 min', '2 h 05 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _number(value: float) -> str:

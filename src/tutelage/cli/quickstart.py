@@ -15,15 +15,18 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from tutelage.cli.arguments import CommandParser, DataArguments, ModelArguments
-from tutelage.cli.progress import TerminalProgress, duration
-from tutelage.cli.train import ALGORITHMS, OutputFolder, train
+from tutelage.cli.arguments import DataArguments, ModelArguments
+from tutelage.cli.output import OutputFolder
+from tutelage.cli.parser import CommandParser
+from tutelage.cli.progress import TerminalProgress
+from tutelage.cli.train import ALGORITHMS, train
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.verifiers import reasoning_gym_rows
 from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
+from tutelage.report.summary import duration
 from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
 from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
 

@@ -1,15 +1,39 @@
 """Demonstrations: load and check them, turn them into tokens, look at them."""
 
-from tutelage.data.demonstrations import Demonstration, detect_format, is_conversational, read_row, read_rows
-from tutelage.data.inspection import Inspection, inspect_dataset, print_inspection
-from tutelage.data.loading import load_dataset
-from tutelage.data.tokenization import (
-    DataSummary,
-    Tokenization,
-    group_from_row,
-    preference_group_from_row,
-    tokenize_dataset,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tutelage.data.demonstrations import Demonstration, detect_format, is_conversational, read_row, read_rows
+    from tutelage.data.inspection import Inspection, inspect_dataset, print_inspection
+    from tutelage.data.loading import load_dataset
+    from tutelage.data.tokenization import (
+        DataSummary,
+        Tokenization,
+        group_from_row,
+        preference_group_from_row,
+        tokenize_dataset,
+    )
+
+# Imported when asked for: a file can be checked before datasets and torch are imported, which takes seconds.
+_HOMES = {
+    "tutelage.data.demonstrations": [
+        "Demonstration",
+        "detect_format",
+        "is_conversational",
+        "read_row",
+        "read_rows",
+    ],
+    "tutelage.data.inspection": ["Inspection", "inspect_dataset", "print_inspection"],
+    "tutelage.data.loading": ["load_dataset"],
+    "tutelage.data.tokenization": [
+        "DataSummary",
+        "Tokenization",
+        "group_from_row",
+        "preference_group_from_row",
+        "tokenize_dataset",
+    ],
+}
 
 __all__ = [
     "DataSummary",
@@ -27,3 +51,10 @@ __all__ = [
     "read_rows",
     "tokenize_dataset",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'tutelage.data' has no attribute {name!r}")

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from datasets import Dataset, IterableDataset
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from tutelage.data.columns import Peek
 
 __all__ = [
     "FORMATS",
@@ -115,7 +118,7 @@ def detect_format(columns: Iterable[str], *, source: str = "data set") -> Format
 
 
 def read_rows(
-    dataset: Dataset | IterableDataset, *, turns: Turns = "last", source: str = "data set"
+    dataset: Dataset | IterableDataset | Peek, *, turns: Turns = "last", source: str = "data set"
 ) -> Iterator[list[Demonstration]]:
     """The demonstrations of each row, one list per row, in order.
 
