@@ -28,6 +28,7 @@ from tutelage.cli.progress import LogLines, TerminalProgress
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.models.loading import load_tokenizer
+from tutelage.models.precision import given_precision
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
 from tutelage.results import evaluation_record, model_card, reset_peak_memory, write_results
@@ -103,7 +104,7 @@ def train(
         trainer.add_callback(LogLines(console))
         console.print(
             f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {training.learning_rate:g}, "
-            f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), computing in {model.precision}",
+            f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), computing in {model.precision or given_precision(training.computing, '--bf16')}",
             highlight=False,
         )
         checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None

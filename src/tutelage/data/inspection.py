@@ -16,6 +16,7 @@ from rich.text import Text
 from tutelage.data.demonstrations import Turns, read_rows
 from tutelage.data.tokenization import DataSummary, Tokenization
 from tutelage.errors import UserError
+from tutelage.groups import Completion, Group
 
 __all__ = ["Example", "Inspection", "Lengths", "Segment", "inspect_dataset", "print_inspection"]
 
@@ -134,10 +135,10 @@ def inspect_dataset(
             assert whole is not None
             prompt_lengths.append(len(whole.prompt_ids))
             completion_lengths.append(len(whole.completions[0].token_ids))
-            group = as_trained.group(demonstration, source=source)
-            if group is None:
+            if len(whole.prompt_ids) > tokenization.max_prompt_length:
                 summary.long_prompts += 1
                 continue
+            group = _truncated(whole, tokenization.max_completion_length)
             (completion,) = group.completions
             summary.demonstrations += 1
             summary.pairs += as_trained.pair(group, demonstration, source=source) is not None
@@ -159,6 +160,13 @@ def inspect_dataset(
 
 
 _NO_LIMIT = 2**31
+
+
+def _truncated(group: Group, most: int) -> Group:
+    """The group as ``Tokenization.group`` makes it under a limit, without tokenizing it again."""
+    (completion,) = group.completions
+    ids = completion.token_ids
+    return replace(group, completions=(Completion(ids[:most], completion.role, len(ids) <= most),))
 
 
 def _segments(token_ids: Sequence[int], tokenization: Tokenization) -> tuple[Segment, ...]:
