@@ -164,7 +164,7 @@ def test_evaluate_computes_as_training_does(machine, saved, tmp_path, times, mon
     out = tmp_path / "out"
     train = ["sft", "--model_name_or_path", saved, *common, "--output_dir", str(out), "--eval_dataset_name", str(data)]
     train += ["--use_peft", "--report_to", "none", "--save_strategy", "no", "--num_train_epochs", "1"]
-    assert main([*train, "--use_cpu", "--layout", "padded"]) == 0
+    assert main([*train, "--use_cpu"]) == 0
     trained = json.loads((out / "results.json").read_text("utf-8"))["evaluation"]["per_row"]["demonstration_logp"]
     assert main(["evaluate", "--model_name_or_path", str(out), *common, "--output_dir", str(tmp_path / "e")]) == 0
     found = json.loads((tmp_path / "e" / "out" / "results.json").read_text("utf-8"))["evaluation"]["per_row"]

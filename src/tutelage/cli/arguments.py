@@ -128,6 +128,12 @@ class ModelArguments(ModelConfig):
 
 
 class _TrainParser(TrlParser):
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        if getattr(options.get("type"), "__name__", "") == "string_to_bool" and "nargs" not in options:
+            # A flag that may also be unset, such as --bf16, stands alone too.
+            options = {"nargs": "?", "const": True, **options}
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         raise usage_error(self.prog, message)
 
