@@ -29,6 +29,7 @@ from tutelage.models.loading import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
 from tutelage.results import evaluation_record, reset_peak_memory, run_record, write_results
+from tutelage.sampling import SamplingParams, TransformersSampler
 from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
 
 __all__ = ["Pace", "Plan", "main", "size_for"]
@@ -255,9 +256,15 @@ class _Start:
         begun = time.perf_counter()
         evaluation_set.remember_reference(self.policy)
         scored = time.perf_counter() - begun
+        sampler = TransformersSampler(self.policy, pad_token_id=self.tokenization.pad_id)
+        params = SamplingParams(
+            max_completion_length=self.tokenization.max_completion_length,
+            stop_ids=self.tokenization.stop_ids(evaluation_set.demonstrations[0].conversational),
+        )
+        prompts = [group.prompt_ids for group in evaluation_set.groups]
         begun = time.perf_counter()
-        evaluation_set.evaluate(self.policy, sample=True)
-        return scored, max(time.perf_counter() - begun - scored, 1e-6)
+        sampler.sample(prompts, params, rows=range(len(prompts)))
+        return scored, time.perf_counter() - begun
 
     def evaluate(self, source: str, console: Console) -> dict[str, Any]:
         """What results.json holds of the model as it is."""
