@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
+from tutelage.algorithms.registry import NAMES
 from tutelage.errors import UserError
 
 __all__ = ["main"]
 
-USAGE = """\
+USAGE = f"""\
 tutelage: alignment from demonstrations alone.
 
   tutelage quickstart              the whole comparison on a small language model, on a CPU
-  tutelage sft | spin | irft | rft train from demonstrations  (--model_name_or_path, --dataset_name, --output_dir)
+  tutelage {' | '.join(NAMES):<24}train from demonstrations  (--model_name_or_path, --dataset_name, --output_dir)
   tutelage sample                  completions of a model for a data set's prompts, to JSONL
   tutelage score                   rewards of a data set's completions, or of samples, to JSONL
   tutelage evaluate                what trained models learned, against their start and their controls
@@ -22,6 +23,18 @@ tutelage: alignment from demonstrations alone.
   tutelage data DATA               what the model will see of a data set
 
 tutelage COMMAND --help explains a command's own arguments; --debug shows the traceback of an error."""
+
+
+# The module of each command; its ``main`` takes the arguments and a console.
+_COMMANDS = {
+    "quickstart": "quickstart",
+    **dict.fromkeys(NAMES, "train"),
+    "sample": "sample",
+    "score": "score",
+    "evaluate": "evaluate",
+    "report": "report",
+    "data": "data",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,44 +65,16 @@ def _take_debug(args: list[str]) -> tuple[list[str], bool]:
 
 
 def _run(command: str, args: list[str]) -> int:
-    # torch and transformers take seconds to import: not before there is something to do with them.
-    training = {"sft", "spin", "irft", "rft"}
-    known = training | {"sample", "score", "evaluate", "report", "data", "quickstart"}
-    if command not in known:
-        raise UserError(f"there is no command '{command}'.", remedy=f"Commands: {', '.join(sorted(known))}.")
+    if command not in _COMMANDS:
+        raise UserError(f"there is no command '{command}'.", remedy=f"Commands: {', '.join(sorted(_COMMANDS))}.")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    _quiet_libraries()
-    if command in training:
-        from tutelage.cli import train
+    if _COMMANDS[command] == "train":
+        # torch and transformers take seconds to import: what can be refused without them is refused before.
+        from tutelage.cli.checks import check_training
 
-        train.main(command, args, console)
-    elif command == "quickstart":
-        from tutelage.cli import quickstart
-
-        quickstart.main(args, console)
-    elif command == "score":
-        from tutelage.cli import score
-
-        score.main(args, console)
-    else:
-        from tutelage.cli import commands
-
-        getattr(commands, command)(args, console)
+        check_training(command, args)
+        args = [command, *args]
+    import_module(f"tutelage.cli.{_COMMANDS[command]}").main(args, console)
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' progress bars and notices off the screen; their warnings stay."""
-    import warnings
-
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,15 +11,16 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
-from peft import PeftConfig
+from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from tutelage.cli.help import help_text
+from tutelage.cli.parser import CommandParser, take_config, usage_error
 from tutelage.errors import UserError
-from tutelage.models.loading import load_model
+from tutelage.models.precision import Precision, choose_precision, given_precision, model_size
 from tutelage.training.config import DemonstrationConfig
 
-__all__ = ["CommandParser", "DataArguments", "ModelArguments", "parse"]
+__all__ = ["DataArguments", "ModelArguments", "parse"]
 
 
 @dataclass
@@ -51,7 +50,8 @@ class ModelArguments(ModelConfig):
         default=None,
         metadata={
             "help": "Precision of the weights that are loaded. By default float32 where they are trained, because small "
-            "steps vanish in bfloat16, and the stored precision where they stay frozen under an adapter.",
+            "steps vanish in bfloat16. Frozen ones under an adapter keep their stored precision where bfloat16 is computed "
+            "in, and are float32 where float32 is.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -62,6 +62,33 @@ class ModelArguments(ModelConfig):
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the model. Off unless you ask for it."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.precision: Precision | None = None
+
+    def settle_precision(self, *, bf16: bool | None = None, fp16: bool = False, use_cpu: bool = False) -> Precision:
+        """Decide what to compute in, once; ``load`` follows it.
+
+        Args:
+            bf16, fp16: what the user said; None if nothing. Then --dtype decides if it is 16 bits wide, else a
+                measurement on products of the model's shape.
+            use_cpu: train there although there is an accelerator.
+        """
+        if fp16 or bf16 is not None:
+            dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+            self.precision = given_precision(dtype, "--fp16" if fp16 else "--bf16")
+        elif self.load_in_4bit or self.load_in_8bit or self.dtype in ("auto", "bfloat16", "float16"):
+            setting = "--dtype" if self.dtype else "--load_in_4bit" if self.load_in_4bit else "--load_in_8bit"
+            self.precision = given_precision(torch.bfloat16, setting)
+        else:
+            size = model_size(
+                self.require_name(), revision=self.model_revision, trust_remote_code=self.trust_remote_code
+            )
+            self.precision = choose_precision(
+                size, device="cpu" if use_cpu else None, frozen=bool(self.use_peft and self.dtype is None)
+            )
+        return self.precision
 
     def load(self) -> Any:
         """The model these arguments name.
@@ -76,10 +103,13 @@ class ModelArguments(ModelConfig):
         quantization = get_quantization_config(self)
         if quantization is not None:
             options["quantization_config"] = quantization
+        from tutelage.models.loading import load_model
+
         return load_model(
             name,
             dtype=self.dtype if self.dtype in (None, "auto") else getattr(torch, self.dtype),
             whole=not self.use_peft,
+            computing=(self.precision or self.settle_precision()).dtype,
             revision=self.model_revision,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
@@ -92,31 +122,20 @@ class ModelArguments(ModelConfig):
             raise UserError("no model is given.", remedy="Add --model_name_or_path MODEL.", field="model_name_or_path")
         return self.model_name_or_path
 
-    def peft_config(self) -> PeftConfig | None:
+    def peft_config(self) -> Any:
         """The adapter these arguments describe, if any."""
         return get_peft_config(self)
 
 
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are a ``UserError`` and whose help shows defaults where there are some."""
-
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        if options.get("default") not in (None, argparse.SUPPRESS):
-            options["help"] += " (default: %(default)s)"
+class _TrainParser(TrlParser):
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        if getattr(options.get("type"), "__name__", "") == "string_to_bool" and "nargs" not in options:
+            # A flag that may also be unset, such as --bf16, stands alone too.
+            options = {"nargs": "?", "const": True, **options}
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise _usage_error(self.prog, message)
-
-
-class _TrainParser(TrlParser):
-    def error(self, message: str) -> NoReturn:
-        raise _usage_error(self.prog, message)
-
-
-def _usage_error(prog: str, message: str) -> UserError:
-    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # transformers gives each argument a second spelling
-    return UserError(f"{message}.", remedy=f"{prog} --help explains the arguments.")
+        raise usage_error(self.prog, message)
 
 
 def parse(command: str, config: type[DemonstrationConfig], args: Sequence[str]) -> tuple[Any, ...]:
@@ -131,11 +150,25 @@ def parse(command: str, config: type[DemonstrationConfig], args: Sequence[str]) 
         print(help_text(command, *kinds, everything="--help_all" in args))
         sys.exit(0)
     parser = _TrainParser(kinds, prog=f"tutelage {command}", allow_abbrev=False)  # type: ignore[arg-type]
-    path, args = _take_config(args)
+    path, args = take_config(args)
     if path is not None:
         from_file, others = _config_arguments(path, kinds)
         parser.set_defaults_with_config(**others)
         args = [*from_file, *args]
+    precision, settled = _settle_precision(command, args)
+    parsed, unknown = _parsed(parser, [*args, *settled])
+    if unknown:
+        name = unknown[0].split("=")[0]
+        remedy = _closest(name.lstrip("-").replace("-", "_"), kinds, "--") or f"tutelage {command} --help lists them."
+        raise UserError(f"unknown argument '{name}'.", remedy=remedy)
+    if not any(arg.startswith(("--output_dir", "--output-dir")) for arg in args):
+        raise UserError("no output folder is given.", remedy="Add --output_dir OUT.", field="output_dir")
+    parsed[1].precision = precision
+    return tuple(parsed)
+
+
+def _parsed(parser: TrlParser, args: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """The dataclasses of a parser, and the arguments that none of them knows."""
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             args, return_remaining_strings=True, look_for_args_file=False
@@ -144,24 +177,24 @@ def parse(command: str, config: type[DemonstrationConfig], args: Sequence[str]) 
         raise
     except (ValueError, OSError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    if unknown:
-        name = unknown[0].split("=")[0]
-        remedy = _closest(name.lstrip("-").replace("-", "_"), kinds, "--") or f"tutelage {command} --help lists them."
-        raise UserError(f"unknown argument '{name}'.", remedy=remedy)
-    if not any(arg.startswith(("--output_dir", "--output-dir")) for arg in args):
-        raise UserError("no output folder is given.", remedy="Add --output_dir OUT.", field="output_dir")
-    return tuple(parsed)
+    return parsed, unknown
 
 
-def _take_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The file after --config, and the other arguments."""
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if "--config" not in args:
-        return None, args
-    place = args.index("--config")
-    if place + 1 >= len(args):
-        raise UserError("--config needs a file.", remedy="Write --config recipe.yaml.", field="config")
-    return args[place + 1], args[:place] + args[place + 2 :]
+def _settle_precision(command: str, args: Sequence[str]) -> tuple[Precision | None, list[str]]:
+    """What to compute in, and the argument that says so where the user did not.
+
+    It is settled before the training arguments are made: transformers hands their precision to accelerate at once.
+    """
+    (model,), rest = _parsed(_TrainParser((ModelArguments,), prog=f"tutelage {command}", allow_abbrev=False), args)  # type: ignore[arg-type]
+    if not model.model_name_or_path:
+        return None, []
+    parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
+    for name in ("bf16", "fp16", "use_cpu"):
+        parser.add_argument(f"--{name}", type=string_to_bool, nargs="?", const=True)
+    said, _ = parser.parse_known_args(rest)
+    precision = model.settle_precision(bf16=said.bf16, fp16=bool(said.fp16), use_cpu=bool(said.use_cpu))
+    told = said.bf16 is not None or said.fp16
+    return precision, [] if told else [f"--bf16={precision.dtype is torch.bfloat16}"]
 
 
 def _config_arguments(path: str, kinds: Iterable[type]) -> tuple[list[str], dict[str, Any]]:

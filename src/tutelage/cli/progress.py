@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
+
+from tutelage.report.summary import duration
 
 __all__ = ["LogLines", "TerminalProgress"]
 
@@ -40,15 +43,20 @@ _SHOWN = {
 class TerminalProgress:
     """Two live lines: the run with the time it still needs, and the piece of work in hand.
 
-    Where the output is no terminal, a line is printed when a piece of work begins and at each tenth of the run.
+    Where the output is no terminal, a line is printed when a piece of work begins, and one every ``every`` seconds that
+    says how far it is and how long it will still take. A thread of its own prints it where the work reports nothing.
 
     Args:
         console: where to draw.
         name: what the run is called.
+        every: seconds between two lines.
+        clock: seconds, from any start.
     """
 
-    def __init__(self, console: Console, name: str):
-        self.console, self.name = console, name
+    def __init__(
+        self, console: Console, name: str, *, every: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ):
+        self.console, self.name, self.every, self.clock = console, name, every, clock
         self._bars = Bars(
             SpinnerColumn(),
             TextColumn("[progress.description]{task.description}"),
@@ -61,47 +69,86 @@ class TerminalProgress:
             disable=not console.is_terminal,
         )
         self._run = self._bars.add_task(name, total=None, left="")
-        self._begun: float | None = None
-        self._first = 0
-        self._tenth = 0
+        self._steps: _Pace | None = None
+        self._phases: list[_Pace] = []
+        self._last_line = clock()
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
 
     def __enter__(self) -> TerminalProgress:
         self._bars.start()
+        if not self.console.is_terminal:
+            threading.Thread(target=self._keep_telling, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._closed.set()
         self._bars.stop()
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        if not self.console.is_terminal:
-            self.console.print(f"{self.name}: {name}" + (f" ({total} prompts)" if total else ""), highlight=False)
+        pace = _Pace(name, self.clock, total)
+        with self._lock:
+            self._phases.append(pace)
+            self._say(f"{name} ({total})" if total else name)
         task = self._bars.add_task(f"  {name}", total=total, left="")
+
+        def advance(done: int) -> None:
+            pace.done = done
+            self._bars.update(task, completed=done, left=pace.left)
+            self.tick()
+
         try:
-            begun = time.monotonic()
-
-            def advance(done: int) -> None:
-                pace = (time.monotonic() - begun) / max(1, done)
-                left = f"about {duration(pace * (total - done))} left" if total and done < total else ""
-                self._bars.update(task, completed=done, left=left)
-
             yield advance
         finally:
+            with self._lock:
+                self._phases.remove(pace)
             self._bars.remove_task(task)
 
     def steps(self, done: int, total: int) -> None:
-        if self._begun is None:
-            self._begun, self._first = time.monotonic(), done
-        left = ""
-        if done > self._first:
+        if self._steps is None:
             # Measured over whole steps from the run's start, so it counts the stages' sampling too.
-            pace = (time.monotonic() - self._begun) / (done - self._first)
-            left = f"about {duration(pace * (total - done))} left" if done < total else ""
-        self._bars.update(self._run, completed=done, total=total, left=left)
-        tenth = 10 * done // max(1, total)
-        if not self.console.is_terminal and tenth > self._tenth:
-            self.console.print(f"{self.name}: step {done}/{total} {left}".rstrip(), highlight=False)
-        self._tenth = max(tenth, self._tenth)
+            self._steps = _Pace("step", self.clock, total, first=done)
+        self._steps.done, self._steps.total = done, total
+        self._bars.update(self._run, completed=done, total=total, left=self._steps.left)
+        self.tick()
+
+    def tick(self) -> None:
+        """Print how far it is, if no terminal shows it and the last line is ``every`` seconds old."""
+        with self._lock:
+            current = self._phases[-1] if self._phases else self._steps
+            if current is not None and self.clock() - self._last_line >= self.every:
+                self._say(str(current))
+
+    def _say(self, text: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(f"{self.name}: {text}", highlight=False, markup=False)
+            self._last_line = self.clock()
+
+    def _keep_telling(self) -> None:
+        while not self._closed.wait(1.0):
+            self.tick()
+
+
+class _Pace:
+    """How far a piece of work is, and how long it still takes at the pace so far."""
+
+    def __init__(self, name: str, clock: Callable[[], float], total: int | None, first: int = 0):
+        self.name, self.clock, self.total, self.first = name, clock, total, first
+        self.begun, self.done = clock(), first
+
+    @property
+    def left(self) -> str:
+        """'about 3 min left'; nothing where that cannot be told."""
+        if not self.total or not self.first < self.done < self.total:
+            return ""
+        pace = (self.clock() - self.begun) / (self.done - self.first)
+        return f"about {duration(pace * (self.total - self.done))} left"
+
+    def __str__(self) -> str:
+        spent = f"{duration(self.clock() - self.begun)} so far"
+        far = f"{self.name} {self.done}/{self.total}" if self.total and self.done else self.name
+        return ", ".join(part for part in (far, self.left or spent) if part)
 
 
 class LogLines(TrainerCallback):
@@ -115,18 +162,6 @@ class LogLines(TrainerCallback):
         if shown:
             stage = f" stage {logs['stage']}" if logs and "stage" in logs else ""
             self.console.print(f"  [dim]step {state.global_step}{stage}[/dim]  " + "  ".join(shown), highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """For people: '40 s', '3 min', '2 h 05 min'.
-
-    >>> duration(40), duration(200), duration(7500)
-    ('40 s', '3 min', '2 h 05 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _number(value: float) -> str:

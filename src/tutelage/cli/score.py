@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from tutelage.cli.common import (
+from tutelage.cli.parser import (
     command_parser,
     data_arguments,
-    load_data,
-    load_policy,
-    load_tokenization,
     new_file,
-    on_device,
+    require_at_least_one,
     weight_arguments,
-    weight_dtype,
 )
-from tutelage.cli.progress import TerminalProgress
-from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
-from tutelage.data.records import group_from_record
+from tutelage.data.columns import check_demonstrations, peek
 from tutelage.errors import UserError
-from tutelage.evaluation.statistics import Interval, bootstrap_mean, mean_interval
-from tutelage.files import write_json_lines
-from tutelage.groups import Group, Role
-from tutelage.losses import implicit_reward
-from tutelage.models.loading import check_vocabulary, load_tokenizer, require_exists, run_part
-from tutelage.progress import Progress
-from tutelage.rewards import ExplicitReward, ImplicitReward, Reward
-from tutelage.scoring.logps import cached_logps
+from tutelage.models.paths import require_model, run_part
 
 __all__ = ["main"]
-
-# What every line of `tutelage sample`, and of a stage's samples.jsonl, holds.
-_RECORD_COLUMNS = ("row", "prompt", "completions", "prompt_ids")
 
 
 def main(args: Sequence[str], console: Console) -> None:
@@ -53,21 +33,19 @@ def main(args: Sequence[str], console: Console) -> None:
     output = new_file(options.output)
     name = run_part(options.reward, "reward") if options.reward else options.policy
     _take_lengths(options, Path(name))
-    tokenization = load_tokenization(options, name)
-    groups = _groups(load_data(options), tokenization, options.dataset_name)
-    with TerminalProgress(console, "score") as progress:
-        score = _learned_rewards if options.reward else _implied_rewards
-        rewards_C = score(options, name, groups, tokenization, progress)
-    if not rewards_C.isfinite().all():
-        raise UserError("gives rewards that are NaN or infinite.", remedy="Look at its weights.", file=name)
-    rewards = iter(rewards_C.tolist())
-    scored = [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
-    summary = list(_summary(scored))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json_lines(output, (_line(group, tokenization) for group in scored))
-    console.print(f"{len(scored)} rows: {output}", highlight=False, markup=False)
-    for line in summary:
-        console.print(line, highlight=False, markup=False)
+    _check_rows(options)
+    # Imported now that the arguments are good: it takes seconds.
+    from tutelage.cli.libraries import quiet_libraries
+    from tutelage.cli.scoring import score
+
+    quiet_libraries()
+    score(options, name, output, console)
+
+
+def _check_rows(options: argparse.Namespace) -> None:
+    rows = peek(options.dataset_name)
+    if rows is not None and "completions" not in rows.column_names:  # what `tutelage sample` and stages write has it
+        check_demonstrations(options.dataset_name, split=options.split)
 
 
 def _options(args: Sequence[str]) -> argparse.Namespace:
@@ -83,7 +61,7 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
             type=int,
             help=f"Longest {length} of a data set, in tokens; unless given what the reward was trained with, else {unless}.",
         )
-    parser.add_argument("--batch_size", type=int, default=16, help="Rows a forward pass.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Rows per forward pass.")
     parser.add_argument("--output", required=True, help="The .jsonl file to write; it must not exist yet.")
     options = parser.parse_args(args)
     for field in ("reference", "beta"):
@@ -92,11 +70,10 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
     options.beta = 0.1 if options.beta is None else options.beta
     if options.beta <= 0:
         raise UserError(f"must be above 0, not {options.beta:g}.", field="beta")
-    if options.batch_size < 1:
-        raise UserError(f"must be at least 1, not {options.batch_size}.", field="batch_size")
+    require_at_least_one(options, "batch_size", "max_prompt_length", "max_completion_length")
     for field in ("reward", "policy", "reference"):
         if getattr(options, field):
-            require_exists(getattr(options, field), field=field)
+            require_model(getattr(options, field), field, "reward" if field == "reward" else "policy")
     return options
 
 
@@ -107,150 +84,3 @@ def _take_lengths(options: argparse.Namespace, folder: Path) -> None:
     for field, default in (("max_prompt_length", 512), ("max_completion_length", 256)):
         if getattr(options, field) is None:
             setattr(options, field, known.get(field, default))
-
-
-# --- what is scored ----------------------------------------------------------------------------------------------------
-
-
-def _groups(dataset: Any, tokenization: Tokenization, source: str) -> list[Group]:
-    """Every prompt with the completions that its row holds."""
-    columns = set(dataset.column_names)
-    if "completions" not in columns:
-        rows = tokenize_dataset(dataset, tokenization, source=source)
-        return [preference_group_from_row(row) or group_from_row(row) for row in rows]  # type: ignore[arg-type]
-    return [_recorded(row, number, tokenization, source) for number, row in enumerate(dataset, start=1)]
-
-
-def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, source: str) -> Group:
-    """A prompt with its demonstration, if it has one, and its samples, as they were recorded.
-
-    Raises:
-        UserError: a column is missing, or tokens and texts do not belong together under this tokenizer.
-    """
-    for field in _RECORD_COLUMNS:
-        if row.get(field) is None:
-            raise UserError(
-                "is missing.",
-                remedy="Give a file of `tutelage sample` as it is.",
-                file=source,
-                row=number,
-                field=field,
-            )
-    try:
-        return _group_of_record(row, tokenization)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the samples cannot be scored: {error}.",
-            remedy="Give a file that `tutelage sample` or a training stage wrote, and a model with the same tokenizer.",
-            file=source,
-            row=number,
-        ) from error
-
-
-def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization) -> Group:
-    group = group_from_record(row)
-    texts = [row["prompt"], *(completion["text"] for completion in row["completions"])]
-    for ids, text in zip([group.prompt_ids, *(c.token_ids for c in group.completions)], texts, strict=True):
-        if not all(type(id) is int and 0 <= id < len(tokenization.tokenizer) for id in ids):
-            raise ValueError("a token is none of the model's tokenizer")
-        if tokenization.text(ids) != text:
-            raise ValueError("under the model's tokenizer the tokens read otherwise than the text beside them")
-    return group
-
-
-# --- scoring -----------------------------------------------------------------------------------------------------------
-
-
-def _learned_rewards(
-    options: argparse.Namespace, name: str, groups: Sequence[Group], tokenization: Tokenization, progress: Progress
-) -> Tensor:
-    """[C] rewards under a reward model."""
-    with progress.phase("loading the reward"):
-        reward = ExplicitReward.from_pretrained(
-            name,
-            dtype=weight_dtype(options),
-            trust_remote_code=options.trust_remote_code,
-            batch_size=options.batch_size,
-            pad_token_id=tokenization.pad_id,
-        )
-        check_vocabulary(reward.model, tokenization.tokenizer)
-        on_device(reward.model)
-    return _score(reward, groups, options.batch_size, progress)
-
-
-def _implied_rewards(
-    options: argparse.Namespace, name: str, groups: Sequence[Group], tokenization: Tokenization, progress: Progress
-) -> Tensor:
-    """[C] implicit rewards of a policy. A reference of its own is loaded when the policy has gone."""
-    arguments = {"batch_size": options.batch_size, "pad_token_id": tokenization.pad_id}
-    if options.reference is None:
-        policy = load_policy(options, name, tokenization)
-        return _score(ImplicitReward(policy, beta=options.beta, **arguments), groups, options.batch_size, progress)
-    tokenizer = load_tokenizer(options.reference, trust_remote_code=options.trust_remote_code)
-    if tokenizer.get_vocab() != tokenization.tokenizer.get_vocab():
-        raise UserError(
-            f"its tokenizer is not that of {name}.",
-            remedy="Give the model that the policy's training started from.",
-            file=options.reference,
-            field="reference",
-        )
-    logps = []
-    for who, model in (("policy", name), ("reference", options.reference)):
-        with progress.phase(f"scoring under the {who}", len(groups)) as advance:
-            found = cached_logps(load_policy(options, model, tokenization), groups, on_batch=advance, **arguments)
-        logps.append(torch.tensor([logp for group in found for logp in group]))
-    return implicit_reward(*logps, beta=options.beta)
-
-
-def _score(reward: Reward, groups: Sequence[Group], batch_size: int, progress: Progress) -> Tensor:
-    """[C] rewards, found some batches at a time to show how far it is."""
-    size, parts = 16 * batch_size, []
-    with progress.phase("scoring", len(groups)) as advance:
-        for start in range(0, len(groups), size):
-            parts.append(reward.score(groups[start : start + size]))
-            advance(min(start + size, len(groups)))
-    return torch.cat(parts)
-
-
-# --- what is told ------------------------------------------------------------------------------------------------------
-
-
-def _line(group: Group, tokenization: Tokenization) -> dict[str, Any]:
-    return {
-        "row": group.row,
-        "prompt": tokenization.text(group.prompt_ids),
-        "completions": [
-            {
-                "role": str(completion.role),
-                "text": tokenization.text(completion.token_ids),
-                "reward": completion.values["reward"],
-                "finished": completion.finished,
-                "tokens": len(completion.token_ids),
-            }
-            for completion in group.completions
-        ],
-    }
-
-
-def _summary(groups: Sequence[Group]) -> Iterator[str]:
-    """Means over rows with their intervals; where a row holds several samples, their mean counts."""
-    by_role = {role: [found for group in groups if (found := _rewards(group, role))] for role in Role}
-    for role, rows in by_role.items():
-        if rows:
-            yield f"mean reward, {role}: {_shown(bootstrap_mean([fmean(rewards) for rewards in rows]))}"
-    if samples := by_role[Role.SAMPLE]:
-        best = bootstrap_mean([max(rewards) for rewards in samples])
-        yield f"mean reward, best of {max(map(len, samples))}: {_shown(best)}"
-    pairs = zip(by_role[Role.PREFERRED], by_role[Role.REJECTED], strict=True)
-    wins = [(preferred > rejected) + (preferred == rejected) / 2 for (preferred,), (rejected,) in pairs]
-    if wins:
-        yield f"accuracy, preferred over rejected: {_shown(mean_interval(wins))}; a tie counts half"
-
-
-def _rewards(group: Group, role: Role) -> list[float]:
-    """Rewards of the group's completions of one role."""
-    return [completion.values["reward"] for completion in group.of(role)]
-
-
-def _shown(interval: Interval) -> str:
-    return f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}], {interval.n} rows"

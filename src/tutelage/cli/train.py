@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,57 +11,33 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tutelage.algorithms import (
-    IRFTConfig,
-    IRFTTrainer,
-    RFTConfig,
-    RFTTrainer,
-    SFTConfig,
-    SFTTrainer,
-    SPINConfig,
-    SPINTrainer,
-)
+from tutelage.algorithms.registry import find
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
-from tutelage.cli.progress import LogLines, TerminalProgress, duration
+from tutelage.cli.libraries import quiet_libraries
+from tutelage.cli.output import OutputFolder
+from tutelage.cli.progress import LogLines, TerminalProgress
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import can_sample
 from tutelage.evaluation.record import evaluated
 from tutelage.models.loading import load_tokenizer
+from tutelage.models.precision import given_precision
 from tutelage.report import summary_table, verdicts, write_report
+from tutelage.report.summary import duration
 from tutelage.results import RunRecord, model_card, write_results
 from tutelage.scoring.layout import probe_layout
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import reset_peak_memory
 from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["ALGORITHMS", "main", "train"]
-
-ALGORITHMS: dict[str, tuple[type[DemonstrationConfig], type[DemonstrationTrainer]]] = {
-    "sft": (SFTConfig, SFTTrainer),
-    "spin": (SPINConfig, SPINTrainer),
-    "irft": (IRFTConfig, IRFTTrainer),
-    "rft": (RFTConfig, RFTTrainer),
-}
-
-# What a run writes into its folder, and hence what --overwrite_output_dir may take away.
-_OUTPUTS = (
-    "checkpoint-*",
-    "stages",
-    "policy",
-    "reward",
-    "results.json",
-    "report.html",
-    "README.md",
-    "adapter_*",
-    "model*.safetensors*",
-)
+__all__ = ["main", "train"]
 
 
-def main(algorithm: str, args: Sequence[str], console: Console) -> None:
-    """Run one algorithm as its command line says."""
-    config, _ = ALGORITHMS[algorithm]
-    data, model, training = parse(algorithm, config, args)
+def main(args: Sequence[str], console: Console) -> None:
+    """Run the algorithm that the first argument names, as the others say."""
+    algorithm, *args = args
+    quiet_libraries()
+    data, model, training = parse(algorithm, find(algorithm).config, args)
     if not data.dataset_name:
         raise UserError("no data are given.", remedy="Add --dataset_name DATA.", field="dataset_name")
     model.require_name()
@@ -91,7 +66,7 @@ def train(
     Args:
         before_training: called when data, model and settings have been found good.
     """
-    _, trainer_class = ALGORITHMS[algorithm]
+    trainer_class = find(algorithm).trainer
     name = training.run_name or algorithm
     reset_peak_memory()
     training.disable_tqdm = True
@@ -113,7 +88,8 @@ def train(
         trainer.add_callback(LogLines(console))
         console.print(
             f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
-            f"layout {trainer.layout} ({probe_layout(trainer.policy).reason})",
+            f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "
+            f"computing in {model.precision or given_precision(training.computing, '--bf16')}",
             highlight=False,
         )
         checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None
@@ -197,53 +173,3 @@ def _checked(trainer_class: type[DemonstrationTrainer], *args: Any, **options: A
         # transformers and its integrations refuse settings that do not go together, or that need what is missing.
         reason = " ".join(str(error).split())
         raise UserError(f"training cannot begin: {reason}", remedy="--debug shows where.") from error
-
-
-class OutputFolder:
-    """Refuses a folder in use, and leaves no empty shell of a run that never began.
-
-    Args:
-        outputs: patterns of what a run writes into the folder, and hence of what ``overwrite`` may take away.
-        remedy: what to tell a user whose folder is in use.
-
-    Raises:
-        UserError: the folder holds something and neither resume nor overwrite was asked for.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        *,
-        overwrite: bool,
-        resume: bool = False,
-        outputs: Sequence[str] = _OUTPUTS,
-        remedy: str = "Use --resume to go on with its run, --overwrite_output_dir to replace it, or another folder.",
-    ):
-        self.folder = Path(folder)
-        self._keep = self.folder.exists()
-        self._replaced: list[Path] = []
-        if self._keep and not self.folder.is_dir():
-            raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")
-        if self._keep and any(self.folder.iterdir()) and not resume:
-            if not overwrite:
-                raise UserError(
-                    "the output folder is not empty.",
-                    remedy=remedy,
-                    file=str(folder),
-                    field="output_dir",
-                )
-            self._replaced = [path for pattern in outputs for path in self.folder.glob(pattern)]
-
-    def clear(self) -> None:
-        """The run begins: take away what an earlier one left, if it is to be replaced, and keep what comes from now on."""
-        self._keep = True
-        for path in self._replaced:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def __enter__(self) -> OutputFolder:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        # Bad input leaves nothing; a run that began and was stopped leaves its checkpoints and samples.
-        if isinstance(error, UserError) and not self._keep:
-            shutil.rmtree(self.folder, ignore_errors=True)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from datasets import Dataset, IterableDataset
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from tutelage.data.columns import Peek
 
 __all__ = [
     "FORMATS",
@@ -117,7 +120,7 @@ def detect_format(columns: Iterable[str], *, source: str = "data set") -> Format
 
 
 def read_rows(
-    dataset: Dataset | IterableDataset, *, turns: Turns = "last", source: str = "data set"
+    dataset: Dataset | IterableDataset | Peek, *, turns: Turns = "last", source: str = "data set"
 ) -> Iterator[list[Demonstration]]:
     """The demonstrations of each row, one list per row, in order.
 
@@ -155,7 +158,7 @@ def is_conversational(dataset: Dataset | IterableDataset, *, source: str = "data
     raise UserError("no row holds a demonstration.", file=source)
 
 
-def holds_prompts_alone(dataset: Dataset | IterableDataset) -> bool:
+def holds_prompts_alone(dataset: Any) -> bool:
     """True if there is a ``prompt`` column and no column with an answer: something to sample from, not to learn from."""
     columns = dataset.column_names or list(next(iter(dataset), ()))
     return "prompt" in columns and not {"completion", "chosen"} & set(columns)

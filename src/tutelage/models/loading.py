@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
@@ -11,10 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from tutelage.errors import UserError
+from tutelage.models.paths import first_line, require_exists, run_part
+from tutelage.models.precision import fits_in_float32, model_size
+from tutelage.models.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "add_adapter",
@@ -33,6 +39,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = "auto",
     whole: bool = False,
+    computing: torch.dtype | None = None,
     revision: str = "main",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -44,8 +51,10 @@ def load_model(
         name_or_path: hub name or folder. An adapter's folder (the output of an adapter run) loads base and adapter,
             the adapter trainable; the folder of a run with a reward loads its policy.
         dtype: of the base's weights; adapters are kept in float32, where small steps are not rounded away. None
-            takes float32 for weights that are trained and the stored precision for those that stay frozen.
+            takes float32 for weights that are trained. Frozen ones keep their stored precision, unless products are
+            ``computing`` in float32 and float32 weights fit into memory.
         whole: whether all weights of a full model will be trained; read where ``dtype`` is None.
+        computing: what products will be computed in; read where ``dtype`` is None.
         options: handed to ``from_pretrained``.
 
     Raises:
@@ -56,6 +65,14 @@ def load_model(
     if dtype is None:
         trained_whole = whole and not (Path(name_or_path) / "adapter_config.json").exists()
         dtype = torch.float32 if trained_whole else "auto"
+        if computing is torch.float32 and not trained_whole:
+            size = model_size(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+            if size is None or fits_in_float32(size):
+                dtype = torch.float32
+            else:
+                logger.warning(
+                    "float32 weights do not fit into memory: %s computes in its stored precision", name_or_path
+                )
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -67,26 +84,6 @@ def load_model(
         raise UserError(
             f"the model '{name_or_path}' cannot be loaded: {first_line(error)}",
             remedy="Give a hub name or a folder with config.json or adapter_config.json and safetensors weights.",
-            field="model_name_or_path",
-        ) from error
-
-
-def load_tokenizer(
-    name_or_path: str, *, revision: str = "main", trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies with a model or an adapter, or with the policy of a run with a reward.
-
-    Raises:
-        UserError: there is none.
-    """
-    require_exists(name_or_path)
-    name_or_path = run_part(name_or_path, "policy")
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"no tokenizer can be loaded from '{name_or_path}': {first_line(error)}",
-            remedy="Save the tokenizer next to the model (tokenizer.save_pretrained).",
             field="model_name_or_path",
         ) from error
 
@@ -137,26 +134,3 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside adapters."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
-def require_exists(name_or_path: str, field: str = "model_name_or_path") -> None:
-    """A path into a folder that is there, to something that is not, is a mistyped path and no name on the hub."""
-    path = Path(name_or_path)
-    is_path = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
-    if is_path and not path.exists():
-        raise UserError("no such folder.", remedy="Check the path.", file=name_or_path, field=field)
-
-
-def run_part(name_or_path: str, part: Literal["policy", "reward"]) -> str:
-    """The model meant by the folder of a run that learned a reward: its policy and its reward lie side by side in it.
-
-    Whatever has a model of its own, and whatever is no such folder, is meant as it is.
-    """
-    folder = Path(name_or_path)
-    has_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
-    return str(folder / part) if (folder / part).is_dir() and not has_model else name_or_path
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, short enough for one line."""
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

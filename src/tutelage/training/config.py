@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
+from tutelage.models.precision import choose_precision
 from tutelage.training.arguments import check_arguments
 
 __all__ = ["DemonstrationConfig"]
@@ -40,7 +41,10 @@ class DemonstrationConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Compute in bfloat16 (mixed precision). On unless fp16 is."},
+        metadata={
+            "help": "Compute in bfloat16 (mixed precision). By default the machine decides: bfloat16 unless a measurement "
+            "finds float32 faster. The run's first line says which, and why."
+        },
     )
     hub_strategy: str = field(  # type: ignore[assignment]
         default="end",
@@ -99,9 +103,11 @@ class DemonstrationConfig(TrainingArguments):
 
     def __post_init__(self):
         check_arguments(self)
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bfloat16 without an accelerator unless the CPU is asked for
+        if self.bf16 is None:
+            device = "cpu" if self.use_cpu else None
+            self.bf16 = not self.fp16 and choose_precision(device=device).dtype is torch.bfloat16
         super().__post_init__()
         # A batch of groups holds no tensors, so accelerate cannot hand a streamed one out from its first process.
         self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
@@ -120,6 +126,11 @@ class DemonstrationConfig(TrainingArguments):
                 raise UserError(
                     f"must be one of {', '.join(choices)}, not {getattr(self, entry.name)!r}.", field=entry.name
                 )
+
+    @property
+    def computing(self) -> torch.dtype:
+        """What matrix products are computed in; ``load_model`` takes it."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def tokenization(self, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
         """The templating path that these settings describe."""

@@ -62,7 +62,7 @@ def make_reward(
                 remedy="Use a reward model with the same tokenizer.",
                 field="reward_model_name_or_path",
             )
-        model: nn.Module = load_model(name, dtype=None, whole=peft_config is None)
+        model: nn.Module = load_model(name, dtype=None, whole=peft_config is None, computing=args.computing)
         check_vocabulary(model, tokenizer)
         if peft_config is not None and not hasattr(model, "peft_config"):
             model = add_adapter(model, peft_config)

@@ -142,7 +142,11 @@ class DemonstrationTrainer(Trainer):
         self.stages: Stages | None = None
         if args.device.type == "cpu":
             keep_freed_memory()
-        policy = load_model(model, dtype=None, whole=peft_config is None) if isinstance(model, str) else model
+        policy = (
+            load_model(model, dtype=None, whole=peft_config is None, computing=args.computing)
+            if isinstance(model, str)
+            else model
+        )
         tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
         check_vocabulary(policy, tokenizer)
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:

@@ -1,0 +1,77 @@
+"""What can be said of a training command before torch is imported: its paths, its data's first rows, its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from tutelage.cli.output import OutputFolder
+from tutelage.cli.parser import CommandParser, take_config
+from tutelage.data.columns import check_demonstrations
+from tutelage.models.paths import require_model
+
+__all__ = ["check_training"]
+
+
+def check_training(command: str, args: Sequence[str]) -> None:
+    """Refuse at once what would be refused later, after seconds of imports.
+
+    Only what is surely wrong is refused; the whole command line is parsed afterwards, with its own errors.
+
+    Raises:
+        UserError: a path to nothing, a folder without a model, a data file whose first rows are no demonstrations, or
+            an output folder in use.
+    """
+    path, args = take_config(args)
+    args = [*_simple_values(path), *args]
+    if not {"-h", "--help", "--help_all"}.isdisjoint(args):
+        return
+    parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
+    for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "preference_dataset", "output_dir"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--dataset_train_split", default="train", help="")
+    parser.add_argument("--turns", default="last", help="")
+    parser.add_argument("--eval_rows", type=int)
+    for name in ("resume", "overwrite_output_dir", "dataset_streaming"):
+        parser.add_argument(f"--{name}", nargs="?", const="true", default="false", help="")
+    found, _ = parser.parse_known_args([_underscored(arg) for arg in args])
+    if found.model_name_or_path:
+        require_model(found.model_name_or_path)
+    if found.output_dir:
+        OutputFolder(found.output_dir, resume=_is(found.resume), overwrite=_is(found.overwrite_output_dir))
+    if found.turns not in ("last", "all"):
+        return
+    if found.dataset_name:
+        # A streamed file is read as far as the run goes: only its first row is sure to be met.
+        limit = 1 if _is(found.dataset_streaming) else None
+        check_demonstrations(found.dataset_name, split=found.dataset_train_split, turns=found.turns, limit=limit)
+    for source, limit in ((found.eval_dataset_name, found.eval_rows), (found.preference_dataset, None)):
+        if source:
+            check_demonstrations(source, turns=found.turns, limit=limit)
+
+
+def _simple_values(path: str | None) -> list[str]:
+    """Texts, numbers and flags of a config file as arguments; nothing of a file that cannot be read, which parsing tells."""
+    if path is None:
+        return []
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    if not isinstance(content, dict):
+        return []
+    return [f"--{name}={value}" for name, value in content.items() if isinstance(value, (str, int, float))]
+
+
+def _underscored(arg: str) -> str:
+    """--dataset-name as --dataset_name: transformers takes both."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value
+
+
+def _is(value: str) -> bool:
+    return value.lower() in ("true", "t", "yes", "y", "1")

@@ -1,0 +1,21 @@
+"""What the libraries may say on the screen."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+__all__ = ["quiet_libraries"]
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notices off the screen; their warnings stay."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -1,0 +1,105 @@
+"""The parsers of the commands that do not train. Nothing here takes time to import: mistakes are told at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tutelage.errors import UserError
+
+__all__ = [
+    "CommandParser",
+    "command_parser",
+    "data_arguments",
+    "length_arguments",
+    "new_file",
+    "require_at_least_one",
+    "take_config",
+    "usage_error",
+    "weight_arguments",
+]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are a ``UserError`` and whose help shows defaults where there are some."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if options.get("default") not in (None, argparse.SUPPRESS):
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise usage_error(self.prog, message)
+
+
+def usage_error(prog: str, message: str) -> UserError:
+    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # transformers gives each argument a second spelling
+    return UserError(f"{message}.", remedy=f"{prog} --help explains the arguments.")
+
+
+def command_parser(
+    command: str, description: str | None, *groups: Callable[[argparse.ArgumentParser], None]
+) -> argparse.ArgumentParser:
+    """The parser of a command, with some groups of arguments."""
+    parser = CommandParser(prog=f"tutelage {command}", description=description, allow_abbrev=False)
+    for group in groups:
+        group(parser)
+    return parser
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which data; ``load_data`` reads them."""
+    parser.add_argument("--dataset_name", required=True, help="A hub name, a folder or a file.")
+    parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
+    parser.add_argument("--split", default="train", help="Split of the data set.")
+    parser.add_argument("--on_long_prompt", default="error", choices=["error", "drop"], help="Stop, or drop the row.")
+
+
+def length_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long prompts and completions may be."""
+    parser.add_argument("--max_prompt_length", type=int, default=512, help="Longest prompt, in tokens.")
+    parser.add_argument("--max_completion_length", type=int, default=256, help="Completions are cut here, in tokens.")
+
+
+def weight_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the weights of models are loaded."""
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="Precision of weights and products; auto takes the stored one. Unless given, the one that training takes on "
+        "this machine.",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
+
+
+def require_at_least_one(options: argparse.Namespace, *fields: str) -> None:
+    """Raise ``UserError`` for a number below 1."""
+    for field in fields:
+        if (value := getattr(options, field)) is not None and value < 1:
+            raise UserError(f"must be at least 1, not {value}.", field=field)
+
+
+def new_file(name: str) -> Path:
+    """The path of a file that a command is to write.
+
+    Raises:
+        UserError: it exists.
+    """
+    path = Path(name)
+    if path.exists():
+        raise UserError("the file exists.", file=str(path), remedy="Remove it or name another.", field="output")
+    return path
+
+
+def take_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The file after --config, and the other arguments."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in args:
+        return None, args
+    place = args.index("--config")
+    if place + 1 >= len(args):
+        raise UserError("--config needs a file.", remedy="Write --config recipe.yaml.", field="config")
+    return args[place + 1], args[:place] + args[place + 2 :]

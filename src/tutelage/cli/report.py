@@ -1,0 +1,58 @@
+"""tutelage report: one page that compares runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tutelage.cli.parser import command_parser
+from tutelage.report import summary_table, verdicts, write_report
+from tutelage.results import RunRecord, load_results
+
+__all__ = ["find_starts", "main", "short_labels", "show_runs"]
+
+
+def main(args: Sequence[str], console: Console) -> None:
+    """Write one page that compares runs."""
+    parser = command_parser("report", main.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
+    parser.add_argument("--output", default="report.html", help="The page to write.")
+    options = parser.parse_args(args)
+    records = [load_results(run) for run in options.runs]
+    names = [record.name for record in records]
+    for record, label in zip(records, short_labels(options.runs), strict=True):
+        if names.count(record.name) > 1:  # two runs of one algorithm: their folders tell them apart
+            record.name = label
+    find_starts(records, options.runs)
+    show_runs(records, Path(options.output), console)
+
+
+def find_starts(records: Sequence[RunRecord], folders: Sequence[str]) -> None:
+    """A run whose model is another one's folder started from that one, if its record does not say."""
+    ids = {Path(folder).resolve(): record.id for folder, record in zip(folders, records, strict=True)}
+    for record in records:
+        start = ids.get(Path(record.model).resolve())
+        if record.start is None and record.algorithm != "base" and start != record.id:
+            record.start = start
+
+
+def show_runs(records: Sequence[RunRecord], path: Path, console: Console) -> None:
+    """Write the report; print the table, the verdicts and where the report is."""
+    write_report(records, path)
+    console.print(summary_table(records))
+    for sentence in verdicts(records):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"report: {path}", highlight=False, markup=False)
+
+
+def short_labels(names: Sequence[str]) -> list[str]:
+    """Short different names: the last parts of the paths, numbered where they are alike."""
+    labels: list[str] = []
+    for name in names:
+        label = Path(name).name or name
+        labels.append(
+            label if label not in labels else f"{label}-{sum(other.startswith(label) for other in labels) + 1}"
+        )
+    return labels
