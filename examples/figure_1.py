@@ -1,12 +1,11 @@
 """Does a reward learned from demonstrations alone rank answers it never saw? (Li et al. 2024, Figure 1, right)
 
-Trains on the preferred answers of preference pairs, never showing the rejected ones, and then asks on held-out pairs
-how much log-prob and implicit reward separate the preferred answer from the rejected one.
+Trains on the preferred answers of preference pairs and never shows the rejected ones. Then measures on held-out pairs how
+well the log-prob and the implicit reward separate the preferred answer from the rejected one.
 
     python examples/figure_1.py --model MODEL --data pairs.jsonl.gz --output_dir OUT
 
-Runs SFT, then from its checkpoint IRFT, SPIN and continued SFT with one more pass each. Writes OUT/figure_1.json, anew
-after each.
+Runs SFT, then one more pass of IRFT, SPIN and continued SFT from its checkpoint. Rewrites OUT/figure_1.json after each run.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ METHODS = {
 
 
 def pair_logps(model, rows: EvaluationSet) -> tuple[np.ndarray, list[float]]:
-    """[pairs, 2] log π of preferred and rejected answers, and log π of each held-out demonstration (nats)."""
+    """[pairs, 2] log π of preferred and rejected answers, and log π of each held-out demonstration (nats per sequence)."""
     found = rows.evaluate(model, sample=False)
     assert found.preference_logps is not None
     return found.preference_logps, found.demonstration_logps
@@ -46,11 +45,11 @@ def pair_logps(model, rows: EvaluationSet) -> tuple[np.ndarray, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--train_rows", type=int, default=1200)
-    parser.add_argument("--test_rows", type=int, default=300)
+    parser.add_argument("--model", required=True, help="The model to start from.")
+    parser.add_argument("--data", required=True, help="Preference pairs: a hub name, a folder or a file.")
+    parser.add_argument("--output_dir", required=True, help="Where models and results go.")
+    parser.add_argument("--train_rows", type=int, default=1200, help="Pairs to train on, from the start of the data.")
+    parser.add_argument("--test_rows", type=int, default=300, help="Held-out pairs, from the end of the data.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out, console = Path(options.output_dir), Console()
@@ -97,7 +96,7 @@ def main() -> None:
 
 
 def show(logps: dict[str, np.ndarray], demonstrations: dict[str, list[float]], path: Path, console: Console) -> None:
-    """Print the table and keep its numbers. Rewards are log π/π_0 in nats, with π_0 the start or the SFT model."""
+    """Print the table and write its numbers to ``path``. Rewards are log π/π_0 in nats; π_0 is the start or the SFT model."""
     table = Table("model", "log π(chosen) − log π(rejected)", "ranked by log π", "by reward, π_0 = start", "π_0 = SFT")
     table.add_column("held-out log π(demo)")
     found = {}

@@ -2,12 +2,12 @@
 
     python examples/methods_over_seeds.py --model MODEL --task chain_sum --seeds 0 1 2 3 4 --output_dir OUT
 
-For each seed: fresh rows of a reasoning-gym task, SFT, and from its checkpoint each method. All of them see the same
-demonstrations; SPIN, IRFT and RFT draw the same number of samples per prompt. What they cost is in the table: equal where it
-can be, stated where not. Answers to held-out rows, sampled at temperature 1, are judged by the task's verifier, which
-no method sees. Best-of-n: of n answers of the SFT policy to each held-out row, the one that RFT's reward likes best.
+For each seed: draw new rows of a reasoning-gym task, run SFT, and run each method from the SFT checkpoint. All methods see
+the same demonstrations; SPIN, IRFT and RFT draw the same number of samples per prompt. Costs are equal where possible, and the
+table shows them. Answers to held-out rows are sampled at temperature 1 and judged by the task's verifier, which no method
+sees. Best of n: of n answers of the SFT policy to each held-out row, the one with the highest reward under RFT's reward.
 
-Writes OUT/TASK.json anew after each run and goes on from it when started again, with other seeds or methods too.
+Rewrites OUT/TASK.json after each run. Start it again to continue from that file, also with more seeds or methods.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TASKS = {
 
 
 def methods(num_samples: int) -> dict[str, tuple[type, type, dict[str, Any]]]:
-    """Config, trainer and settings of each run; all but the first start from the first."""
+    """Config, trainer and settings of each run; every run but the first starts from the first one's checkpoint."""
     return {
         "sft": (SFTConfig, SFTTrainer, {"num_train_epochs": 3}),
         "continued-sft": (SFTConfig, SFTTrainer, {"learning_rate": 1e-4}),
@@ -73,7 +73,7 @@ def task_rows(task: str, seed: int, train: int, test: int) -> tuple[Dataset, Dat
 def run_seed(
     options: argparse.Namespace, seed: int, found: dict[str, Any], console: Console, save: Callable[[], None]
 ) -> None:
-    """Every method at one seed that ``found`` lacks; what each scored and cost goes there."""
+    """Run every method that ``found`` lacks at one seed; adds its scores and costs to ``found``."""
     folder = Path(options.output_dir) / options.task / f"seed-{seed}"
     train, test = task_rows(options.task, seed, options.rows, options.test_rows)
     tokenizer = load_tokenizer(options.model)
@@ -129,7 +129,7 @@ def run_seed(
 
 
 def answers(trainer: Any, rows: EvaluationSet, n: int) -> tuple[np.ndarray, list[Group]]:
-    """Verifier scores [rows, n] of n answers of the trainer's policy to each held-out row, and the answers."""
+    """Verifier scores [rows, n] of n answers of the trainer's policy to each held-out row, and the answers themselves."""
     tokenization = rows.tokenization
     sampler = TransformersSampler(trainer.policy, batch_size=64, pad_token_id=tokenization.pad_id)
     params = SamplingParams(trainer.args.max_completion_length, tokenization.stop_ids(False), seed=10_000)
@@ -144,7 +144,7 @@ def answers(trainer: Any, rows: EvaluationSet, n: int) -> tuple[np.ndarray, list
 
 
 def best_of_n(trainer: RFTTrainer, rows: EvaluationSet, n: int) -> dict[str, float]:
-    """Of n answers of the SFT policy: share of right ones, of rows where the reward picks a right one, and where it could."""
+    """Of n answers of the SFT policy: fraction that is right, of rows where the reward picks a right one, and where one exists."""
     assert trainer.initial is not None
     with trainer.initial.active():
         scores, groups = answers(trainer, rows, n)
@@ -203,19 +203,23 @@ def spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--task", choices=TASKS, default="chain_sum")
+    parser.add_argument("--model", required=True, help="The model to start from.")
+    parser.add_argument("--task", choices=TASKS, default="chain_sum", help="A reasoning-gym task.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
-        "--rows", type=int, default=256, help="Demonstrations. RFT keeps a tenth, at least 16, from training."
+        "--rows", type=int, default=256, help="Demonstrations. RFT uses a tenth, at least 16, as validation rows."
     )
-    parser.add_argument("--test_rows", type=int, default=100)
-    parser.add_argument("--num_samples", type=int, default=4)
-    parser.add_argument("--answers", type=int, default=2, help="Answers a held-out row that accuracy is the mean of.")
-    parser.add_argument("--best_of", type=int, default=8)
+    parser.add_argument("--test_rows", type=int, default=100, help="Held-out rows.")
+    parser.add_argument("--num_samples", type=int, default=4, help="Samples per prompt for SPIN, IRFT and RFT.")
+    parser.add_argument(
+        "--answers", type=int, default=2, help="Sampled answers per held-out row; accuracy is their mean."
+    )
+    parser.add_argument("--best_of", type=int, default=8, help="n of best of n.")
     parser.add_argument("--methods", nargs="+", default=["continued-sft", "spin", "irft", "rft"])
-    parser.add_argument("--settings", default="{}", help='JSON: settings by method, as {"rft": {"beta": 0.2}}.')
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--settings", default="{}", help='JSON: settings by method, for example {"rft": {"beta": 0.2}}.'
+    )
+    parser.add_argument("--output_dir", required=True, help="Where models and results go.")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     console = Console(width=140)

@@ -1,15 +1,15 @@
 """One state, three actions: what SFT, SPIN and IRFT do to a policy when every probability is known.
 
-Li et al. (2024, arXiv 2405.17888) argue with a toy of this shape for learning a reward rather than only imitating. The
-numbers and the analysis here are this project's own. The policy is a softmax over three logits, and every loss is
-the exact expectation over all (demonstration, sample) pairs: no sampling, no language model, no noise.
+Li et al. (2024, arXiv 2405.17888) use a toy example of this kind to argue for learning a reward instead of only imitating.
+The numbers and the analysis here are our own. The policy is a softmax over three logits, and every loss is the exact
+expectation over all (demonstration, sample) pairs: no sampling, no language model, no noise.
 
     python examples/one_state_three_actions.py
 
-All methods start at π_0 and take STEPS gradient steps. T stages split the same steps; SPIN is T = 1. The expected
-gradient of the logistic IRFT loss where a stage begins is β/2 times that of SFT, because the samples' part
-E_{ỹ~π}[∇ log π(ỹ)] vanishes. IRFT's step size is therefore 2/β times that of SFT, which makes the first step of
-every stage an SFT step: whatever differs comes from the rest of the stage, where the opponent has gone stale.
+All methods start at π_0 and take STEPS gradient steps. T stages split these steps; SPIN is T = 1. At the start of a stage, the
+expected gradient of the logistic IRFT loss is β/2 times that of SFT, because the samples contribute
+E_{ỹ~π}[∇ log π(ỹ)] = 0. IRFT's step size is therefore 2/β times that of SFT, which makes the first step of every stage an SFT
+step. Any difference comes from the rest of the stage, where the samples no longer come from the current policy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from tutelage.losses import irft_loss, sft_loss
 
 START = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)  # π_0
-DEMONSTRATED = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)  # how often each action is shown: c never is
+DEMONSTRATED = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)  # how often each action is shown; c never is
 STEPS, STEP_SIZE, BETA = 200, 0.5, 0.1
 STAGES = (1, 5, 20, 50, STEPS)
 
@@ -57,7 +57,7 @@ def irft(logps: Tensor, stages: int) -> Tensor:
 
 
 def inverse_rl(bound: float) -> Tensor:
-    """Log-probs [3] of maximum-likelihood inverse RL: π ∝ π_0 exp(r/β), the reward r kept within ±bound."""
+    """Log-probs [3] of maximum-likelihood inverse RL: π ∝ π_0 exp(r/β), with the reward r clamped to ±bound."""
     reward = torch.zeros(3, dtype=torch.float64)
     for _ in range(STEPS):
         policy = (START.log() + reward / BETA).softmax(0)
@@ -66,7 +66,7 @@ def inverse_rl(bound: float) -> Tensor:
 
 
 def main() -> dict[str, list[float]]:
-    """Print the table; returns π(a), π(b), π(c) of each row by its name."""
+    """Print the table. Returns π(a), π(b), π(c) of each row, by name."""
     start = START.log()
     policies = {"π_0, the start": START, "demonstrations": DEMONSTRATED, "SFT": sft(start).exp()}
     for stages in STAGES:
@@ -82,9 +82,9 @@ def main() -> dict[str, list[float]]:
     console = Console()
     console.print(table)
     console.print(
-        "A stale opponent drives SPIN past the demonstrations onto a single action; fresher opponents bring IRFT back "
-        "to them, and with a stage per step it is SFT, which forgets the action that was never shown just as fast: "
-        "what keeps more of that action is a bound on the reward."
+        "Stale samples drive SPIN past the demonstrations onto a single action. Fresher samples bring IRFT back to them. "
+        "With one stage per step IRFT is SFT, which loses the action that was never shown just as fast. Keeping more "
+        "probability on that action takes a bound on the reward."
     )
     return {name: policy.tolist() for name, policy in policies.items()}
 

@@ -1,11 +1,11 @@
-"""How far does a policy phase move the policy, and what for? Learning rates, batch sizes and passes on the same samples.
+"""How far does a policy phase move the policy, and does it help? Learning rates, batch sizes and passes on the same samples.
 
     python examples/policy_step_size.py --model OUT/sft --run OUT/rft --stages 0 1 --task word_sequence_reversal \\
         --dataset_name HELD_OUT --max_completion_length 32 --try 5e-6,2,1 5e-6,8,4 5e-5,8,1
 
-Takes the samples that the stages of an RFT run drew from its start (its warm-up stages), scores them with the reward of the last
-of these stages, and takes a policy phase from the same start for each ``rate,batch,passes`` (batch in prompts). Shows
-accuracy, learned reward and KL to the start on fresh samples for held-out prompts, and the held-out log-prob.
+Takes the samples that an RFT run drew from its start (in its warm-up stages) and scores them with the reward of the last of
+these stages. Then runs a policy phase from the same start for each ``rate,batch,passes`` (learning rate; batch in prompts).
+Shows accuracy, learned reward and KL to the start on fresh samples for held-out prompts, and the held-out log-prob.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from tutelage.training.store import StageStore
 
 
 def mixed_precision() -> torch.autocast:
-    """What the trainers compute in."""
+    """The precision that the trainers compute in."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
 def numbers(groups: list[Group], name: str) -> torch.Tensor:
-    """[C] what is known of all completions."""
+    """[C] the values called ``name`` of all completions."""
     known = (group.values(name) if name == "reward" else group.sums(name) for group in groups)
     return torch.tensor([value for values in known for value in values])
 
 
 def policy_phase(model, groups: list[Group], *, rate: float, batch: int, passes: int, beta: float) -> None:
-    """Leave-one-out REINFORCE with clipped ratios and the KL in the reward, as ``RFTTrainer`` does it."""
+    """Leave-one-out REINFORCE with clipped ratios and the KL in the reward, as in ``RFTTrainer``."""
     scale = reward_scale([group.values("reward") for group in groups])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -67,7 +67,7 @@ def policy_phase(model, groups: list[Group], *, rate: float, batch: int, passes:
 
 
 def look(model, start: WeightSet, reward: ExplicitReward, rows: EvaluationSet) -> tuple[float, float, float, float]:
-    """Gold accuracy, learned reward, KL to the start (nats per sequence), held-out log-prob (nats per sequence)."""
+    """Accuracy by the verifier, learned reward, KL to the start and held-out log-prob (both nats per sequence)."""
     tokenization = rows.tokenization
     params = SamplingParams(tokenization.max_completion_length, tokenization.stop_ids(False))
     model.eval()
@@ -93,14 +93,14 @@ def look(model, start: WeightSet, reward: ExplicitReward, rows: EvaluationSet) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="What the run started from.")
-    parser.add_argument("--run", required=True, help="Folder of the RFT run.")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0])
+    parser.add_argument("--model", required=True, help="The model that the run started from.")
+    parser.add_argument("--run", required=True, help="Output folder of the RFT run.")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0], help="Warm-up stages whose samples to use.")
     parser.add_argument("--dataset_name", required=True, help="Held-out rows.")
-    parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--task", required=True)
+    parser.add_argument("--rows", type=int, default=100, help="Evaluate on the first ROWS held-out rows.")
+    parser.add_argument("--task", required=True, help="The reasoning-gym task, for its verifier.")
     parser.add_argument("--max_completion_length", type=int, default=32)
-    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--beta", type=float, default=0.1, help="Weight of the KL.")
     parser.add_argument("--try", dest="tries", nargs="+", required=True, metavar="RATE,BATCH,PASSES")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

@@ -1,15 +1,15 @@
-"""Does a reward learned from chosen answers alone rank preference pairs it never saw? Against implicit rewards and the ceiling.
+"""Does a reward learned from chosen answers alone rank preference pairs it never saw?
 
     python examples/reward_accuracy.py --model MODEL --data hh_harmless_pairs.jsonl.gz --seeds 0 1 --output_dir OUT
 
-For each seed: SFT on the chosen answers of some pairs; then, all from its checkpoint and none of them with a rejected
-answer in sight,
+For each seed, runs SFT on the chosen answers of some pairs. Then, all from its checkpoint, compares rewards that never see a
+rejected answer:
 
-* ``explicit``: a reward on chosen answers over the SFT policy's own samples;
+* ``explicit``: a reward model trained on chosen answers vs. the SFT policy's own samples;
 * ``sft``, ``irft``, ``spin``: the implicit reward log π/π_base of the policy;
 
-and as the ceiling ``preference pairs``, the same reward model trained on the true pairs of the same rows. The rows are
-those whose prompt is short. Writes OUT/reward_accuracy.json anew after each seed.
+with the ceiling, ``preference pairs``: the same reward model trained on the true pairs of the same rows. Only rows with a
+short prompt are used. Rewrites OUT/reward_accuracy.json after each seed.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ LENGTH = 48
 
 
 def mixed_precision() -> torch.autocast:
-    """What the trainers compute in."""
+    """The precision that the trainers compute in."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
 def ranked(reward: Reward, pairs: list[Group]) -> list[float]:
-    """1 for each pair whose preferred answer has the higher reward, 0.5 for a tie."""
+    """Per pair: 1 if the preferred answer has the higher reward, 0.5 for a tie, else 0."""
     with mixed_precision():
         return ranking(reward, pairs)
 
 
 def fitted(start: str, groups: list[Group], options: argparse.Namespace, seed: int) -> ExplicitReward:
-    """A reward beside the SFT policy, after some passes over the groups."""
+    """A reward model that shares the SFT policy's base, trained for some passes over the groups."""
     torch.manual_seed(seed)
     model = load_model(start, dtype=torch.bfloat16)
     reward = ExplicitReward.fresh(model, shared=True, autocast=mixed_precision)
@@ -78,7 +78,7 @@ def fitted(start: str, groups: list[Group], options: argparse.Namespace, seed: i
 
 
 def run_seed(options: argparse.Namespace, seed: int, console: Console) -> dict[str, Any]:
-    """Accuracies on the held-out pairs, one value per pair, by reward."""
+    """Accuracy on the held-out pairs, by reward; one value per pair."""
     out = Path(options.output_dir) / f"seed-{seed}"
     tokenizer = load_tokenizer(options.model)
     tokenization = Tokenization(tokenizer, options.max_prompt_length, LENGTH, "drop")
@@ -142,17 +142,17 @@ def run_seed(options: argparse.Namespace, seed: int, console: Console) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--model", required=True, help="The model to start from.")
+    parser.add_argument("--data", required=True, help="Preference pairs: a hub name, a folder or a file.")
+    parser.add_argument("--output_dir", required=True, help="Where models and results go.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--train_rows", type=int, default=256)
-    parser.add_argument("--test_rows", type=int, default=300)
-    parser.add_argument("--num_samples", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=2)
-    parser.add_argument("--reward_learning_rate", type=float, default=3e-4)
-    parser.add_argument("--max_prompt_length", type=int, default=80)
-    parser.add_argument("--implicit", nargs="*", default=["irft", "spin"])
+    parser.add_argument("--train_rows", type=int, default=256, help="Pairs to train on.")
+    parser.add_argument("--test_rows", type=int, default=300, help="Held-out pairs.")
+    parser.add_argument("--num_samples", type=int, default=2, help="Samples per prompt.")
+    parser.add_argument("--passes", type=int, default=2, help="Passes of the explicit reward over its pairs.")
+    parser.add_argument("--reward_learning_rate", type=float, default=3e-4, help="Of the explicit reward.")
+    parser.add_argument("--max_prompt_length", type=int, default=80, help="Longest prompt, in tokens.")
+    parser.add_argument("--implicit", nargs="*", default=["irft", "spin"], help="Methods with an implicit reward.")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     console, path = Console(width=120), Path(options.output_dir) / "reward_accuracy.json"
@@ -166,7 +166,7 @@ def main() -> None:
         if str(seed) not in found:
             found[str(seed)] = run_seed(options, seed, console)
             write_json(path, stored)
-    view = Table(title=f"ranked right on held-out pairs, {len(found)} seed(s)")
+    view = Table(title=f"held-out pairs ranked right, {len(found)} seed(s)")
     for column in ("reward", "accuracy", "95% interval over pairs", "standard deviation over seeds"):
         view.add_column(column)
     for name in next(iter(found.values())):

@@ -88,9 +88,7 @@ def test_prompts_of_demonstrations_come_with_them():
     data, tokens = Dataset.from_list(ROWS), tokenization()
     prompts = list(tokenized_prompts(data, tokens))
     groups = [row.group for row in tokenized_rows(data, tokens)]
-    assert [(p.row, p.prompt_ids, p.demonstration) for p in prompts] == [
-        (group.row, group.prompt_ids, group.completions[0]) for group in groups
-    ]
+    assert [prompt.group for prompt in prompts] == list(groups)
     assert not any(prompt.conversational for prompt in prompts)
 
 
@@ -103,9 +101,12 @@ def test_prompts_alone(streamed, conversational):
     limit = max(len(tokenization().prompt_ids(asked[row])) for row in (0, 2))
     tokens = tokenization(max_prompt_length=limit)
     prompts = list(tokenized_prompts(data.to_iterable_dataset() if streamed else data, tokens))
-    assert [prompt.row for prompt in prompts] == [0, 2]
-    assert [prompt.prompt_ids for prompt in prompts] == [tokens.prompt_ids(asked[0]), tokens.prompt_ids(asked[2])]
-    assert {(prompt.conversational, prompt.demonstration) for prompt in prompts} == {(conversational, None)}
+    assert [prompt.group.row for prompt in prompts] == [0, 2]
+    assert [prompt.group.prompt_ids for prompt in prompts] == [
+        tokens.prompt_ids(asked[0]),
+        tokens.prompt_ids(asked[2]),
+    ]
+    assert {(prompt.conversational, prompt.group.completions) for prompt in prompts} == {(conversational, ())}
     with pytest.raises(UserError, match=r"p.jsonl, row 2, field 'prompt': the prompt has"):
         list(tokenized_prompts(data, tokenization(max_prompt_length=limit, on_long_prompt="error"), source="p.jsonl"))
     with pytest.raises(UserError, match="no known format"):

@@ -15,7 +15,7 @@ USAGE = f"""\
 tutelage: alignment from demonstrations alone.
 
   tutelage quickstart              the whole comparison on a small language model, on a CPU
-  tutelage {' | '.join(NAMES):<24}train from demonstrations  (--model_name_or_path, --dataset_name, --output_dir)
+  tutelage {" | ".join(NAMES):<24}train from demonstrations  (--model_name_or_path, --dataset_name, --output_dir)
   tutelage sample                  completions of a model for a data set's prompts, to JSONL
   tutelage score                   rewards of a data set's completions, or of samples, to JSONL
   tutelage evaluate                what trained models learned, against their start and their controls

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "one_state_three_actions.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "one_state_three_actions.py"
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from rich.console import Console
-from tutelage.algorithms.curves import IMPLICIT_REWARD_CURVES, RFT_CURVES, irft_card, rft_card
 
+from tutelage.algorithms.irft import IRFT
+from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.report import charts, summary_table, verdicts, write_report
@@ -53,7 +54,7 @@ def evaluation(scores=None, logps=None, rows=None, answers="sampled", *, task="s
 
 def run(name, algorithm="irft", start="the-start", evaluation=None, **more):
     """A run that started from the run of id ``start``."""
-    curves = {"rft": RFT_CURVES, "irft": IMPLICIT_REWARD_CURVES, "spin": IMPLICIT_REWARD_CURVES}
+    curves = {"rft": RFT_CURVES, "irft": IRFT.curves, "spin": IRFT.curves}
     more = {
         "settings": {"beta": 0.1, "batch_size": 8},
         "demonstration_epochs": 3.0,
@@ -894,7 +895,7 @@ class TestModelCard:
         assert "No stage beat the start: these are its weights." in card
 
     def test_irft(self):
-        card = self.card(run("irft", history=[{"pairs/dropped": 0}, {"loss": 0.5}]), irft_card)
+        card = self.card(run("irft", history=[{"pairs/dropped": 0}, {"loss": 0.5}]), IRFT.card)
         assert "1 stages" in card
         assert "raised the demonstrations over them" in card
         assert "REINFORCE" not in card

@@ -14,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import get_peft_model
 from transformers import TrainerCallback
 
+from training_runs import SGD, Snapshots, assert_same_weights, distance, history
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.results import EvaluationRecord, Interval, RunRecord
@@ -22,27 +23,6 @@ from tutelage.scoring.logps import cached_logps
 from tutelage.testing.tokenizers import tiny_tokenizer
 
 IN_ORDER = {"train_sampling_strategy": "sequential"}
-SGD = {"optim": "sgd", "learning_rate": 0.05}  # Adam divides by its noise where a gradient vanishes
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same_weights(found, expected, tolerance=0.0):
-    found, expected = (weights(x) if isinstance(x, torch.nn.Module) else x for x in (found, expected))
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def distance(model, other):
-    """The largest change of any weight."""
-    return max((a - b).abs().max().item() for a, b in zip(model.parameters(), other.parameters(), strict=True))
-
-
-def history(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 def own_logp(model, prompt_ids, token_ids):
@@ -195,16 +175,6 @@ def test_a_seed_decides_a_run_adapters_included(training):
 
 def recorded_logps(trainer, stage):
     return torch.tensor([group.sums("reference_logps") for group in trainer.stages.store.groups(stage)])
-
-
-class Snapshots(TrainerCallback):
-    """Copies of the model before training and after each step."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.models = [copy.deepcopy(model)]
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.models.append(copy.deepcopy(model))
 
 
 def continued_adapter(training):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tutelage.algorithms.registry import find
 from tutelage.cli.arguments import parse
-from tutelage.cli.train import ALGORITHMS
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 # What our recipes say of every run.
 COMMON = {
@@ -65,7 +65,7 @@ RECIPE = {
 
 def parsed(recipe, *args):
     command = RECIPE[recipe][0]
-    return parse(command, ALGORITHMS[command][0], ["--config", str(RECIPES / recipe), *args])
+    return parse(command, find(command).config, ["--config", str(RECIPES / recipe), *args])
 
 
 def test_every_recipe_is_known_here():
@@ -76,7 +76,7 @@ def test_every_recipe_is_known_here():
 def test_values(recipe):
     command, shared, name, dtype, stages, epochs, prompts = RECIPE[recipe]
     data, model, training = parsed(recipe)
-    assert type(training) is ALGORITHMS[command][0]
+    assert type(training) is find(command).config
     assert {field: getattr(training, field) for field in shared} == shared
     assert (model.model_name_or_path, model.dtype) == (name, dtype)
     assert training.stages_per_epoch == stages

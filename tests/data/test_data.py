@@ -28,7 +28,7 @@ from tutelage.data.inspection import Lengths
 from tutelage.errors import UserError
 from tutelage.testing.tokenizers import tiny_tokenizer
 
-SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SHARED_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "2 + 2?"}

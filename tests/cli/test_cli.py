@@ -12,9 +12,9 @@ import pytest
 import yaml
 from peft import PeftConfig
 
+from tutelage.algorithms.registry import NAMES, find
 from tutelage.cli import main
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
-from tutelage.cli.train import ALGORITHMS
 from tutelage.data import Tokenization
 from tutelage.groups import Role
 from tutelage.models.loading import load_tokenizer
@@ -319,7 +319,7 @@ def test_missing_config(refusal, model, sums, tmp_path, out):
 def parsed(tmp_path, content, *args):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return parse("irft", ALGORITHMS["irft"][0], [f"--config={path}", *args])
+    return parse("irft", find("irft").config, [f"--config={path}", *args])
 
 
 def test_config_and_command_line(tmp_path):
@@ -355,19 +355,19 @@ def our_fields(*kinds):
     return {entry.name: entry for kind in kinds for entry in dataclasses.fields(kind) if entry.name in own}
 
 
-@pytest.mark.parametrize("command", ALGORITHMS)
+@pytest.mark.parametrize("command", NAMES)
 def test_help(command, tutelage):
     code, shown, _ = tutelage(command, "--help")
     assert code == 0
     explained = dict(re.findall(r"^  --(\w+)\n((?:      .+\n?)+)", shown, re.MULTILINE))
-    for name, entry in our_fields(DataArguments, ModelArguments, ALGORITHMS[command][0]).items():
+    for name, entry in our_fields(DataArguments, ModelArguments, find(command).config).items():
         assert " ".join(entry.metadata["help"].split()) in " ".join(explained[name].split()), name
     assert all(text.strip() for text in explained.values())
     assert "adam_beta1" not in explained
     assert max(map(len, shown.splitlines())) <= 100
     code, everything, _ = tutelage(command, "--help_all")
     assert code == 0
-    inherited = {entry.name for entry in dataclasses.fields(ALGORITHMS[command][0]) if entry.init}
+    inherited = {entry.name for entry in dataclasses.fields(find(command).config) if entry.init}
     assert inherited <= set(re.findall(r"^  --(\w+)$", everything, re.MULTILINE))
 
 

@@ -66,7 +66,8 @@ def test_our_step_trains_on_the_given_samples_once_a_turn(model_path, tmp_path, 
     assert told[1]["seconds"] > 0
     assert told[1]["settings"] == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     (samples,) = tmp_path.rglob("samples.jsonl")
-    recorded = [json.loads(line)["completion_ids"] for line in samples.read_text().splitlines()]
+    lines = map(json.loads, samples.read_text().splitlines())
+    recorded = [[completion["token_ids"] for completion in line["completions"]] for line in lines]
     assert recorded == 3 * [[list(c.token_ids) for c in group.completions] for group in workloads.groups(work)]
 
 

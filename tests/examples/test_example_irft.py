@@ -15,7 +15,7 @@ import torch
 from tutelage.sampling import SamplingParams, TransformersSampler
 from tutelage.testing.models import tiny_model
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "irft_in_one_file.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "irft_in_one_file.py"
 SETTINGS = {"beta": 0.5, "batch_size": 4}
 
 

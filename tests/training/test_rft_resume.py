@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from test_resume import CountingSampler, KillAt, Killed, weights
 from transformers.trainer_utils import get_last_checkpoint
 
-from conftest import Training
-from test_resume import CountingSampler, KillAt, Killed, weights
+from training_runs import Training
 from tutelage.errors import UserError
 from tutelage.training.reward_phase import VALIDATION_ROWS
 

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from conftest import Training
+from training_runs import Training
 from tutelage.errors import UserError
 from tutelage.sampling import TransformersSampler
 
@@ -154,9 +154,12 @@ def test_killed_while_sampling(training, whole, stage):
 SCRIPT = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+import torch
+
+torch.set_num_threads(int(sys.argv[4]))
+sys.path[:0] = sys.argv[1:3]
 from test_resume import POLICIES, CountingSampler, Training, make
-trainer = make(Training(Path(sys.argv[2])), "run", **POLICIES["adapter"])
+trainer = make(Training(Path(sys.argv[3])), "run", **POLICIES["adapter"])
 trainer.stages.rollout.sampler = CountingSampler(trainer, die_in=2, after=6, die=lambda: os._exit(9))
 trainer.train()
 """
@@ -165,7 +168,14 @@ trainer.train()
 @pytest.mark.parametrize("whole", ["adapter"], indirect=True)
 def test_a_process_that_dies_while_sampling(training, whole):
     expected, settings = whole
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(training.folder)]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        *map(str, Path(__file__).parents[:2]),
+        str(training.folder),
+        str(torch.get_num_threads()),
+    ]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 9
     resumed = make(training, "run", **settings)
     part = resumed.stages.store.path(2) / "samples.jsonl.part"
