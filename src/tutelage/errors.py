@@ -1,4 +1,4 @@
-"""The one error a user sees for a mistake that the user can mend."""
+"""The error for mistakes that the user can fix."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["NonFiniteLossError", "UserError"]
 class UserError(ValueError):
     """Bad input: what is wrong, where (file, row, field) and what to do about it.
 
-    The command line prints the message alone and exits with code 2; from Python it is an ordinary ``ValueError``.
+    The command line prints only the message and exits with code 2; from Python it is an ordinary ``ValueError``.
 
     Args:
         problem: what is wrong, one sentence.
         remedy: what to do, one sentence.
-        file: the file or data set the problem is in.
+        file: the file or dataset the problem is in.
         row: the row's number, counted from 1 as an editor counts lines.
         field: the column or argument.
     """
@@ -42,4 +42,4 @@ class UserError(ValueError):
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; raised before the optimizer step, so that no weight is touched by it."""
+    """The loss is NaN or infinite; raised before the optimizer step, so no weight has changed."""

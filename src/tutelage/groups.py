@@ -1,4 +1,4 @@
-"""The one data structure: a prompt with its completions, and the two ways a batch of them meets a model.
+"""The central data structure, a prompt with its completions, and the two layouts of a batch of them.
 
 Shape suffixes used throughout the project::
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Role(StrEnum):
-    """What a completion is to its prompt."""
+    """What a completion is: a demonstration, a sample, or a side of a preference pair."""
 
     DEMONSTRATION = "demonstration"
     SAMPLE = "sample"
@@ -75,12 +75,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt with its completions, the unit of every algorithm.
+    """A prompt with its completions: the unit that every algorithm works on.
 
     Attributes:
         prompt_ids: tokens of the prompt, with the BOS token if the tokenizer has one. At least one.
         completions: in any order, of any roles; none for a prompt alone.
-        row: number of the row in the data set, from 0; it names the group in logs and on disk.
+        row: number of the row in the dataset, from 0; identifies the group in logs and on disk.
         teacher_prompt_ids: a second view of the prompt, which a teacher sees: with a demonstration in it, for example.
     """
 
@@ -217,12 +217,13 @@ class Batch:
     Attributes:
         input_ids: [B, L] token ids, padded at the right.
         position_ids: [B, L]; in the shared-prefix layout they restart after the prompt for each completion.
-        attention_mask: [B, L] bool (padded layout: what is no padding) or None (shared-prefix layout: see ``branch_ids``).
+        attention_mask: [B, L] bool (padded layout: False on padding) or None (shared-prefix layout: see
+            ``branch_ids``).
         branch_ids: [B, L]; 0 for the prompt, k for the k-th completion of the row, -1 for padding.
-        predictor_rows, predictor_columns: [N] where the hidden state stands that predicts each completion token.
+        predictor_rows, predictor_columns: [N] position of the hidden state that predicts each completion token.
         targets: [N] the completion tokens.
         completion_ids: [N] which completion of the batch, counted in order, each token belongs to.
-        end_rows, end_columns: [C] where the last token of each completion stands.
+        end_rows, end_columns: [C] position of the last token of each completion.
         num_completions: C.
     """
 
@@ -248,13 +249,13 @@ class Batch:
         return replace(self, **tensors)
 
     def shared_prefix_mask(self, window: int | None = None) -> torch.Tensor:
-        """Who may attend to whom in the shared-prefix layout.
+        """The attention mask of the shared-prefix layout.
 
         A completion token attends to the prompt and to its own completion, up to itself.
 
         Args:
-            window: width of a sliding window in tokens, counted along the sequence the model would see if the
-                completion stood alone; None for full attention.
+            window: width of a sliding window in tokens, counted as if the completion were alone in the sequence; None
+                for full attention.
 
         Returns:
             [B, 1, L, L] bool, True where the query (third axis) may attend to the key (fourth axis). A padding

@@ -77,7 +77,7 @@ def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, *, beta: floa
         beta: the temperature β > 0; in units of reward per nat.
 
     Returns:
-        [C] rewards; higher means that the policy raised the completion over the reference.
+        [C] rewards; higher means that the policy made the completion more likely than the reference did.
     """
     _require_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     return beta * (policy_logps - reference_logps)
@@ -111,7 +111,7 @@ def irft_loss(
         kind: the decreasing function of the margin.
 
     Returns:
-        [P] loss of each pair; falls as the demonstration gains on the sample.
+        [P] loss of each pair; falls as the demonstration becomes more likely relative to the sample.
 
     Raises:
         ValueError: shapes that differ, or an unknown ``kind``.
@@ -152,22 +152,23 @@ def reward_loss(
         linear     −z + ρ/2 (r(y)² + r(ỹ)²) + c (r(y) + r(ỹ))²
 
     ``linear`` is the gradient of maximum-likelihood inverse reinforcement learning (Li et al. 2024, arXiv 2405.17888,
-    Algorithm 1), which alone grows without bound. With the squares, the best reward of an answer is
-    (p(y) − p(ỹ)) / (ρ (p(y) + p(ỹ))), where p are the answer's probabilities as demonstration and as sample: between
-    −1/ρ and 1/ρ. ``logistic`` is the Bradley-Terry likelihood; without margin, smoothing and centering it is TRL's
-    ``RewardTrainer``'s, and ``centering`` is its ``center_rewards_coefficient`` (Eisenstein et al. 2023, arXiv 2312.09244).
+    Algorithm 1), which by itself is unbounded. With the squares, the optimal reward of an answer is (p(y) − p(ỹ)) / (ρ
+    (p(y) + p(ỹ))), where p are the answer's probabilities as demonstration and as sample; it stays between −1/ρ and 1/ρ.
+    ``logistic`` is the Bradley-Terry likelihood; without margin, smoothing and centering it is TRL's
+    ``RewardTrainer``'s, and ``centering`` is its ``center_rewards_coefficient`` (Eisenstein et al. 2023, arXiv
+    2312.09244).
 
     Args:
         preferred_rewards: [P] reward of the demonstration, or of the preferred answer, of each pair.
         other_rewards: [P] reward of the sample, or of the rejected answer.
         kind: which loss.
-        margin: reward by which the first should lead.
-        label_smoothing: ε in [0, 0.5): how often the pair may be the wrong way round. ``logistic`` only.
+        margin: by how much the first reward should exceed the second.
+        label_smoothing: ε in [0, 0.5): assumed probability that the pair is mislabeled. ``logistic`` only.
         centering: c ≥ 0, keeps rewards around zero.
         regularization: ρ > 0. ``linear`` only.
 
     Returns:
-        [P] loss of each pair; falls as the first gains on the second.
+        [P] loss of each pair; falls as the first reward rises relative to the second.
 
     Raises:
         ValueError: shapes that differ, or an unknown ``kind``.
@@ -184,10 +185,11 @@ def reward_loss(
 
 
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
-    """What each sample earned beyond the mean of the other samples of its prompt, A_i = r_i − Σ_{j≠i} r_j / (n − 1).
+    """Reward of each sample minus the mean of the other samples of its prompt, A_i = r_i − Σ_{j≠i} r_j / (n − 1).
 
     The baseline does not depend on the sample, so the policy gradient stays unbiased (Kool et al. 2019; Ahmadian et
-    al. 2024, arXiv 2402.14740, "RLOO"). Nothing is divided by a spread: where rewards hardly differ, advantages are small.
+    al. 2024, arXiv 2402.14740, "RLOO"). There is no division by a standard deviation: where rewards hardly differ,
+    advantages are small.
 
     Args:
         rewards: [n] of the samples of one prompt, n ≥ 2, in units of reward.
@@ -200,24 +202,25 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     """
     n = rewards.shape[0]
     if n < 2:
-        raise ValueError("leaving one out takes at least two samples")
+        raise ValueError("leave-one-out needs at least two samples")
     return (rewards - rewards.mean()) * n / (n - 1)
 
 
 def group_normalized_advantages(rewards: Tensor, *, epsilon: float = 1e-4) -> Tensor:
-    """Rewards of the samples of one prompt, centered and divided by their spread (Shao et al. 2024, arXiv 2402.03300, GRPO).
+    """Rewards of one prompt's samples, centered and divided by their standard deviation (Shao et al. 2024, arXiv
+    2402.03300, GRPO).
 
-    Makes a difference of 0.01 between samples as loud as one of 10: noise of a fresh reward is amplified.
+    A difference of 0.01 between samples gets the same weight as one of 10, so the noise of a new reward is amplified.
 
     Args:
         rewards: [n] of the samples of one prompt, n ≥ 2.
         epsilon: added to the standard deviation.
 
     Returns:
-        [n] advantages, without unit.
+        [n] advantages, dimensionless.
     """
     if rewards.shape[0] < 2:
-        raise ValueError("a spread takes at least two samples")
+        raise ValueError("a standard deviation needs at least two samples")
     return (rewards - rewards.mean()) / (rewards.std() + epsilon)
 
 
@@ -266,8 +269,8 @@ def policy_gradient_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *
 def kl_loss(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """A loss on samples of π whose expected gradient is that of KL(π‖π_0): ½ (log π − log π_0)².
 
-    Schulman's "k2" (2020, "Approximating KL divergence"). Its own value is no estimate of the KL; the mean of
-    log π − log π_0 over samples of π is.
+    Schulman's "k2" (2020, "Approximating KL divergence"). Its value does not estimate the KL; the mean of log π − log
+    π_0 over samples of π does.
 
     Args:
         logps: [S] log π of each sample (nats per sequence), with gradient.

@@ -1,4 +1,4 @@
-"""What runs, how far it is, how long still: the engine tells, the edge decides how to show it."""
+"""Progress events: the engine reports them, the caller decides how to show them."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def test_missing_argument(missing, refusal, model, sums, out):
 
 def test_unknown_command(refusal):
     error = refusal("irtf")
-    assert "no command 'irtf'" in error
+    assert "unknown command 'irtf'" in error
     assert "irft" in error
 
 
@@ -491,7 +491,7 @@ def test_evaluate_and_report(tutelage, refusal, model, sums, tmp_path):
     assert start["demonstration_reward"]["mean"] == pytest.approx(0, abs=1e-5)
     gain = found["demonstration_logp"]["mean"] - start["demonstration_logp"]["mean"]
     assert found["demonstration_reward"]["mean"] == pytest.approx(0.5 * gain, rel=1e-4)
-    assert "in use" in refusal(*command)
+    assert "not empty" in refusal(*command)
 
     page = tmp_path / "page.html"
     code, shown, _ = tutelage("report", out / "tiny", out / "other" / "results.json", "--output", page)

@@ -325,17 +325,20 @@ def test_beta_scales(score, run):
 BAD_OPTIONS = {
     "neither": ([], ["--reward --policy", "required"]),
     "both": (["--reward", "RUN", "--policy", "RUN"], ["--policy", "not allowed with", "--reward"]),
-    "reward with reference": (["--reward", "RUN", "--reference", "BASE"], ["'reference'", "give --policy"]),
-    "reward with beta": (["--reward", "RUN", "--beta", "0.1"], ["'beta'", "give --policy"]),
+    "reward with reference": (["--reward", "RUN", "--reference", "BASE"], ["'reference'", "use --policy"]),
+    "reward with beta": (["--reward", "RUN", "--beta", "0.1"], ["'beta'", "use --policy"]),
     "beta 0": (["--policy", "RUN", "--beta", "0"], ["'beta'", "above 0"]),
     "batch of 0": (["--reward", "RUN", "--batch_size", "0"], ["'batch_size'", "at least 1"]),
     "no length": (["--reward", "RUN", "--max_completion_length", "0"], ["'max_completion_length'", "at least 1"]),
     "no such reward": (["--reward", "/no/where"], ["/no/where", "'reward'", "no such folder"]),
-    "a language model for a reward": (["--reward", "BASE"], ["'reward'", "no reward model"]),
+    "a language model for a reward": (["--reward", "BASE"], ["'reward'", "not a reward model"]),
     "no such policy": (["--policy", "/no/where"], ["/no/where", "'policy'", "no such folder"]),
     "no such reference": (["--policy", "RUN", "--reference", "/no/where"], ["/no/where", "'reference'"]),
     "no reference": (["--policy", "BASE"], ["'reference'", "Give it (--reference)"]),
-    "strange reference": (["--policy", "RUN", "--reference", "STRANGER"], ["'reference'", "tokenizer is not that of"]),
+    "strange reference": (
+        ["--policy", "RUN", "--reference", "STRANGER"],
+        ["'reference'", "tokenizer differs from that of"],
+    ),
     "long prompt": (["--reward", "RUN", "--max_prompt_length", "2"], ["row 1", "limit is 2", "--max_prompt_length"]),
 }
 
@@ -356,7 +359,7 @@ def test_output_in_use(refusal, capsys, run, tmp_path):
     output.write_text("mine", encoding="utf-8")
     command = ["score", "--reward", run, "--dataset_name", as_file(tmp_path, SUMS), "--output", output]
     assert main([str(arg) for arg in command]) == 2
-    assert "'output': the file exists" in capsys.readouterr().err
+    assert "'output': the file already exists" in capsys.readouterr().err
     assert output.read_text(encoding="utf-8") == "mine"
 
 
@@ -383,10 +386,10 @@ BAD_DATA = {
     "a sample without tokens": ([sampled(answer("is"), answer("", token_ids=[]))], ["row 1", "one token"]),
     "a role that is none": ([sampled(answer("is", role="friend"))], ["row 1", "friend"]),
     "a sample without a text": ([sampled(answer("is"), answer("the", text=None))], ["row 1", "cannot be scored"]),
-    "another text": ([sampled(), sampled(answer("is", text="a"))], ["row 2", "read otherwise", "same tokenizer"]),
-    "a token too high": ([sampled(answer("is", token_ids=[10**6]))], ["row 1", "none of the model's tokenizer"]),
-    "a token below 0": ([sampled(answer("is", token_ids=[-1]))], ["row 1", "none of the model's tokenizer"]),
-    "words for tokens": ([sampled(answer("is", token_ids=["is"]))], ["row 1", "none of the model's tokenizer"]),
+    "another text": ([sampled(), sampled(answer("is", text="a"))], ["row 2", "do not decode", "same tokenizer"]),
+    "a token too high": ([sampled(answer("is", token_ids=[10**6]))], ["row 1", "not in the model's vocabulary"]),
+    "a token below 0": ([sampled(answer("is", token_ids=[-1]))], ["row 1", "not in the model's vocabulary"]),
+    "words for tokens": ([sampled(answer("is", token_ids=["is"]))], ["row 1", "not in the model's vocabulary"]),
 }
 
 

@@ -185,7 +185,7 @@ def test_a_bad_row_is_an_error_that_names_file_row_and_field(row, field, problem
 
 
 def test_unknown_columns_are_named_with_what_would_do():
-    with pytest.raises(UserError, match=r"'question', 'answer' are no known format.*prompt \+ completion"):
+    with pytest.raises(UserError, match=r"'question', 'answer' match no known format.*prompt \+ completion"):
         detect_format(["question", "answer"], source="gsm8k.jsonl")
 
 
@@ -293,18 +293,18 @@ def test_a_part_of_a_file(tmp_path):
         ("data.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"}\n', r"row 2: line 2 is empty"),
         ("data.jsonl", b'{"prompt": "\xff\xfe"}\n', r"row 1: line 1 is not UTF-8 text"),
         ("data.jsonl", b'{"prompt": 1180591620717411303424}\n', r"OverflowError"),
-        ("data.jsonl", b"\n", r"the data set is empty"),
+        ("data.jsonl", b"\n", r"the dataset is empty"),
         ("data.json", b'[\n{"prompt": "a"},\n{"prompt"}]', r"line 3 is not valid JSON"),
         ("data.json", b'[{"prompt": "a"}, 3]', r"row 2: the item is valid JSON but not an object"),
-        ("data.json", b"[]", r"the data set is empty"),
+        ("data.json", b"[]", r"the dataset is empty"),
         ("data.csv", b"prompt,completion\na,b\nc\n", r"row 2: the row that ends on line 3 has not 2 cells"),
         ("data.csv", b"prompt,completion\na,b,c\n", r"row 1: .* has not 2 cells"),
         ("data.csv", b'prompt,completion\na,"b\n', r"row 1: .* not valid CSV"),
-        ("data.csv", b"prompt,completion\n", r"the data set is empty"),
+        ("data.csv", b"prompt,completion\n", r"the dataset is empty"),
         ("data.parquet", b"PAR1", r"cannot be read"),
         ("data.jsonl.gz", b"no gzip", r"cannot be read: BadGzipFile"),
         ("data.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12], r"cannot be read: EOFError"),
-        ("data.txt", b"hello", r"unknown kind of file; known are \.json"),
+        ("data.txt", b"hello", r"unknown file type; supported are \.json"),
     ],
 )
 def test_a_broken_file_is_one_error_that_names_the_file(tmp_path, name, content, problem):

@@ -205,12 +205,12 @@ def test_an_end_that_the_text_spells_out_is_not_doubled(style, ending):
 @pytest.mark.parametrize("style", STYLES)
 def test_an_end_in_the_middle_of_an_answer_is_an_error(style):
     (demonstration,) = read_row({"prompt": "a", "completion": f"b{EOS[style]}c"}, number=5)
-    with pytest.raises(UserError, match=r"^train\.csv, row 5: .* ends a turn and stands in the middle"):
+    with pytest.raises(UserError, match=r"^train\.csv, row 5: .* is an end-of-turn token in the middle"):
         tokenization_of(style).group(demonstration, source="train.csv")
 
 
 def test_an_answer_of_nothing_but_ends_is_an_error():
-    with pytest.raises(UserError, match="nothing but tokens that end a turn"):
+    with pytest.raises(UserError, match="consists only of end-of-turn tokens"):
         complete(tokenization_of("zephyr"), "a", "</s>\n</s>")
 
 
@@ -287,7 +287,7 @@ def test_tiny_tokenizers_survive_saving(style, tmp_path):
         assert Tokenization(loaded).stop_ids(True) == Tokenization(tokenizer).stop_ids(True)
 
 
-# -- groups and data sets ---------------------------------------------------------------------------------------------
+# -- groups and datasets ---------------------------------------------------------------------------------------------
 
 PAIRS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},

@@ -1,4 +1,4 @@
-"""The one way from rows to groups, and the prompts of a data set with and without answers."""
+"""The one way from rows to groups, and the prompts of a dataset with and without answers."""
 
 import pytest
 from datasets import Dataset

@@ -881,7 +881,7 @@ class TestModelCard:
         assert "5 stages: at the start of each, 4 completion(s) per prompt were sampled" in card
         assert "in 4 of the stages the policy was then improved with that reward by leave-one-out REINFORCE" in card
         assert "These are the weights after 3 of them, chosen on validation rows." in card
-        assert "raised the demonstrations over them" not in card
+        assert "made the demonstrations more likely" not in card
 
     def test_rft_with_other_advantages(self):
         card = self.card(rft(settings={"num_samples": 4, "advantages": "group_normalized"}), rft_card)
@@ -897,7 +897,7 @@ class TestModelCard:
     def test_irft(self):
         card = self.card(run("irft", history=[{"pairs/dropped": 0}, {"loss": 0.5}]), IRFT.card)
         assert "1 stages" in card
-        assert "raised the demonstrations over them" in card
+        assert "made the demonstrations more likely" in card
         assert "REINFORCE" not in card
 
     def test_an_algorithm_without_a_story_gets_no_other_ones(self):

@@ -231,11 +231,11 @@ def test_exported_rewards_score_alike_in_bfloat16(architecture, base, tmp_path):
 
 
 def test_from_pretrained_refuses_what_holds_no_reward(base, tmp_path):
-    with pytest.raises(UserError, match="no reward model: it has no head"):
+    with pytest.raises(UserError, match="not a reward model: it has no reward head"):
         ExplicitReward.from_pretrained(base())
     policy = adapted(base())
     policy.save_pretrained(tmp_path / "policy")
-    with pytest.raises(UserError, match=r"policy, field 'reward'.*no reward model: it has no head"):
+    with pytest.raises(UserError, match=r"policy, field 'reward'.*not a reward model: it has no reward head"):
         ExplicitReward.from_pretrained(tmp_path / "policy")
     with pytest.raises(UserError, match="no such folder"):
         ExplicitReward.from_pretrained(tmp_path / "nowhere")
@@ -303,7 +303,7 @@ def test_a_whole_reward_of_another_shape_or_for_an_adapter_is_refused(base, tmp_
     with pytest.raises(UserError, match=r"reward, field 'init_reward_from'.*reward is an adapter.*--use_peft"):
         ExplicitReward.fresh(adapted(base()), shared=True).start_from(tmp_path / "reward")
     tiny_model().save_pretrained(tmp_path / "no-reward")
-    with pytest.raises(UserError, match=r"no-reward, field 'init_reward_from'.*no head that gives a reward"):
+    with pytest.raises(UserError, match=r"no-reward, field 'init_reward_from'.*no reward head"):
         ExplicitReward.fresh(tiny_model(), shared=True).start_from(tmp_path / "no-reward")
 
 

@@ -53,7 +53,7 @@ def test_too_few_rows(training):
         make(training, validation_rows=None)
     with pytest.raises(UserError, match="2 stages do not fit into an epoch of 1"):
         make(training, data=training.rows(8))
-    with pytest.raises(UserError, match=r"every row is also among those kept"):
+    with pytest.raises(UserError, match=r"every row is also a validation row"):
         make(training, data=Dataset.from_list([training.rows(1)[0]] * 20))
 
 

@@ -40,20 +40,23 @@ class IRFTConfig(StageConfig):
     beta: list[float] = field(
         default_factory=lambda: [0.1],
         metadata={
-            "help": "Temperature of the implicit reward β log π/π_ref: one number, or one for each stage of an epoch. "
-            "Larger keeps the policy nearer to its reference."
+            "help": (
+                "β, temperature of the implicit reward β log π/π_ref: one number, or one per stage of an epoch. "
+                "Larger values keep the policy closer to its reference."
+            )
         },
     )
     loss_kind: str = field(
         default="logistic",
         metadata={
-            "help": "The decreasing function of the margin: logistic (DPO's and SPIN's), hinge, or linear (has no lower "
-            "bound).",
+            "help": (
+                "Decreasing function of the margin: logistic (as in DPO and SPIN), hinge, or linear (no lower bound)."
+            ),
             "choices": ["logistic", "hinge", "linear"],
         },
     )
     sft_weight: float = field(
-        default=0.0, metadata={"help": "Adds the demonstrations' SFT loss (nats per token) with this weight."}
+        default=0.0, metadata={"help": "Weight of an added SFT loss on the demonstrations, in nats per token."}
     )
 
     def __post_init__(self):
@@ -63,7 +66,7 @@ class IRFTConfig(StageConfig):
         if len(self.beta) not in (1, self.stages_per_epoch):
             raise UserError(
                 f"{len(self.beta)} values for {self.stages_per_epoch} stages.",
-                remedy="Give one number, or one for each stage of an epoch.",
+                remedy="Give one number, or one per stage of an epoch.",
                 field="beta",
             )
         if min(self.beta) <= 0:
@@ -118,7 +121,7 @@ class IRFTObjective:
         step.track("rewards/demonstrations", rewards_P)
         step.track("rewards/samples", sample_rewards_P)
         step.track("rewards/margin", margins_P)
-        # A tie counts half: at a stage's first step every margin is zero.
+        # A tie counts half: at the first step of a stage every margin is zero.
         step.track("rewards/accuracy", (margins_P.sign() + 1) / 2)
         return loss
 

@@ -1,4 +1,4 @@
-"""RFT: learn an explicit reward from demonstrations against the policy's own samples, and improve the policy with it.
+"""RFT: learn an explicit reward from demonstrations vs. the policy's own samples, and improve the policy with it.
 
 Algorithm 1 of Li et al., "Getting More Juice Out of the SFT Data" (NeurIPS 2024, arXiv 2405.17888).
 """
@@ -56,7 +56,7 @@ RFT = AlgorithmInfo(
 
 @dataclass
 class RFTConfig(RewardStageConfig):
-    """Settings of RFT's policy phase; those of its reward phase come with ``RewardStageConfig``."""
+    """Settings of RFT's policy phase; those of the reward phase are in ``RewardStageConfig``."""
 
     adapter_learning_rate: ClassVar[float] = 5e-6
     full_learning_rate: ClassVar[float] = 2e-7
@@ -64,22 +64,28 @@ class RFTConfig(RewardStageConfig):
     advantages: str = field(
         default="leave_one_out",
         metadata={
-            "help": "What a sample is judged against: the mean of its prompt's other samples, or that divided by their "
-            "spread, which makes small differences loud.",
+            "help": (
+                "Advantage estimator: leave_one_out subtracts the mean reward of the prompt's other samples; "
+                "group_normalized subtracts the group's mean and divides by its standard deviation (GRPO), which "
+                "amplifies small differences."
+            ),
             "choices": ["leave_one_out", "group_normalized"],
         },
     )
     kl: str = field(
         default="reward",
         metadata={
-            "help": "Where the KL to π_0 acts: taken off the reward of each sample, where the leave-one-out baseline "
-            "also quiets its noise, or as a loss of its own. Both have the same expected gradient.",
+            "help": (
+                "Where the KL to π_0 enters: subtracted from each sample's reward, where the leave-one-out baseline "
+                "also reduces its variance, or as a separate loss. Both have the same expected gradient at the start "
+                "of a stage."
+            ),
             "choices": ["reward", "loss"],
         },
     )
     clip_range: float = field(
         default=0.2,
-        metadata={"help": "PPO clip range for the ratio of a sample's probability to what it was when drawn."},
+        metadata={"help": "PPO clip range."},
     )
 
     def __post_init__(self):

@@ -64,7 +64,7 @@ def rft_card(record: RunRecord) -> str:
     text = (
         f"The data are {'demonstrations and preference pairs' if ranked else 'demonstrations alone'}. {stages} stages: at "
         f"the start of each, {settings.get('num_samples')} completion(s) per prompt were sampled from the policy as it "
-        f"stood, and a reward learned to put the demonstrations above them; in {ran} of the stages the policy was then "
+        f"stood, and a reward learned to rank the demonstrations above them; in {ran} of the stages the policy was then "
         f"improved with that reward by {estimator} under a KL penalty to the start (Li et al. 2024, arXiv 2405.17888, "
         "Algorithm 1)."
     )

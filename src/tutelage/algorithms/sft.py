@@ -1,9 +1,9 @@
-"""SFT: maximum likelihood of the demonstrations. The baseline, and as continued SFT the control of every claim."""
+"""SFT: maximum likelihood of the demonstrations. The baseline and, continued, the control of every comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Dataset, IterableDataset
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from tutelage.algorithms.registry import Algorithm
 from tutelage.groups import Group, Role
-from tutelage.losses import sft_loss
+from tutelage.losses import dft_loss, sft_loss
 from tutelage.progress import Progress
 from tutelage.results import AlgorithmInfo
 from tutelage.scoring.logps import TokenLogps
@@ -32,11 +32,27 @@ class SFTConfig(DemonstrationConfig):
     adapter_learning_rate: ClassVar[float] = 2e-4
     full_learning_rate: ClassVar[float] = 2e-5
 
+    loss_kind: str = field(
+        default="nll",
+        metadata={
+            "help": "Loss per token: nll (negative log-likelihood), or dft (weighted by the token's probability, arXiv "
+            "2508.05629).",
+            "choices": ["nll", "dft"],
+        },
+    )
+
 
 class SFTObjective:
-    """−log π(y|x) of the demonstrations, averaged over the completion tokens of an optimizer step."""
+    """A loss per token of the demonstrations, averaged over the completion tokens of an optimizer step.
+
+    Args:
+        token_loss: from [N] log-probs (nats per token) to [N] losses.
+    """
 
     uses_dropout = True
+
+    def __init__(self, token_loss: Callable[[Tensor], Tensor] = sft_loss):
+        self.token_loss = token_loss
 
     def beta(self, stage: int) -> float:
         """SFT has no temperature: the unit is one nat."""
@@ -47,13 +63,16 @@ class SFTObjective:
         return {"tokens": sum(len(c.token_ids) for group in groups for c in group.completions)}
 
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
-        """The usual SFT loss, in nats per token."""
+        """The mean loss per token."""
         step.track("logps/demonstrations", tokens.sums()[tokens.of(Role.DEMONSTRATION)])
-        return sft_loss(tokens.logps_N).sum() / step.counts["tokens"]
+        return self.token_loss(tokens.logps_N).sum() / step.counts["tokens"]
+
+
+TOKEN_LOSSES = {"nll": sft_loss, "dft": dft_loss}
 
 
 class SFTTrainer(DemonstrationTrainer):
-    """Minimizes −log π(y|x) of the demonstrations.
+    """Minimizes −log π(y|x) of the demonstrations, or what ``loss_kind`` puts in its place.
 
     Args: see ``DemonstrationTrainer``.
     """
@@ -88,7 +107,7 @@ class SFTTrainer(DemonstrationTrainer):
             source=source,
             eval_source=eval_source,
             info=SFT,
-            objective=SFTObjective(),
+            objective=SFTObjective(TOKEN_LOSSES[args.loss_kind]),
         )
 
 

@@ -24,20 +24,20 @@ SPIN = replace(IRFT, name="spin", summary="IRFT with one stage per epoch", page=
 class SPINConfig(IRFTConfig):
     """Settings of SPIN: those of IRFT with the number of stages fixed at one per epoch."""
 
-    stages_per_epoch: int = field(default=1, metadata={"help": "Always 1: with more stages the method is IRFT."})
+    stages_per_epoch: int = field(default=1, metadata={"help": "Always 1. With more stages the method is IRFT."})
 
     def __post_init__(self):
         if self.stages_per_epoch != 1:
             raise UserError(
                 f"SPIN has 1 stage per epoch, not {self.stages_per_epoch}.",
-                remedy="Use irft for more.",
+                remedy="Use irft for more stages.",
                 field="stages_per_epoch",
             )
         super().__post_init__()
 
 
 class SPINTrainer(IRFTTrainer):
-    """IRFT with T = 1: the opponent of a whole epoch is the policy at its start.
+    """IRFT with T = 1: all samples of an epoch come from the policy at its start.
 
     Args: see ``IRFTTrainer``.
     """

@@ -16,13 +16,13 @@ tutelage: alignment from demonstrations alone.
 
   tutelage quickstart              the whole comparison on a small language model, on a CPU
   tutelage {" | ".join(NAMES):<24}train from demonstrations  (--model_name_or_path, --dataset_name, --output_dir)
-  tutelage sample                  completions of a model for a data set's prompts, to JSONL
-  tutelage score                   rewards of a data set's completions, or of samples, to JSONL
-  tutelage evaluate                what trained models learned, against their start and their controls
+  tutelage sample                  sample completions for the prompts of a dataset, to JSONL
+  tutelage score                   score the completions of a dataset, or samples, with a reward, to JSONL
+  tutelage evaluate                evaluate trained models against their start and their controls
   tutelage report RUN [RUN …]      one page that compares runs
-  tutelage data DATA               what the model will see of a data set
+  tutelage data DATA               what the model will see of a dataset
 
-tutelage COMMAND --help explains a command's own arguments; --debug shows the traceback of an error."""
+tutelage COMMAND --help lists the arguments of a command; --debug shows the traceback of an error."""
 
 
 # The module of each command; its ``main`` takes the arguments and a console.
@@ -38,7 +38,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for an error that the user can mend."""
+    """Run one command; returns the exit code: 0, or 2 for an error that the user can fix."""
     command, *args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     args, debug = _take_debug(args)
     if command in ("-h", "--help"):
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tutelage: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntutelage: stopped. Train commands go on with --resume.", file=sys.stderr)
+        print("\ntutelage: stopped. Continue a training run with --resume.", file=sys.stderr)
         return 130
 
 
@@ -66,7 +66,7 @@ def _take_debug(args: list[str]) -> tuple[list[str], bool]:
 
 def _run(command: str, args: list[str]) -> int:
     if command not in _COMMANDS:
-        raise UserError(f"there is no command '{command}'.", remedy=f"Commands: {', '.join(sorted(_COMMANDS))}.")
+        raise UserError(f"unknown command '{command}'.", remedy=f"Commands: {', '.join(sorted(_COMMANDS))}.")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -1,4 +1,4 @@
-"""Command-line arguments: the names of TRL and transformers, and what is our own."""
+"""Command-line arguments: those of TRL and transformers, and our own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["DataArguments", "ModelArguments", "parse"]
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """Which data, and what to do with an output folder that is in use."""
+    """Which data to use, and what to do if the output folder is in use."""
 
     dataset_name: str | None = field(
         default=None,
@@ -34,34 +34,34 @@ class DataArguments(ScriptArguments):
         },
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows, likewise. By default none are looked at."}
+        default=None, metadata={"help": "Held-out rows, in the same formats. By default nothing is evaluated."}
     )
     resume: bool = field(
-        default=False, metadata={"help": "Go on with the run in --output_dir from its last checkpoint and samples."}
+        default=False, metadata={"help": "Resume the run in --output_dir from its last checkpoint and samples."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that is in --output_dir."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in --output_dir."})
 
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """Which model, with which adapter."""
+    """Which model to use, and with which adapter."""
 
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the weights that are loaded. By default float32 where they are trained, because small "
-            "steps vanish in bfloat16. Frozen ones under an adapter keep their stored precision where bfloat16 is computed "
-            "in, and are float32 where float32 is.",
+            "help": (
+                "Precision in which weights are loaded. By default float32 for weights that are trained, because "
+                "small updates round to zero in bfloat16, and the stored precision for weights that are frozen under "
+                "an adapter."
+            ),
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Modules that get LoRA weights; 'all-linear' is every linear layer but the head."},
+        metadata={"help": "Modules that get LoRA weights; 'all-linear' is every linear layer except the head."},
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model. Off unless you ask for it."}
-    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self):
         super().__post_init__()

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def load_data(options: argparse.Namespace) -> Any:
-    """The data set that the arguments name."""
+    """The dataset that the arguments name."""
     return load_dataset(options.dataset_name, config_name=options.dataset_config, split=options.split)
 
 

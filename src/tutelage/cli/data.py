@@ -1,4 +1,4 @@
-"""tutelage data: what the model will see of a data set."""
+"""tutelage data: what the model will see of a dataset."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Show what the model will see of a data set."""
+    """Show what the model will see of a dataset."""
     parser = command_parser("data", main.__doc__, length_arguments)
     parser.add_argument("dataset_name", metavar="DATA", help="A hub name, a folder or a file.")
-    parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
-    parser.add_argument("--split", default="train", help="Split of the data set.")
+    parser.add_argument("--dataset_config", help="Configuration of a hub dataset.")
+    parser.add_argument("--split", default="train", help="Split of the dataset.")
     parser.add_argument("--turns", default="last", choices=["last", "all"], help="Which assistant turns are taken.")
     parser.add_argument(
         "--on_long_prompt",

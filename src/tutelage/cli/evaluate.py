@@ -26,7 +26,7 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Say what trained models learned, against the model they started from and their controls."""
+    """Evaluate trained models against the model they started from and against their controls."""
     parser = command_parser("evaluate", main.__doc__, data_arguments, length_arguments, weight_arguments)
     parser.add_argument(
         "--model_name_or_path",
@@ -51,7 +51,7 @@ def main(args: Sequence[str], console: Console) -> None:
     )
     out = Path(options.output_dir)
     if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise UserError("the output folder is in use.", file=str(out), remedy="Name another.", field="output_dir")
+        raise UserError("the output folder is not empty.", file=str(out), remedy="Name another.", field="output_dir")
     names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
     for name in names:
         require_model(name)

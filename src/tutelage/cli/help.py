@@ -1,4 +1,4 @@
-"""The --help of the training commands: their own fields, in order, without the hundred that transformers brings."""
+"""The --help of the training commands: their own fields, without the hundred inherited from transformers."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ __all__ = ["help_text"]
 # Inherited fields that nearly everyone sets, in our words where the inherited ones say something else than what happens
 # here; --help lists them, --help_all every other one too.
 _COMMON: dict[str, str | None] = {
-    "dataset_config": "Configuration of a hub data set.",
-    "dataset_train_split": "Split to train on, or a part of it: 'train[:90%]'.",
-    "dataset_test_split": "Split to evaluate on, if --eval_strategy asks for it and --eval_dataset_name names no other data.",
-    "dataset_streaming": "Read the data while training, instead of checking and tokenizing all of it first.",
-    "model_name_or_path": "The model to start from: a hub name, a folder, or the output folder of another run.",
-    "model_revision": None,
+    "dataset_config": "Configuration of a hub dataset.",
+    "dataset_train_split": "Split to train on, or a slice of it: 'train[:90%]'.",
+    "dataset_test_split": (
+        "Split to evaluate on, if --eval_strategy asks for evaluation and --eval_dataset_name names no other data."
+    ),
+    "dataset_streaming": "Read the data during training instead of checking and tokenizing all of it first.",
+    "model_name_or_path": "Model to start from: a hub name, a folder, or the output folder of another run.",
+    "model_revision": "Branch, tag or commit of the model on the hub.",
     "attn_implementation": "Attention implementation of transformers, for example sdpa or flash_attention_2.",
-    "use_peft": "Train a LoRA adapter and leave the model's own weights as they are.",
-    "lora_r": None,
-    "lora_alpha": None,
-    "lora_dropout": None,
-    "load_in_4bit": None,
-    "output_dir": "Where the model, its checkpoints, the samples, results.json and report.html go.",
+    "use_peft": "Train a LoRA adapter and keep the model's own weights frozen.",
+    "lora_r": "Rank of the LoRA adapter.",
+    "lora_alpha": "Scaling factor α of the LoRA adapter.",
+    "lora_dropout": "Dropout of the LoRA adapter.",
+    "load_in_4bit": "Load the base model in 4-bit precision; only with --use_peft.",
+    "output_dir": "Folder for the model, checkpoints, samples, results.json and report.html.",
     "num_train_epochs": "Passes over the demonstrations.",
-    "max_steps": "Stop after so many optimizer steps; above 0 it overrides --num_train_epochs. Streamed data need it.",
-    "per_device_train_batch_size": "Demonstrations in a micro-batch.",
-    "per_device_eval_batch_size": "Prompts in a forward pass without gradient.",
-    "gradient_accumulation_steps": "Micro-batches in an optimizer step.",
+    "max_steps": "Total number of optimizer steps; if above 0, overrides --num_train_epochs. Required for streamed data.",
+    "per_device_train_batch_size": "Demonstrations per micro-batch.",
+    "per_device_eval_batch_size": "Prompts per forward pass without gradients.",
+    "gradient_accumulation_steps": "Micro-batches per optimizer step.",
     "lr_scheduler_type": "linear, cosine, constant, constant_with_warmup, … (SchedulerType of transformers).",
     "warmup_steps": None,
     "optim": "adamw_torch_fused, adafactor, rmsprop, … (OptimizerNames of transformers).",
     "weight_decay": None,
     "max_grad_norm": None,
-    "seed": "Seed of data order, dropout and samples.",
+    "seed": "Random seed of data order, dropout and samples.",
     "eval_strategy": "When to evaluate during training: no, steps or epoch.",
-    "eval_steps": "Optimizer steps between evaluations with --eval_strategy steps; by default --logging_steps.",
+    "eval_steps": "Optimizer steps between evaluations with --eval_strategy steps; by default the same as --logging_steps.",
     "save_strategy": "When to write checkpoints: no, steps, epoch or best.",
     "save_steps": "Optimizer steps between checkpoints.",
-    "run_name": "What tables and reports call this run; by default the algorithm.",
-    "report_to": "Where to send metrics besides the screen: trackio, wandb, tensorboard, … (install it first).",
+    "run_name": "Name of this run in tables and reports; by default the name of the algorithm.",
+    "report_to": "Where to send metrics besides the terminal: trackio, wandb, tensorboard, … (install it first).",
     "push_to_hub": "Push the trained model to the hub.",
-    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "gradient_checkpointing": "Recompute activations in the backward pass, which saves memory and takes more time.",
 }
 
 
@@ -73,15 +75,16 @@ def help_text(
         f"usage: tutelage {command} --model_name_or_path MODEL --dataset_name DATA --output_dir OUT [--config FILE]",
         "",
         *_wrapped(
-            "The command line overrides the YAML file that --config names, and the file the defaults in brackets. "
-            "--help_all lists every field of transformers and TRL too.",
+            "Command-line arguments override the YAML file given with --config, which overrides the defaults in brackets. "
+            "--help_all also lists every field of transformers and TRL.",
         ),
     ]
     for title, entries in sections.items():
         shown = [entry for entry in entries if entry.init and (everything or entry.name in listed)]
         lines += ["", f"{title}:"] if shown else []
         for entry in shown:
-            declared = next((cls for cls in config.__mro__ if entry.name in inspect.get_annotations(cls)), config)
+            classes = (*config.__mro__, *data.__mro__, *model.__mro__)
+            declared = next((cls for cls in classes if entry.name in inspect.get_annotations(cls)), config)
             own = declared.__module__.startswith("tutelage.")
             lines += [f"  --{entry.name}", *_wrapped(_explained(entry, own=own), indent=6)]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ _OUTPUTS = (
 
 
 class OutputFolder:
-    """Refuses a folder in use, and leaves no empty shell of a run that never began.
+    """Refuses a folder in use, and removes the empty folder of a run that never started.
 
     Args:
         outputs: patterns of what a run writes into the folder, and hence of what ``overwrite`` may take away.
@@ -42,7 +42,7 @@ class OutputFolder:
         overwrite: bool,
         resume: bool = False,
         outputs: Sequence[str] = _OUTPUTS,
-        remedy: str = "Use --resume to go on with its run, --overwrite_output_dir to replace it, or another folder.",
+        remedy: str = "Use --resume to continue its run, --overwrite_output_dir to replace it, or another folder.",
     ):
         self.folder = Path(folder)
         self._keep = self.folder.exists()

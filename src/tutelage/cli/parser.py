@@ -52,16 +52,26 @@ def command_parser(
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data; ``load_data`` reads them."""
-    parser.add_argument("--dataset_name", required=True, help="A hub name, a folder or a file.")
-    parser.add_argument("--dataset_config", help="Configuration of a hub data set.")
-    parser.add_argument("--split", default="train", help="Split of the data set.")
-    parser.add_argument("--on_long_prompt", default="error", choices=["error", "drop"], help="Stop, or drop the row.")
+    parser.add_argument("--dataset_name", required=True, help="Dataset: a hub name, a folder or a file.")
+    parser.add_argument("--dataset_config", help="Configuration of a hub dataset.")
+    parser.add_argument("--split", default="train", help="Split of the dataset.")
+    parser.add_argument(
+        "--on_long_prompt",
+        default="error",
+        choices=["error", "drop"],
+        help="What to do with a prompt that is too long: stop with an error, or drop the row.",
+    )
 
 
 def length_arguments(parser: argparse.ArgumentParser) -> None:
     """How long prompts and completions may be."""
-    parser.add_argument("--max_prompt_length", type=int, default=512, help="Longest prompt, in tokens.")
-    parser.add_argument("--max_completion_length", type=int, default=256, help="Completions are cut here, in tokens.")
+    parser.add_argument("--max_prompt_length", type=int, default=512, help="Maximum prompt length, in tokens.")
+    parser.add_argument(
+        "--max_completion_length",
+        type=int,
+        default=256,
+        help="Maximum completion length, in tokens; longer completions are truncated.",
+    )
 
 
 def weight_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +79,7 @@ def weight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
-        help="Precision of weights and products; auto takes the stored one. Unless given, the one that training takes on "
-        "this machine.",
+        help="Precision of the weights; auto uses the stored one.",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
 
@@ -90,7 +99,9 @@ def new_file(name: str) -> Path:
     """
     path = Path(name)
     if path.exists():
-        raise UserError("the file exists.", file=str(path), remedy="Remove it or name another.", field="output")
+        raise UserError(
+            "the file already exists.", file=str(path), remedy="Remove it, or give another name.", field="output"
+        )
     return path
 
 

@@ -1,4 +1,4 @@
-"""Progress in the terminal: what runs, how far, how long still."""
+"""Progress in the terminal: what is running, how far it is, and how long it will still take."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _SHOWN = {
     "rewards/accuracy": "accuracy",
     "reward/steps": "reward steps",
     "reward/accuracy": "reward accuracy",
-    "validation/accuracy": "on validation rows",
+    "validation/accuracy": "validation accuracy",
     "validation/kl": "KL to the start",
     "validation/verifier_score": "verifier score",
     "policy/phase": "policy phase",
     "policy/reward": "reward",
     "policy/kl": "KL",
-    "policy/clip_fraction": "clipped",
+    "policy/clip_fraction": "clip fraction",
     "pairs/dropped": "dropped",
-    "samples/truncated_fraction": "cut share",
+    "samples/truncated_fraction": "truncated",
     "length/samples": "sample length",
     "eval_demonstration_logp": "held-out log π(demo)",
     "eval_accuracy_sampled": "held-out accuracy",
@@ -41,7 +41,7 @@ _SHOWN = {
 
 
 class TerminalProgress:
-    """Two live lines: the run with the time it still needs, and the piece of work in hand.
+    """Two live lines: the run with its remaining time, and the current phase.
 
     Where the output is no terminal, a line is printed when a piece of work begins, and one every ``every`` seconds that
     says how far it is and how long it will still take. A thread of its own prints it where the work reports nothing.
@@ -152,7 +152,7 @@ class _Pace:
 
 
 class LogLines(TrainerCallback):
-    """A short line for each log of the trainer: the quantities a person steers by."""
+    """A short line for each log of the trainer, with the most important metrics."""
 
     def __init__(self, console: Console):
         self.console = console

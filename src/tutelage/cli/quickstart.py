@@ -98,7 +98,7 @@ _TRIAL = 16  # rows of the trial that tells how fast the machine is
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Train SFT, then from its checkpoint continued SFT, SPIN and IRFT; evaluate all; write the report."""
+    """Train SFT, then continued SFT, SPIN and IRFT from its checkpoint; evaluate all of them and write the report."""
     quiet_libraries()
     options = _parse(args)
     out = Path(options.output_dir)
@@ -119,17 +119,24 @@ def main(args: Sequence[str], console: Console) -> None:
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="tutelage quickstart", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--model_name_or_path", help="Any model; by default Gemma 3 270M from the package index.")
-    parser.add_argument("--task", default="chain_sum", help="A reasoning-gym task with written solutions.")
+    parser.add_argument("--model_name_or_path", help="Any model. By default Gemma 3 270M, from the package index.")
+    parser.add_argument("--task", default="chain_sum", help="A reasoning-gym task that comes with written solutions.")
     parser.add_argument(
         "--rows", type=int, help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long."
     )
     parser.add_argument("--test_rows", type=int, help=f"Held-out rows: {_TEST_ROWS}, or fewer likewise.")
-    parser.add_argument("--max_completion_length", type=int, default=16, help="Completions are cut here, in tokens.")
-    parser.add_argument("--seed", type=int, default=0, help="Of data, training and samples.")
-    parser.add_argument("--full", action="store_true", help="Full size: 2,000 demonstrations, 500 held-out rows.")
-    parser.add_argument("--output_dir", default="quickstart", help="Where models, results and the report go.")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace what an earlier quickstart left.")
+    parser.add_argument(
+        "--max_completion_length",
+        type=int,
+        default=16,
+        help="Maximum completion length, in tokens; longer completions are truncated.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of data, training and samples.")
+    parser.add_argument("--full", action="store_true", help="Full size: 2,000 demonstrations and 500 held-out rows.")
+    parser.add_argument("--output_dir", default="quickstart", help="Folder for models, results and the report.")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Replace the results of an earlier quickstart."
+    )
     options = parser.parse_args(args)
     if options.full:
         options.rows, options.test_rows = 2000, 500
@@ -186,7 +193,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     train_file, test_file = _save(train_rows, out / "train.jsonl"), _save(test_rows, out / "test.jsonl")
     data = DataArguments(dataset_name=str(train_file), eval_dataset_name=str(test_file))
     records = []
-    with plan.part("base", "the model as it is"):
+    with plan.part("base", "the base model, untrained"):
         records.append(start.evaluate(str(test_file), console))
         write_results(out / "base", records[0])
     del start
@@ -218,7 +225,7 @@ def _data(options: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict[
     rows = list({row["prompt"]: row for row in made}.values())
     if len(rows) < wanted:
         raise UserError(
-            f"the task '{options.task}' gave {len(rows)} different prompts, {wanted} are needed.",
+            f"the task '{options.task}' gave only {len(rows)} different prompts; {wanted} are needed.",
             remedy="Lower --rows or --test_rows.",
             field="rows",
         )
@@ -270,7 +277,7 @@ class _Start:
         return scored, time.perf_counter() - begun
 
     def evaluate(self, source: str, console: Console) -> RunRecord:
-        """What results.json holds of the model as it is."""
+        """What results.json holds of the base model, untrained."""
         rows = EvaluationSet.of(
             cast(Dataset, load_dataset(source)), self.tokenization, verifier=self.config.verifier, source=source
         )

@@ -15,7 +15,7 @@ __all__ = ["find_starts", "main", "short_labels", "show_runs"]
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Write one page that compares runs."""
+    """Write one HTML page that compares runs."""
     parser = command_parser("report", main.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
     parser.add_argument("--output", default="report.html", help="The page to write.")

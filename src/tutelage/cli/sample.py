@@ -1,4 +1,4 @@
-"""tutelage sample: completions of a model for a data set's prompts, as JSON lines."""
+"""tutelage sample: completions of a model for a dataset's prompts, as JSON lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Draw completions for a data set's prompts and write them as JSON lines."""
+    """Sample completions for the prompts of a dataset and write them as JSON lines."""
     parser = command_parser("sample", main.__doc__, data_arguments, length_arguments, weight_arguments)
     parser.add_argument("--model_name_or_path", required=True, help="A model, or the folder of a run.")
     parser.add_argument("--output", required=True, help="The .jsonl file to write; it must not exist yet.")

@@ -1,4 +1,4 @@
-"""tutelage score: rewards of the completions that a data set or a file of samples holds."""
+"""tutelage score: rewards of the completions that a dataset or a file of samples holds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Score completions with a learned reward or with the one that a trained policy implies.
+    """Score completions with a learned reward, or with the implicit reward of a trained policy.
 
-    The data are demonstrations or preference pairs, or the samples that `tutelage sample` or a training stage wrote,
-    which are scored by their tokens.
+    The data are demonstrations, preference pairs, or samples written by `tutelage sample` or a training stage. Samples
+    are scored by their recorded tokens.
     """
     options = _options(args)
     output = new_file(options.output)
@@ -51,22 +51,25 @@ def _check_rows(options: argparse.Namespace) -> None:
 def _options(args: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("score", main.__doc__, data_arguments, weight_arguments)
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--reward", help="A reward model, or the folder of a run that learned one.")
-    kind.add_argument("--policy", help="A trained model or run folder, for its implicit reward β log π/π_0.")
-    parser.add_argument("--reference", help="π_0, which --policy started from; by default the base of its adapter.")
-    parser.add_argument("--beta", type=float, help="Temperature of the implicit reward; 0.1 unless given.")
+    kind.add_argument("--reward", help="A reward model, or the output folder of a run that learned one.")
+    kind.add_argument("--policy", help="A trained model or run folder, scored by its implicit reward β log π/π_0.")
+    parser.add_argument(
+        "--reference",
+        help="π_0, the model that the training of --policy started from. By default the base of its adapter.",
+    )
+    parser.add_argument("--beta", type=float, help="β, temperature of the implicit reward; 0.1 by default.")
     for length, unless in (("prompt", 512), ("completion", 256)):
         parser.add_argument(
             f"--max_{length}_length",
             type=int,
-            help=f"Longest {length} of a data set, in tokens; unless given what the reward was trained with, else {unless}.",
+            help=f"Maximum {length} length of a dataset, in tokens. By default what the reward was trained with, else {unless}.",
         )
     parser.add_argument("--batch_size", type=int, default=16, help="Rows per forward pass.")
-    parser.add_argument("--output", required=True, help="The .jsonl file to write; it must not exist yet.")
+    parser.add_argument("--output", required=True, help="The .jsonl file to write. It must not exist yet.")
     options = parser.parse_args(args)
     for field in ("reference", "beta"):
         if options.reward and getattr(options, field) is not None:
-            raise UserError("a learned reward has none.", remedy="Leave it out, or give --policy.", field=field)
+            raise UserError("applies only to --policy.", remedy="Leave it out, or use --policy.", field=field)
     options.beta = 0.1 if options.beta is None else options.beta
     if options.beta <= 0:
         raise UserError(f"must be above 0, not {options.beta:g}.", field="beta")

@@ -53,7 +53,7 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
         rewards_of = _learned_rewards if options.reward else _implied_rewards
         rewards_C = rewards_of(options, name, groups, tokenization, progress)
     if not rewards_C.isfinite().all():
-        raise UserError("gives rewards that are NaN or infinite.", remedy="Look at its weights.", file=name)
+        raise UserError("the rewards are NaN or infinite.", remedy="Check its weights.", file=name)
     rewards = iter(rewards_C.tolist())
     scored = [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
     summary = list(_summary(scored))
@@ -86,7 +86,7 @@ def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, s
         if row.get(field) is None:
             raise UserError(
                 "is missing.",
-                remedy="Give a file of `tutelage sample` as it is.",
+                remedy="Give a file as `tutelage sample` wrote it.",
                 file=source,
                 row=number,
                 field=field,
@@ -107,9 +107,9 @@ def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization) -> Grou
     texts = [row["prompt"], *(completion["text"] for completion in row["completions"])]
     for ids, text in zip([group.prompt_ids, *(c.token_ids for c in group.completions)], texts, strict=True):
         if not all(type(id) is int and 0 <= id < len(tokenization.tokenizer) for id in ids):
-            raise ValueError("a token is none of the model's tokenizer")
+            raise ValueError("a token is not in the model's vocabulary")
         if tokenization.text(ids) != text:
-            raise ValueError("under the model's tokenizer the tokens read otherwise than the text beside them")
+            raise ValueError("with the model's tokenizer, the tokens do not decode to the text next to them")
     return group
 
 
@@ -144,7 +144,7 @@ def _implied_rewards(
     tokenizer = load_tokenizer(options.reference, trust_remote_code=options.trust_remote_code)
     if tokenizer.get_vocab() != tokenization.tokenizer.get_vocab():
         raise UserError(
-            f"its tokenizer is not that of {name}.",
+            f"its tokenizer differs from that of {name}.",
             remedy="Give the model that the policy's training started from.",
             file=options.reference,
             field="reference",

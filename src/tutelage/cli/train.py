@@ -39,7 +39,7 @@ def main(args: Sequence[str], console: Console) -> None:
     quiet_libraries()
     data, model, training = parse(algorithm, find(algorithm).config, args)
     if not data.dataset_name:
-        raise UserError("no data are given.", remedy="Add --dataset_name DATA.", field="dataset_name")
+        raise UserError("no dataset is given.", remedy="Add --dataset_name DATA.", field="dataset_name")
     model.require_name()
     with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
         record = train(algorithm, data, model, training, console, before_training=output.clear)
@@ -95,7 +95,7 @@ def train(
         checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None
         if data.resume and checkpoint is None:
             console.print(
-                f"  no checkpoint in {training.output_dir}: beginning at step 0", highlight=False, markup=False
+                f"  no checkpoint in {training.output_dir}: starting at step 0", highlight=False, markup=False
             )
         before_training()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -172,4 +172,4 @@ def _checked(trainer_class: type[DemonstrationTrainer], *args: Any, **options: A
     except (ValueError, ImportError, RuntimeError) as error:
         # transformers and its integrations refuse settings that do not go together, or that need what is missing.
         reason = " ".join(str(error).split())
-        raise UserError(f"training cannot begin: {reason}", remedy="--debug shows where.") from error
+        raise UserError(f"training cannot start: {reason}", remedy="--debug shows the traceback.") from error

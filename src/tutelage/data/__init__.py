@@ -1,4 +1,4 @@
-"""Demonstrations: load and check them, turn them into tokens, look at them."""
+"""Demonstrations: load, check, tokenize and inspect them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

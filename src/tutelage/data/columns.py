@@ -52,7 +52,7 @@ def peek(source: str, limit: int | None = None) -> Peek | None:
         return None
     rows = list(islice(read_file(path), min(NUM_ROWS, NUM_ROWS if limit is None else limit)))
     if not rows and limit != 0:
-        raise UserError("the data set is empty.", remedy="It needs at least one row.", file=source)
+        raise UserError("the dataset is empty.", remedy="It needs at least one row.", file=source)
     return Peek(rows)
 
 

@@ -1,4 +1,4 @@
-"""Read demonstrations from rows and check them, whatever their columns are.
+"""Read demonstrations from rows in any supported format and check them.
 
 The recognized columns are in ``FORMATS`` and, with an example of each, in ``docs/data-formats.md``.
 """
@@ -35,7 +35,7 @@ Turns = Literal["last", "all"]
 
 TURNS_PER_ROW = 1000
 """With ``turns="all"`` a demonstration's id is ``index of the row * TURNS_PER_ROW + turn``: it can be computed from
-the row alone, so a streamed data set gives the same ids as a loaded one."""
+the row alone, so a streamed dataset gives the same ids as a loaded one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Format:
     optional: tuple[str, ...] = ()
 
 
-def detect_format(columns: Iterable[str], *, source: str = "data set") -> Format:
+def detect_format(columns: Iterable[str], *, source: str = "dataset") -> Format:
     """The format that ``columns`` belong to: the first of ``FORMATS`` whose columns are all there.
 
     Raises:
@@ -113,21 +113,21 @@ def detect_format(columns: Iterable[str], *, source: str = "data set") -> Format
             return format
     wanted = "; ".join(" + ".join(format.columns) for format in FORMATS)
     raise UserError(
-        f"the columns {', '.join(map(repr, found))} are no known format.",
-        remedy=f"Rename them; any of these sets will do: {wanted}.",
+        f"the columns {', '.join(map(repr, found))} match no known format.",
+        remedy=f"Rename them; any of these sets works: {wanted}.",
         file=source,
     )
 
 
 def read_rows(
-    dataset: Dataset | IterableDataset | Peek, *, turns: Turns = "last", source: str = "data set"
+    dataset: Dataset | IterableDataset | Peek, *, turns: Turns = "last", source: str = "dataset"
 ) -> Iterator[list[Demonstration]]:
     """The demonstrations of each row, one list per row, in order.
 
     The list is empty for a row that is left out (see ``read_row``), so that whoever reads can count them.
 
     Raises:
-        UserError: as ``detect_format`` and ``read_row``, or text and messages are mixed in one data set.
+        UserError: as ``detect_format`` and ``read_row``, or text and messages are mixed in one dataset.
     """
     format, conversational = None, None
     for number, row in enumerate(dataset, start=1):
@@ -146,7 +146,7 @@ def read_rows(
         yield demonstrations
 
 
-def is_conversational(dataset: Dataset | IterableDataset, *, source: str = "data set") -> bool:
+def is_conversational(dataset: Dataset | IterableDataset, *, source: str = "dataset") -> bool:
     """True if the prompts are lists of messages, which get the chat template; False if they are text.
 
     Raises:
@@ -164,7 +164,7 @@ def holds_prompts_alone(dataset: Any) -> bool:
     return "prompt" in columns and not {"completion", "chosen"} & set(columns)
 
 
-def read_prompts(dataset: Dataset | IterableDataset, *, source: str = "data set") -> Iterator[str | Messages]:
+def read_prompts(dataset: Dataset | IterableDataset, *, source: str = "dataset") -> Iterator[str | Messages]:
     """The ``prompt`` column, row by row: text, or a list of messages that ends with the user's.
 
     Raises:
@@ -184,7 +184,7 @@ def read_row(
     row: Mapping[str, Any],
     *,
     number: int,
-    source: str = "data set",
+    source: str = "dataset",
     turns: Turns = "last",
     format: Format | None = None,
 ) -> list[Demonstration]:
@@ -193,7 +193,7 @@ def read_row(
     Args:
         row: column names and values.
         number: the row's number in the source, from 1.
-        source: file or data set, for messages to people.
+        source: file or dataset, for messages to people.
         turns: ``"last"`` reads one demonstration per row. ``"all"`` reads every assistant turn of ``messages`` and of
             ``real``, each with the conversation before it as its prompt; other formats have one all the same.
         format: what ``detect_format`` says of the columns, if it is known.
@@ -287,7 +287,7 @@ FORMATS = (
     Format(("messages",), _read_messages),
     Format(("instruction", "output"), _read_alpaca, optional=("input",)),
 )
-"""Every known format; where a data set has the columns of several, the first counts."""
+"""Every known format; where a dataset has the columns of several, the first counts."""
 
 
 def _text(value: Any, place: _Place, what: str = "", *, may_be_empty: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""A look at a data set before anything is trained: how much there is, how long it is, what the model will see."""
+"""Inspect a dataset before training: counts, lengths, and what the model will see."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MAX_SHOWN = 1200  # characters of a prompt or a completion
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths in tokens, before anything is cut or dropped.
+    """Lengths in tokens, before anything is truncated or dropped.
 
     Attributes:
         minimum, median, mean, p95, maximum: of the lengths; median and 95th percentile are lengths that occur.
-        limit: what is longer is cut (completions) or too long (prompts).
+        limit: the length limit; longer completions are truncated, longer prompts are too long.
         histogram: (first length, last length, how many) of bins of equal width, from the shortest to the longest.
     """
 
@@ -94,7 +94,7 @@ class Inspection:
     """What ``inspect_dataset`` found.
 
     Attributes:
-        source: file or data set.
+        source: file or dataset.
         summary: counts. ``long_prompts`` counts the prompts beyond the limit, whatever ``on_long_prompt`` says.
         prompts, completions: their lengths, those of prompts that are too long included.
         examples: the first demonstrations that would be trained on.
@@ -114,9 +114,9 @@ def inspect_dataset(
     tokenization: Tokenization,
     *,
     turns: Turns = "last",
-    source: str = "data set",
+    source: str = "dataset",
 ) -> Inspection:
-    """Read and tokenize the whole data set, as training would, and count.
+    """Read and tokenize the whole dataset, as training would, and count.
 
     Prompts that are too long are counted and never raise, so that a limit can be chosen from what is seen.
 

@@ -1,4 +1,4 @@
-"""Load data sets from files, folders and the hub, with errors that name the broken line."""
+"""Load datasets from files, folders and the hub, with errors that name the broken line."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["load_dataset"]
 def load_dataset(
     name_or_path: str | Path, *, config_name: str | None = None, split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Load a data set from the hub, a folder, or a .json, .jsonl, .csv or .parquet file (each also .gz).
+    """Load a dataset from the hub, a folder, or a .json, .jsonl, .csv or .parquet file (each also .gz).
 
     A file has one split, ``train``, and, unless streaming, parts of it: ``train[:90%]``. JSON and CSV files are read
     here and not by ``datasets``, which would turn text that looks like a date or a number into one, and cannot say
     which line is broken. They are held in memory; ``streaming`` reads them line by line.
 
     Args:
-        name_or_path: an existing path, else the name of a data set on the hub.
-        config_name: the hub data set's configuration.
+        name_or_path: an existing path, else the name of a dataset on the hub.
+        config_name: the hub dataset's configuration.
         split: as in ``datasets.load_dataset``.
         streaming: read while iterating instead of up front.
 
@@ -49,7 +49,7 @@ def load_dataset(
     else:
         dataset = _load_with_library(source, config_name, split, streaming)
     if next(iter(dataset), None) is None:
-        raise UserError("the data set is empty.", remedy="It needs at least one row.", file=source)
+        raise UserError("the dataset is empty.", remedy="It needs at least one row.", file=source)
     return dataset
 
 
@@ -119,7 +119,7 @@ def _load_folder(path: Path, config_name: str | None, split: str, streaming: boo
             raise UserError(f"there is no split '{split}', only {', '.join(map(str, saved))}.", file=str(path))
         saved = saved[split]
     elif split != "train":
-        raise UserError(f"the folder holds one data set without splits; there is no split '{split}'.", file=str(path))
+        raise UserError(f"the folder holds one dataset without splits; there is no split '{split}'.", file=str(path))
     return saved.to_iterable_dataset() if streaming else saved
 
 

@@ -41,7 +41,7 @@ def require_readable(path: Path) -> None:
     """Raise ``UserError`` for a kind of file that is not known."""
     if extension(path) not in READERS:
         known = ", ".join(READERS)
-        raise UserError(f"unknown kind of file; known are {known}, each also with .gz.", file=str(path))
+        raise UserError(f"unknown file type; supported are {known}, each also with .gz.", file=str(path))
 
 
 def missing(source: str) -> UserError:

@@ -1,4 +1,4 @@
-"""The one templating path: from a demonstration to the tokens that training, sampling and scoring all see."""
+"""From a demonstration to tokens: the single code path that training, sampling and scoring share."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ class Tokenization:
     Args:
         tokenizer: of the model.
         max_prompt_length: in tokens, BOS included.
-        max_completion_length: in tokens, end-of-turn included. A longer completion is cut to this length and then has
-            no end-of-turn token, as a sample of the same length.
-        on_long_prompt: ``"error"`` raises on a prompt that is too long, ``"drop"`` leaves it out; it is never cut.
+        max_completion_length: in tokens, end-of-turn included. A longer completion is truncated to this length and
+            then has no end-of-turn token, like a sample of the same length.
+        on_long_prompt: ``"error"`` raises on a prompt that is too long, ``"drop"`` leaves it out; it is never
+            truncated.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -122,7 +123,7 @@ class Tokenization:
         )
 
     def completion(self, prompt: str | Messages, text: str, role: Role) -> Completion:
-        """The tokens of ``text`` as the answer to ``prompt``, finished or cut.
+        """The tokens of ``text`` as the answer to ``prompt``, finished or truncated.
 
         They are what follows the prompt's tokens in the tokens of prompt and answer together. Where the tokenizer
         merges the end of the prompt with the start of the answer there is no such place, and what the template puts
@@ -181,7 +182,7 @@ class Tokenization:
     def preference_group(self, demonstration: Demonstration, *, source: str | None = None) -> Group | None:
         """The prompt with the preferred and the rejected answer.
 
-        None if there is no rejected one, if both are the same once cut, or as in ``group``.
+        None if there is no rejected one, if both are the same after truncation, or as in ``group``.
 
         Raises:
             UserError: as ``group``.
@@ -266,11 +267,11 @@ class Tokenization:
             stop = next(stop for stop in stops if stripped.endswith(stop))
             text = stripped.removesuffix(stop)
         if not text.strip():
-            raise UserError("the answer is nothing but tokens that end a turn.", remedy="Leave the row out.")
+            raise UserError("the answer consists only of end-of-turn tokens.", remedy="Leave the row out.")
         for stop in stops:
             if stop in text:
                 raise UserError(
-                    f"{stop} ends a turn and stands in the middle of the answer.",
+                    f"{stop} is an end-of-turn token in the middle of the answer.",
                     remedy="Split the row into turns or take the token out.",
                 )
         return text
@@ -290,7 +291,7 @@ def _located(error: UserError, source: str | None, number: int) -> UserError:
 
 @dataclass
 class DataSummary:
-    """What became of the rows of a data set, counted while they were tokenized.
+    """What became of the rows of a dataset, counted while they were tokenized.
 
     Attributes:
         rows: rows read.
@@ -335,15 +336,15 @@ def tokenized_rows(
     tokenization: Tokenization,
     *,
     turns: Turns = "last",
-    source: str = "data set",
+    source: str = "dataset",
     summary: DataSummary | None = None,
 ) -> Iterator[TokenizedRow]:
-    """Read and tokenize a data set's demonstrations one by one; the way from rows to groups that everything takes.
+    """Read and tokenize a dataset's demonstrations one by one; the way from rows to groups that everything takes.
 
     Args:
         dataset: of a recognized format, map-style or streamed.
         turns: as in ``read_row``.
-        source: file or data set, for messages to people.
+        source: file or dataset, for messages to people.
         summary: is counted up as rows are read.
 
     Yields:
@@ -382,9 +383,9 @@ class TokenizedPrompt:
 
 
 def tokenized_prompts(
-    dataset: Dataset | IterableDataset, tokenization: Tokenization, *, source: str = "data set"
+    dataset: Dataset | IterableDataset, tokenization: Tokenization, *, source: str = "dataset"
 ) -> Iterator[TokenizedPrompt]:
-    """The prompts of a data set of a recognized format, or of one that holds a ``prompt`` column and no answers.
+    """The prompts of a dataset of a recognized format, or of one that holds a ``prompt`` column and no answers.
 
     Raises:
         UserError: as ``tokenized_rows``; or a prompt is no text and no list of messages.
@@ -419,7 +420,7 @@ def tokenize_dataset(
     tokenization: Tokenization,
     *,
     turns: Turns = "last",
-    source: str = "data set",
+    source: str = "dataset",
     summary: DataSummary | None = None,
 ) -> Dataset | IterableDataset:
     """The tokens of every demonstration, and of the rejected answer where there is one.
@@ -432,7 +433,7 @@ def tokenize_dataset(
         dataset: of a recognized format; streamed data is read lazily, other data entirely, now.
         tokenization: how.
         turns: as in ``read_row``.
-        source: file or data set, for messages to people.
+        source: file or dataset, for messages to people.
         summary: is counted up; of streamed data, while it is read.
 
     Raises:

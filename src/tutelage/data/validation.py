@@ -23,7 +23,7 @@ def split_validation(
     rows: int | None = None,
     seed: int,
     turns: Turns = "last",
-    source: str = "data set",
+    source: str = "dataset",
 ) -> tuple[Dataset, Any]:
     """Take validation rows out of the training data.
 
@@ -47,7 +47,7 @@ def split_validation(
         wanted = rows or max(16, min(128, len(dataset) // 10))
         if wanted > len(dataset) // 2:
             raise UserError(
-                f"{wanted} of {len(dataset)} rows would be kept from training.",
+                f"{wanted} of {len(dataset)} rows would be held out as validation rows.",
                 remedy="Give more data, or lower --validation_rows.",
                 file=source,
                 field="validation_rows",
@@ -63,7 +63,5 @@ def split_validation(
         return raw, tokenized.filter(trains)
     left = tokenized.select([place for place, row in enumerate(tokenized) if trains(row)])
     if not len(left):
-        raise UserError(
-            "every row is also among those kept from training.", remedy="Give more different rows.", file=source
-        )
+        raise UserError("every row is also a validation row.", remedy="Give more different rows.", file=source)
     return raw, left

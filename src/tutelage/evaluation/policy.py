@@ -42,7 +42,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Findings, one value per held-out row.
+    """Results, one value per held-out row.
 
     Attributes:
         rows: the rows' numbers.
@@ -78,7 +78,7 @@ class Evaluation:
         for name, pairs in (("preference", self.preference_rewards), ("preference_logp", self.preference_logps)):
             if pairs is not None:
                 gaps = pairs[:, 0] - pairs[:, 1]
-                # A tie tells nothing and counts half: so does the start, whose implicit reward is zero everywhere.
+                # A tie counts half. At the start the implicit reward is zero everywhere, so all are ties.
                 values[f"{name}_accuracy"] = np.where(gaps == 0, 0.5, gaps > 0).tolist()
                 values[f"{name}_gap"] = gaps.tolist()
         for name in ("reward_accuracy", "preference_reward_accuracy"):
@@ -170,7 +170,7 @@ class EvaluationSet:
 
         Args:
             verifier: see ``load_verifier``.
-            limit: take the first so many rows.
+            limit: use only the first ``limit`` rows.
             turns: as for training.
 
         Raises:
@@ -269,7 +269,7 @@ class EvaluationSet:
         reward: Reward | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
-        """Look at the policy.
+        """Evaluate the policy.
 
         Args:
             beta: temperature of the implicit reward.
@@ -279,7 +279,7 @@ class EvaluationSet:
             seed: of the answers.
             sample: draw one answer per row at temperature 1; by default if there is a verifier to score it.
             greedy: also decode one greedily.
-            reward: a learned reward to look at.
+            reward: a learned reward to evaluate.
             on_progress: called with the number of answers drawn so far, sampled and greedy together.
 
         Raises:
@@ -398,7 +398,7 @@ def _score(verifier: Verifier, text: str, demonstration: Demonstration, source: 
     except Exception as error:  # whatever a user's function may raise, the row should be named
         raise UserError(
             f"the verifier failed: {type(error).__name__}: {error}.",
-            remedy="Mend the verifier or the row; it is called with the answer's text and the row.",
+            remedy="Fix the verifier or the row; it is called with the answer's text and the row.",
             file=source,
             row=demonstration.number,
         ) from error

@@ -1,8 +1,8 @@
 """Means with intervals, and differences of two runs on the same rows.
 
 Which interval is used is decided here and nowhere else: `mean_interval` and `paired_difference` take formulas for
-0/1 scores and the bootstrap for everything else. A bootstrap only knows the spread that it saw: of eight right answers
-out of eight it would say that the accuracy is 1, exactly.
+0/1 scores and the bootstrap for everything else. A bootstrap only knows the variation in its data: for eight right
+answers out of eight it would give an accuracy of exactly 1.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _wilson(n: int, p: float, confidence: float) -> Interval:
 def bounded_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Mean of ``values`` [n] in [0, 1] with Wilson's interval, which is too wide for them rather than too narrow.
 
-    No distribution on [0, 1] varies more than that of zeros and ones with the same mean. The bootstrap, of a handful of
-    rows that happen to be alike, would be sure of them.
+    No distribution on [0, 1] varies more than that of zeros and ones with the same mean. The bootstrap would be
+    overconfident for a handful of rows that happen to be alike.
 
     >>> bounded_interval([0.75, 0.75, 1.0]).low < 0.5
     True

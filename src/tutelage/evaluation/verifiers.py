@@ -31,7 +31,7 @@ def load_verifier(name: str) -> Verifier:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(
-            f"'{name}' names no verifier.", remedy="Write reasoning_gym:NAME or module:function.", field="verifier"
+            f"'{name}' is not a verifier.", remedy="Write reasoning_gym:NAME or module:function.", field="verifier"
         )
     if module == "reasoning_gym":
         return _reasoning_gym_verifier(attribute)
@@ -44,7 +44,7 @@ def load_verifier(name: str) -> Verifier:
             field="verifier",
         ) from error
     if not callable(verifier):
-        raise UserError(f"'{name}' is no function.", remedy="Name a function of (text, row).", field="verifier")
+        raise UserError(f"'{name}' is not a function.", remedy="Name a function of (text, row).", field="verifier")
     return cast(Verifier, verifier)
 
 

@@ -35,11 +35,11 @@ def attention_kind(config: PreTrainedConfig) -> str | None:
 
 @contextmanager
 def attention_by_products(base: PreTrainedModel, length: int) -> Iterator[None]:
-    """Within, a model on a CPU that attends by SDPA does so by ``product_attention``, in bfloat16 and over short rows.
+    """Context in which a model on a CPU uses ``product_attention`` instead of SDPA, in bfloat16 and for short rows.
 
-    torch's fused kernel for CPUs runs at a fraction of the rate of matrix products. What it spares is the probabilities, heads ×
-    L² numbers per row and layer that a backward pass needs, so rows of over 512 tokens stay with it; and so does a model
-    that recomputes its activations, because it does that outside.
+    torch's fused kernel for CPUs runs at a fraction of the rate of matrix products. It saves storing the
+    probabilities, heads × L² numbers per row and layer, for the backward pass. So rows of more than 512 tokens keep
+    it, and so do models with activation checkpointing, which recompute outside this context.
 
     Args:
         length: L, tokens of the longest row.
@@ -72,17 +72,18 @@ def product_attention(
 ) -> tuple[Tensor, None]:
     """softmax(Q Kᵀ · scaling) V under a mask, in the form of transformers' ``AttentionInterface``.
 
-    Heads that share a key and a value are rows of one product, so neither is repeated.
+    Query heads that share a key and a value are rows of one matrix product, so neither is repeated.
 
     Args:
         query: [B, heads, L, D].
         key: [B, shared heads, S, D].
         value: [B, shared heads, S, E].
-        attention_mask: [B, 1, L, S], True where a token is seen. Without one (rows of one length), with one of another kind,
-            and with dropout, SDPA attends; so it does with what only some architectures ask for.
+        attention_mask: [B, 1, L, S], True where a token may be attended to. Without a mask (rows of one length), with
+            a mask of another kind, with dropout, and with options that only some architectures use, SDPA is called
+            instead.
 
     Returns:
-        [B, L, heads, E], and no probabilities.
+        [B, L, heads, E], and None for the attention probabilities.
     """
     asked_for_more = any(options.get(name) is not None for name in ("position_bias", "softcap"))
     if dropout or asked_for_more or attention_mask is None or attention_mask.dtype != torch.bool:

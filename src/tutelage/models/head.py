@@ -1,4 +1,4 @@
-"""The language-model head, and log-probs of targets under it, a block of the vocabulary at a time."""
+"""The language-model head, and log-probs of targets under it, computed in blocks of the vocabulary."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 __all__ = ["LMHead", "head_logps", "in_computing_precision", "in_row_chunks", "vocab_block_size", "vocab_blocks"]
 
-# Logits of one block hold about this many numbers. On a CPU they stay in the last-level cache between the products; an
-# accelerator wants products that are large.
+# Logits per block. On a CPU a block stays in the last-level cache between the matrix products; an accelerator needs
+# large matrix products.
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**21, 2**26
 # Columns of a block are a multiple of this: kernels for matrix products are slow on sizes that are not a multiple of 8,
 # and their tiles are 64 to 256 wide.
@@ -51,7 +51,7 @@ class LMHead:
         return type(self.module) is nn.Linear
 
     def raw_logits(self, hidden_NH: Tensor) -> Tensor:
-        """[N, V] what the linear layer gives, in the model's precision; ``transform`` makes logits of it."""
+        """[N, V] output of the linear layer in the model's precision; ``transform`` turns it into logits."""
         return self.module(hidden_NH)
 
     def transform(self, raw_NV: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,7 +104,7 @@ def in_computing_precision(hidden_NH: Tensor) -> Tensor:
 
 
 def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size: int | None = None) -> Tensor:
-    """Log-prob of each target; nothing of size N × V is ever there.
+    """Log-prob of each target, without ever building an N × V tensor.
 
     Args:
         hidden_NH: last hidden states.
@@ -146,7 +146,7 @@ def in_row_chunks(function: Callable[..., Tensor], vocab_size: int, *tensors: Te
 
 
 class _HeadLogps(torch.autograd.Function):
-    """log p(y) = z_y − log Σ_v exp z_v with z = W h, as FlashAttention goes over keys (arXiv 2205.14135, algorithm 1).
+    """log p(y) = z_y − log Σ_v exp z_v with z = W h, by online softmax (as FlashAttention, arXiv 2205.14135).
 
     We keep a running maximum and sum (online softmax) and discard each block. ∂ log p(y)/∂h = W_y − Σ_v p_v W_v, times
     the gradient from above, which is one factor per token. So the same pass sums Σ_v p_v W_v, and a frozen head costs two
@@ -229,7 +229,7 @@ def vocab_blocks(
 
 
 def _places(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """[N, 1] whether each target is in the block, and where (anywhere, if it is not)."""
+    """[N, 1] whether each target is in the block, and its position there (arbitrary if it is not)."""
     places_N1 = (targets_N - block.start)[:, None]
     last = block.stop - block.start - 1
     return (places_N1 >= 0) & (places_N1 <= last), places_N1.clamp(0, last)

@@ -50,7 +50,7 @@ def load_model(
     Args:
         name_or_path: hub name or folder. An adapter's folder (the output of an adapter run) loads base and adapter,
             the adapter trainable; the folder of a run with a reward loads its policy.
-        dtype: of the base's weights; adapters are kept in float32, where small steps are not rounded away. None
+        dtype: precision of the base's weights; adapters are in float32, where small updates do not round to zero. None
             takes float32 for weights that are trained. Frozen ones keep their stored precision, unless products are
             ``computing`` in float32 and float32 weights fit into memory.
         whole: whether all weights of a full model will be trained; read where ``dtype`` is None.
@@ -89,7 +89,7 @@ def load_model(
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token of the tokenizer has a row in the model's embedding; a model may have spare rows.
+    """Check that every token of the tokenizer has a row in the model's embedding; the model may have extra rows.
 
     Raises:
         UserError: the tokenizer knows more tokens than the model.
@@ -104,7 +104,7 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Put a fresh adapter on a model whose own weights then stay as they are.
+    """Add a new adapter to a model and freeze the model's own weights.
 
     Raises:
         UserError: the model already has an adapter; or the adapter would change a head that is tied to the

@@ -1,4 +1,4 @@
-"""What the process asks of the C library's allocator."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ _LARGEST = 32 * 2**20  # bytes; glibc takes no larger threshold
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what one tensor freed for the next, instead of handing it to the kernel and asking for it again.
+    """Make glibc keep freed memory for the next tensor, instead of returning it to the kernel and requesting it again.
 
-    Decoding and training on a CPU take and free megabytes some hundred times a step; with glibc's defaults a third to a half of
-    their time is page faults. No result changes; the process holds what it freed until it ends. Pieces of over 32 MiB are still mapped one by one:
-    among small ones they would leave holes that the next of them does not fit in, and the heap would grow without end.
+    Decoding and training on a CPU allocate and free megabytes about a hundred times per step; with glibc's defaults a
+    third to a half of the time is page faults. No result changes. The process keeps freed memory until it exits.
+    Blocks over 32 MiB are still mapped individually: on the heap they would leave holes that the next one does not fit
+    in, and the heap would grow without bound.
 
     Returns:
-        whether the C library took it: True with glibc, False elsewhere.
+        whether the C library accepted the setting: True with glibc, False elsewhere.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -23,14 +23,14 @@ __all__ = [
 
 
 def precision(base: PreTrainedModel) -> torch.dtype:
-    """What the model computes in: autocast's precision where that is on, else its weights'."""
+    """The precision the model computes in: autocast's if it is on, else that of the weights."""
     device = base.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off within, the model's mode restored after."""
+    """Context with dropout off; the model's mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -69,9 +69,10 @@ def exact_float32() -> Iterator[None]:
 
 @contextmanager
 def adapters_under_autocast(model: nn.Module) -> Iterator[None]:
-    """Within, adapters take their input as it comes where autocast chooses the precision.
+    """Context in which adapters do not cast their input if autocast chooses the precision.
 
-    peft casts it to the adapter's float32, and autocast back: two copies of every activation for the same numbers.
+    Otherwise peft casts it to the adapter's float32 and autocast casts it back: two needless copies of every
+    activation.
     """
     active = torch.is_autocast_enabled(base_causal_lm(model).device.type)
     with disable_input_dtype_casting(model, active=active):
@@ -80,7 +81,7 @@ def adapters_under_autocast(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within, the model drops nothing even in training mode, which activation checkpointing needs."""
+    """Context without dropout although the model stays in training mode, which activation checkpointing needs."""
     saved = [
         (module, name, value)
         for module in model.modules()

@@ -13,7 +13,7 @@ _CONFIGS = ("config.json", "adapter_config.json")
 
 
 def require_exists(name_or_path: str, field: str = "model_name_or_path") -> None:
-    """A path into a folder that is there, to something that is not, is a mistyped path and no name on the hub.
+    """Raise if the name looks like a mistyped path: its parent folder exists, but the path does not.
 
     Raises:
         UserError: it is such a path.
@@ -44,9 +44,9 @@ def require_model(
 
 
 def run_part(name_or_path: str, part: Literal["policy", "reward"]) -> str:
-    """The model meant by the folder of a run that learned a reward: its policy and its reward lie side by side in it.
+    """The model that the folder of a run with a reward stands for; it holds a policy and a reward side by side.
 
-    Whatever has a model of its own, and whatever is no such folder, is meant as it is.
+    Any other name or folder is returned unchanged.
     """
     folder = Path(name_or_path)
     has_model = any((folder / name).exists() for name in _CONFIGS)

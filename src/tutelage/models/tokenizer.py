@@ -13,7 +13,7 @@ __all__ = ["load_tokenizer"]
 def load_tokenizer(
     name_or_path: str, *, revision: str = "main", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies with a model or an adapter, or with the policy of a run with a reward.
+    """Load the tokenizer saved with a model or an adapter, or with the policy of a run that learned a reward.
 
     Raises:
         UserError: there is none.

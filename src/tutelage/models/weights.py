@@ -1,4 +1,4 @@
-"""Sets of values for a model's trainable weights: hold, exchange, save and name them."""
+"""Sets of values for a model's trainable weights: hold, swap, save and fingerprint them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 class WeightSet:
     """Another set of values for a model's trainable weights: π_0's, or those of a reward on the same frozen base.
 
-    Holds the trainable weights alone: a few megabytes with adapters, which share the frozen base; as much as the model
+    Holds only the trainable weights: a few megabytes with adapters, which share the frozen base; as much as the model
     itself when all parameters are trained.
 
     Attributes:
@@ -38,9 +38,9 @@ class WeightSet:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within, the model has this set's weights; tensors change hands and nothing is copied.
+        """Context in which the model has this set's weights. Tensors are swapped, not copied.
 
-        A backward pass belongs inside too: autograd reads a weight when it needs it. Inside itself it changes nothing.
+        Run the backward pass inside too, because autograd reads the weights then. Nesting has no further effect.
         """
         if self._is_active:
             yield
@@ -60,7 +60,7 @@ class WeightSet:
 
 
 def save_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
-    """Write weights in their order, by a temporary name; ``load_weights`` reads them."""
+    """Write weights in order, atomically; ``load_weights`` reads them."""
     temporary = path.with_name(path.name + ".tmp")
     save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
     os.replace(temporary, path)
@@ -68,7 +68,7 @@ def save_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
 
 @torch.no_grad()
 def load_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
-    """Take over weights that ``save_weights`` wrote, in the same order."""
+    """Load weights that ``save_weights`` wrote, in the same order."""
     state = load_file(path)
     for index, parameter in enumerate(parameters):
         parameter.copy_(state[str(index)])

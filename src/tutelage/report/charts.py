@@ -1,7 +1,7 @@
-"""A run's history and the candidates that it chose from as SVG, to stand inside a page.
+"""A run's history and its candidate policies as inline SVG.
 
 matplotlib draws with stand-in colors that are then replaced by CSS variables, so that one drawing serves the light
-and the dark page. No text of a user's goes into a drawing: names and titles are the page's to write, and to escape.
+and the dark page. No user text goes into a drawing; names and titles are written, and escaped, by the page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else, neither scripts nor anything from the network."""
+"""report.html: one self-contained file, without scripts or anything from the network."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def summary_columns(runs: Sequence[RunRecord]) -> list[Column]:
 
 
 def summary_table(runs: Sequence[RunRecord]) -> Table:
-    """The summary for a terminal of 100 columns: a run a row, the 95% intervals below their values.
+    """The summary for a terminal of 100 columns: one row per run, with the 95% intervals below the values.
 
     Where there are more columns than have room, what the runs cost is left to the page.
 

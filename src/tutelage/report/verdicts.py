@@ -1,4 +1,4 @@
-"""Did it help? Each method against its control, in sentences that claim no more than the rows can show."""
+"""Verdicts: each method against its control, claiming no more than the rows can show."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def judge(runs: Sequence[RunRecord]) -> list[Verdict]:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """A number with a true minus sign, for people to read; never "−0.00".
+    """A number with a proper minus sign; never "−0.00".
 
     >>> signed(-0.0401), signed(-0.001), signed(12)
     ('−0.04', '0.00', '12.00')

@@ -13,7 +13,7 @@ __all__ = ["Reward"]
 
 
 class Reward(Protocol):
-    """Scores the completions of groups; higher is better, and only differences within a prompt mean anything."""
+    """Scores the completions of groups. Higher is better; only differences within a prompt are meaningful."""
 
     def score(self, groups: Sequence[Group]) -> Tensor:
         """Reward of every completion, without gradient.

@@ -1,4 +1,4 @@
-"""Which completions a reward compares, and its numbers as a policy may be judged by them."""
+"""Which completions a reward compares, and which rewards the policy phase uses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def contrast(group: Group, truncated_samples: TruncatedSamples) -> list[Group]:
 
 
 def policy_rewards(group: Group, truncated_samples: TruncatedSamples) -> list[float | None]:
-    """Rewards of a scored group's samples as a policy may be judged by them; None for one that is left out.
+    """Rewards of a scored group's samples as the policy phase uses them; None for a sample that is left out.
 
     ``floor``: a truncated sample is never better than the worst of its prompt that finished; where none finished, all are
     left out, because the reward has compared no truncated answer with a whole one. ``drop``: truncated samples are left
@@ -61,9 +61,9 @@ def policy_rewards(group: Group, truncated_samples: TruncatedSamples) -> list[fl
 
 
 def reward_scale(rewards: Sequence[Sequence[float | None]]) -> float:
-    """What rewards are divided by: their spread within a prompt where that is above 1, else 1.
+    """The divisor of the rewards: their standard deviation within a prompt if that is above 1, else 1.
 
-    Rewards are scaled down, never up: while a reward can hardly tell samples apart, what it says stays quiet.
+    Rewards are scaled down, never up: while a reward can hardly separate samples, its noise is not amplified.
 
     Args:
         rewards: of the samples of each prompt; None for one that is left out.

@@ -1,4 +1,4 @@
-"""A learned reward: a body with a scalar head, which may share its frozen base with the policy."""
+"""A learned reward model: a body with a scalar head, which may share its frozen base with the policy."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _FACTS = "reward.json"
 class ExplicitReward:
     """r(x, y) = w · h, the head's weights times the body's last hidden state at the completion's last token.
 
-    That token is the end-of-turn token of a completion that finished, and the token it was cut at of one that was not.
+    That token is the end-of-turn token, unless the completion was truncated.
 
     Args:
         model: the body, a transformers model with or without adapters and with any head, which is not used.
         head: linear, from the hidden size to one number.
-        weights: where the body is a policy's, the reward's own values of its trainable weights; None where the body is
-            the reward's own.
+        weights: if the body is shared with a policy, the reward's own values of its trainable weights; None if the
+            reward has its own body.
         layout, batch_size, pad_token_id: as for ``cached_logps``.
         autocast: makes a context for mixed precision.
     """
@@ -63,13 +63,14 @@ class ExplicitReward:
 
     @staticmethod
     def fresh(model: nn.Module, *, shared: bool, **options: Any) -> ExplicitReward:
-        """A reward that has learned nothing yet and is 0 everywhere.
+        """An untrained reward, which is 0 everywhere.
 
-        A random head would read some large hidden states as large rewards, which a first pass does no more than unlearn.
+        A random head would turn some large hidden states into large rewards, and the first pass would only unlearn
+        them.
 
         Args:
-            model: its body. ``shared``: it is a policy's, and the reward gets its own set of the trainable weights, which
-                start from the policy's.
+            model: its body. ``shared``: the body belongs to a policy, and the reward gets its own copy of the
+                trainable weights, initialized from the policy's.
             options: further arguments of the constructor.
         """
         size = base_causal_lm(model).config.get_text_config().hidden_size
@@ -80,7 +81,7 @@ class ExplicitReward:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained: the body's trainable weights and the head."""
+        """The trained parameters: the body's trainable weights and the head."""
         body = (
             self.weights.parameters
             if self.weights
@@ -90,7 +91,7 @@ class ExplicitReward:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within, the body has the reward's weights; forward and backward passes of training belong inside."""
+        """Context in which the body has the reward's weights. Run forward and backward inside it."""
         with self.weights.active() if self.weights else nullcontext():
             yield
 
@@ -124,7 +125,7 @@ class ExplicitReward:
     def rewards(self, groups: Sequence[Group]) -> Tensor:
         """[C] float32 rewards with gradient, groups and completions in order; call it within ``active``."""
         hidden_CH = end_hidden_states(self.model, groups, layout=self.layout, pad_token_id=self.pad_token_id)
-        # The head is tiny and its output is compared: not in bfloat16, unless it was loaded so.
+        # The head is tiny and its outputs are compared, so it does not run in bfloat16 unless it was loaded in it.
         with torch.autocast(hidden_CH.device.type, enabled=False):
             return self.head(hidden_CH.to(cast(Tensor, self.head.weight).dtype)).squeeze(-1).float()
 
@@ -178,8 +179,8 @@ class ExplicitReward:
         body = base_causal_lm(self.model)
         config = copy.deepcopy(body.config)
         config.num_labels = 1
-        # transformers reads the last token that is no pad token. Where EOS pads, that would be the one before the end:
-        # without a pad token it scores single rows right and refuses batches.
+        # transformers reads the last token that is not padding. If EOS is the pad token, that is the one before EOS.
+        # Without a pad token it scores single rows correctly and refuses batches.
         config.pad_token_id = None if self.pad_token_id == tokenizer.eos_token_id else self.pad_token_id
         with torch.device("meta"):
             whole = AutoModelForSequenceClassification.from_config(config)
@@ -188,7 +189,7 @@ class ExplicitReward:
         whole.save_pretrained(folder)
 
     def start_from(self, folder: str | Path) -> None:
-        """Take over the weights of a reward that an earlier run left, an adapter or a whole model as this one is.
+        """Load the weights of an earlier run's reward, an adapter or a whole model like this one.
 
         Args:
             folder: the run's, or its ``reward`` folder.
@@ -276,7 +277,7 @@ class ExplicitReward:
         """Load a reward model: a run's ``reward`` folder, or any causal model for sequence classification with one label.
 
         Args:
-            layout: not "auto", whose probe compares log-probs, which a reward model has none of.
+            layout: not "auto", because its probe compares log-probs, and a reward model has none.
             field: what errors call the setting that named the folder.
             options: ``batch_size``, ``pad_token_id``, ``autocast`` of the constructor.
 
@@ -298,9 +299,9 @@ class ExplicitReward:
             ) from error
         head = scalar_head(model)
         headless_adapter = hasattr(model, "peft_config") and not isinstance(head, ModulesToSaveWrapper)
-        if loaded["missing_keys"] or headless_adapter:  # transformers fills up with random numbers
+        if loaded["missing_keys"] or headless_adapter:  # transformers initializes them at random
             raise UserError(
-                "a language model is there, or its adapter, and no reward model: it has no head that gives a reward.",
+                "this is a language model (or its adapter), not a reward model: it has no reward head.",
                 remedy="Give the reward folder of a run, or a model for sequence classification with one label.",
                 file=name,
                 field=field,
@@ -313,7 +314,7 @@ def _refuse(folder: Path, problem: str, remedy: str) -> UserError:
 
 
 def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The base's weights under an adapter, by names that do not tell which layers the adapter is on."""
+    """The base's weights under an adapter, by names that do not depend on which layers the adapter is on."""
     return [
         (name.replace(".base_layer", ""), p)
         for name, p in base_causal_lm(model).named_parameters()
@@ -322,10 +323,10 @@ def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def scalar_head(model: PreTrainedModel) -> nn.Module:
-    """The linear layer that makes a reward of a hidden state.
+    """The linear layer that turns a hidden state into a reward.
 
     Raises:
-        UserError: the model has none, or several things stand between its body and its reward.
+        UserError: the model has none, or there is more than one layer between its body and its reward.
     """
     heads = [child for name, child in model.named_children() if name != model.base_model_prefix]
     if len(heads) != 1 or getattr(getattr(heads[0], "weight", None), "shape", (0,))[0] != 1:

@@ -1,4 +1,4 @@
-"""The reward phase: a reward learns to put demonstrations over samples (and preferred answers over rejected ones)."""
+"""The reward phase: a reward learns to rank demonstrations above samples (and preferred above rejected answers)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class RewardObjective:
-    """What a reward phase minimizes: w_d · loss of demonstrations over samples + w_p · loss of preference pairs.
+    """What a reward phase minimizes: w_d · loss of demonstrations vs. samples + w_p · loss of preference pairs.
 
     The weighted sum is that of Li et al. 2024, "Joint Demonstration and Preference Learning" (AIHF, arXiv 2406.06874).
 
@@ -60,12 +60,12 @@ class RewardFitter:
         reward: what learns.
         objective: what it minimizes.
         optimizer: over ``reward.parameters``.
-        batch_size: groups an optimizer step.
-        micro_batch_size: groups a forward pass.
+        batch_size: groups per optimizer step.
+        micro_batch_size: groups per forward pass.
         preferences: preference pairs as groups; every step takes the next ``batch_size`` of them.
-        max_grad_norm: longer gradients are shortened to it; 0 leaves them.
-        saturation: a phase stops when the accuracy over its last steps reaches this; they are as many as it takes to see
-            4 · ``batch_size`` groups, since one batch's luck is no saturation. None never stops.
+        max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
+        saturation: a phase stops early when the accuracy over its last 4 · ``batch_size`` groups reaches this value; a
+            single batch would be too noisy. None never stops early.
         seed: of the order of the groups.
     """
 
@@ -103,7 +103,7 @@ class RewardFitter:
             groups: with at least one pair each (see ``contrast``).
             phase: its number, which decides the order of the groups.
             epochs: over the groups. ``steps`` in optimizer steps goes before it.
-            on_step: called after each step with the number of steps done and what the step saw.
+            on_step: called after each step with the number of steps done and the metrics of the step.
 
         Returns:
             means over the phase, each batch seen before its step: ``loss``, ``accuracy`` (a tie counts half),
@@ -149,7 +149,7 @@ class RewardFitter:
         return steps if steps is not None else epochs * math.ceil(groups / self.batch_size)
 
     def _batches(self, groups: Sequence[Group], phase: int) -> Iterator[list[Group]]:
-        """Pass after pass, each in an order of its own that depends on seed, phase and pass alone."""
+        """Batches pass by pass, each pass in a new order that depends only on seed, phase and pass."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + phase)
         while True:
             order = torch.randperm(len(groups), generator=generator).tolist()
@@ -161,7 +161,7 @@ class RewardFitter:
         return [self.preferences[index % len(self.preferences)] for index in range(first, first + self.batch_size)]
 
     def _step(self, batch: list[Group], phase: int) -> dict[str, float]:
-        """One optimizer step; what it saw is of demonstrations and samples alone."""
+        """One optimizer step; its metrics cover only demonstrations and samples."""
         sums = dict.fromkeys(("loss", "accuracy", "demonstrations", "samples"), 0.0)
         pairs = sum(len(group.pairs) for group in batch)
         preferences = self._preference_batch() if self.preferences else []
@@ -191,7 +191,7 @@ class RewardFitter:
         }
 
     def _rewards(self, groups: Sequence[Group]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rewards of both sides of all pairs, micro-batch by micro-batch, and weights that make groups count alike."""
+        """Rewards of both sides of all pairs, by micro-batch, and weights that give every group equal total weight."""
         ordered = sorted(groups, key=len)
         for start in range(0, len(ordered), self.micro_batch_size):
             batch = ordered[start : start + self.micro_batch_size]

@@ -1,4 +1,4 @@
-"""The reward that a trained policy implies."""
+"""The implicit reward of a trained policy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ImplicitReward:
     Args:
         policy: π.
         reference: π_0: another model; a ``WeightSet`` of the policy; or None for the base under the policy's adapter.
-        beta: temperature, in units of reward a nat.
+        beta: temperature, in units of reward per nat.
         layout, batch_size, pad_token_id: as for ``cached_logps``.
 
     Raises:

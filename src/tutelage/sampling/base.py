@@ -1,4 +1,4 @@
-"""What a sampler is, and the random numbers it draws with."""
+"""The sampler protocol, and the random numbers that samplers use."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["Sample", "Sampler", "SamplingParams", "uniforms"]
 class SamplingParams:
     """How completions are drawn.
 
-    The method's theory wants ỹ ~ π itself: temperature 1, no top-k, no top-p, which are the defaults.
+    The theory assumes ỹ ~ π itself: temperature 1, no top-k, no top-p, which are the defaults.
 
     Attributes:
-        max_completion_length: tokens, end-of-turn included, after which a completion is cut.
-        stop_ids: tokens that end a completion; the one that did is its last token.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        max_completion_length: maximum tokens, end-of-turn included; longer completions are truncated.
+        stop_ids: tokens that end a completion; the one that ended it is its last token.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-        seed: together with stage, row, draw and position, decides every token.
+        seed: determines every token, together with stage, row, draw and position.
     """
 
     max_completion_length: int = 256
@@ -58,7 +58,7 @@ class Sample:
         token_ids: the tokens, with the stop token that finished it, if one did.
         token_logps: log-prob of each under the policy it was drawn from, temperature and filters included (nats); at
             temperature 0 under the policy as it is.
-        finished: False if it was cut at the length limit.
+        finished: False if it was truncated at the length limit.
     """
 
     token_ids: tuple[int, ...]
@@ -106,10 +106,10 @@ class Sampler(Protocol):
 
 
 def uniforms(seed: int, stage: int, rows: np.ndarray, draws: np.ndarray, position: int) -> np.ndarray:
-    """One number in [0, 1) for a token, a function of where the token stands and of nothing else.
+    """One uniform number in [0, 1) per token, a function only of the token's coordinates.
 
-    A counter-based generator: the coordinates are absorbed one after the other by the finalizer of SplitMix64
-    (Steele, Lea and Flood 2014), so batch size, order, process count and resumption change no sample.
+    A counter-based generator: the coordinates are mixed in one by one with the finalizer of SplitMix64 (Steele, Lea
+    and Flood 2014), so samples do not depend on batch size, order, number of processes or resuming.
 
     Args:
         rows, draws: [B] integers.
@@ -130,7 +130,7 @@ def uniforms(seed: int, stage: int, rows: np.ndarray, draws: np.ndarray, positio
 
 
 def _splitmix64(state: np.ndarray) -> np.ndarray:
-    state = state + np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around, as the generator wants
+    state = state + np.uint64(0x9E3779B97F4A7C15)  # uint64 arrays wrap around, which the generator relies on
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Sampling in the training process, from the model as it stands."""
+"""Sampling in the training process, from the current weights of the model."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class TransformersSampler:
     On a CPU it asks the process to keep freed memory (``tutelage.models.memory``).
 
     Args:
-        model: sampled from as it stands at each call; put into evaluation mode meanwhile.
-        batch_size: sequences decoded side by side. Changes speed and memory, not the samples.
-        pad_token_id: fills prompts up at the left; no sample depends on it.
+        model: sampled with its current weights at each call, in evaluation mode.
+        batch_size: sequences decoded in parallel. Affects speed and memory, not the samples.
+        pad_token_id: pads prompts on the left; no sample depends on it.
 
     Raises:
-        UserError: the model keeps no key-value cache that can be cut to the unfinished rows.
+        UserError: the model has no key-value cache that can be reduced to the unfinished rows.
     """
 
     def __init__(self, model: nn.Module, *, batch_size: int = 64, pad_token_id: int = 0):
@@ -71,7 +71,7 @@ class TransformersSampler:
         stage: int = 0,
         on_finished: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
-        """See ``Sampler.sample``. Prompts of like length are decoded together; finished rows leave the batch."""
+        """See ``Sampler.sample``. Prompts of similar length are decoded together; finished rows leave the batch."""
         rows = range(len(prompts)) if rows is None else rows
         samples: list[list[Sample]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -111,7 +111,7 @@ class TransformersSampler:
             running = batch.extend(live, running, tokens, logps, params.stop_ids)
             if not running.any() or position + 1 == params.max_completion_length:
                 break
-            # Cutting the cache copies it, so rows leave when an eighth of the batch has finished.
+            # Removing rows copies the cache, so rows leave only once an eighth of the batch has finished.
             if running.sum() <= len(live) * 7 // 8:
                 keep = torch.from_numpy(np.flatnonzero(running)).to(device)
                 cache.batch_select_indices(keep)
@@ -131,8 +131,8 @@ class TransformersSampler:
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache, Tensor]:
         """Run each prompt once: its last hidden state, the cache, and the mask of what is no padding.
 
-        A few prompts go at a time, so that what a layer hands to the next is small, and prompts of like length are padded
-        to each other alone.
+        A few prompts run at a time, which keeps activations small, and prompts are padded only to others of similar
+        length.
         """
         base = base_causal_lm(self.model)
         width = max(len(prompt) for prompt in prompts)
@@ -209,10 +209,10 @@ def draw_tokens(
     params: SamplingParams,
     transform: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the cumulative distribution at one uniform number per row.
+    """Draw one token per row by inverse-CDF sampling, with one uniform number per row.
 
-    Sampling by a random number per token of the vocabulary (``torch.multinomial``, Gumbel noise) costs several times
-    a decoding step at 262,144 tokens; here a softmax and the sums of its blocks are all that goes over the vocabulary.
+    Methods that need a random number per vocabulary entry (``torch.multinomial``, Gumbel noise) cost several times a
+    decoding step with 262,144 tokens; here only a softmax and its block sums read the whole vocabulary.
 
     Args:
         logits_BV: [B, V], in any precision.
@@ -255,20 +255,20 @@ def _draw(logits: Tensor, numbers: Tensor, params: SamplingParams) -> tuple[Tens
     cumulative = block_sums.cumsum(1)
     threshold = numbers[:, None] * cumulative[:, -1:]  # which is one, but for rounding
     block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[1] - 1)
-    # Rounding must not lead into a block, or to a token, of probability zero: the last possible one takes the rest.
+    # Rounding must not select a block or a token of probability zero: the last possible one takes the remainder.
     block = torch.minimum(block, _last_positive(block_sums))
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double()
     remainder = (threshold - (cumulative.gather(1, block) - block_sums.gather(1, block))).clamp_(min=0)
     offset = torch.searchsorted(inside.cumsum(1), remainder, right=True).clamp_(max=_BLOCK - 1)
     offset = torch.minimum(offset, _last_positive(inside))
-    tokens = (block * _BLOCK + offset).clamp_(max=probs.shape[1] - 1)  # NaN leads beyond the last
+    tokens = (block * _BLOCK + offset).clamp_(max=probs.shape[1] - 1)  # NaN gives an index beyond the last
     return tokens[:, 0], probs.gather(1, tokens).log_()[:, 0]
 
 
 def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature != 1:
         logits = logits / params.temperature
-    no_ids = torch.empty(0)  # these warpers read the scores alone, and keep the highest
+    no_ids = torch.empty(0)  # these warpers read only the scores, and keep the highest
     if params.top_k:
         logits = TopKLogitsWarper(params.top_k)(no_ids, logits)  # type: ignore[arg-type]
     if params.top_p < 1:
@@ -290,7 +290,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[T
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer with room to grow: a step writes its own token and copies no other.
+    """Keys and values of one layer in a preallocated buffer: a step writes only its own token and copies nothing.
 
     transformers' dynamic layer concatenates, which copies the whole cache at each step.
     """
@@ -301,7 +301,7 @@ class _GrowingLayer(DynamicLayer):
 
     @staticmethod
     def joined(layers: Sequence[DynamicLayer], width: int) -> _GrowingLayer:
-        """The rows of several layers below each other, each filled up at the left to ``width`` tokens."""
+        """The rows of several layer caches stacked, each left-padded to ``width`` tokens."""
         joined = _GrowingLayer()
         joined.lazy_initialization(cast(Tensor, layers[0].keys), cast(Tensor, layers[0].values))
         joined._buffers = tuple(
@@ -314,7 +314,7 @@ class _GrowingLayer(DynamicLayer):
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
-            # By half, at least 64: a few copies in a completion's life, and soon never twice the memory.
+            # Grow by half, at least 64: only a few copies per completion, and soon less than twice the memory.
             self._buffers = tuple(_grown(states, end + max(64, end // 2)) for states in (self.keys, self.values))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states

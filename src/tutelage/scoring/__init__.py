@@ -1,1 +1,1 @@
-"""Scoring completions under a model: log-probs per token, hidden states, the layout a model takes."""
+"""Scoring completions under a model: log-probs per token, hidden states, and the batch layout."""

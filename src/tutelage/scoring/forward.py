@@ -1,4 +1,4 @@
-"""One forward pass of a batch: the body alone, in either layout, and its completion positions under the head."""
+"""One forward pass of a batch in either layout: the model's body, then the head on completion positions only."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def layer_hidden_states(base: PreTrainedModel, batch: Batch, layers: Sequence[in
 
 
 def _run_body(base: PreTrainedModel, batch: Batch, **options: Any) -> Any:
-    # A text-only base model never sees the prompt's logits: its body alone runs, the head is ours.
+    # Only the body runs, so no logits are computed for the prompt; the head is our own.
     if batch.attention_mask is not None:
         inputs = {"attention_mask": batch.attention_mask.long()}
     else:
@@ -72,7 +72,7 @@ def _run_body(base: PreTrainedModel, batch: Batch, **options: Any) -> Any:
 
 
 def _shared_prefix_attention(base: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
-    """The shared-prefix layout's mask in the form the model takes: one 4D mask, or one for each kind of layer."""
+    """The shared-prefix mask in the form the model accepts: one 4D mask, or one per kind of layer."""
     config = base.config.get_text_config()
     window = getattr(config, "sliding_window", None)
 

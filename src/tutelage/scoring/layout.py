@@ -1,4 +1,4 @@
-"""Which layout a model takes: found out on the model itself, and not assumed."""
+"""Which batch layout a model supports: tested on the model itself, not assumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LayoutProbe:
-    """What the probe found: the layout to use, and why, in words for the log."""
+    """Result of the probe: the layout to use, and the reason, as text for the log."""
 
     layout: Literal["shared_prefix", "padded"]
     reason: str
@@ -36,13 +36,14 @@ _probes: WeakKeyDictionary[nn.Module, LayoutProbe] = WeakKeyDictionary()
 
 
 def probe_layout(model: nn.Module) -> LayoutProbe:
-    """Compare the layouts on the model itself and say which to use; the answer is kept for the model's lifetime.
+    """Compare the layouts on the model itself and return the one to use; cached for the model's lifetime.
 
     Random tokens go through the model's own ``forward`` one sequence at a time, then through the padded layout and
-    the shared-prefix layout. Prompts reach over a sliding window of up to 1,024 tokens, so that a wrong mask shows.
+    the shared-prefix layout. Prompts are longer than a sliding window of up to 1,024 tokens, so that a wrong mask
+    shows.
 
     Raises:
-        UserError: not even the padded layout agrees with the model's own logits (an unknown step after its head).
+        UserError: not even the padded layout agrees with the model's own logits (an unknown operation after the head).
     """
     base = base_causal_lm(model)
     if base not in _probes:
@@ -77,7 +78,7 @@ def _probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
         Group(tokens(prompt), tuple(Completion(tokens(n), Role.SAMPLE, finished=False) for n in lengths))
         for prompt, lengths in ((max(longest, 8) - 4, (3, 4, 2)), (3, (2, 4)))
     ]
-    # Low precision rounds differently in each layout; a wrong mask or a wrong head moves random tokens by nats.
+    # Low precision rounds differently in each layout; a wrong mask or head changes log-probs by whole nats.
     tolerance = 1e-3 if precision(base) in (torch.float32, torch.float64) else 0.15
 
     def disagreement(batch: Batch, truth_N: Tensor) -> float:
@@ -88,14 +89,15 @@ def _probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
         padded = disagreement(collate_padded(groups), truth_N)
         if not padded <= tolerance:
             raise UserError(
-                f"{type(base).__name__} changes its logits after the head in a way tutelage does not know: its own "
+                f"{type(base).__name__} changes its logits after the head in an unsupported way: its own "
                 f"log-probs differ by {padded:.3g} nats per token.",
                 remedy="Use another architecture, or report this one with its config.",
             )
         try:
             tree = disagreement(collate_shared_prefix(groups), truth_N)
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
-            # An architecture may refuse the shared-prefix layout in any way it likes; refusing is the answer the probe is after.
+            # An architecture may reject the shared-prefix layout with any error; finding that out is the purpose of
+            # the probe.
             return LayoutProbe(
                 "padded", f"{type(base).__name__} does not take the shared-prefix layout: {_first_line(error)}"
             )

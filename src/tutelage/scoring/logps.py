@@ -1,4 +1,4 @@
-"""Log-probs of completions under a model: one forward pass, completion positions alone reach the head."""
+"""Log-probs of completions under a model: one forward pass, with the head on completion positions only."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def completion_token_logps(
     """Log-prob of every completion token given its prompt and what comes before it, log π(y_i | x, y_<i).
 
     Args:
-        model: a causal language model of transformers, with or without peft adapters, not wrapped otherwise.
+        model: a transformers causal language model, with or without peft adapters, and no other wrapper.
         groups: prompts with their completions, at least one.
         layout: "shared_prefix" runs the prompt once for all its completions, "padded" repeats it for each; "auto"
             takes the shared-prefix layout where a probe on this model found it to give the same numbers.
         view: which prompt the completions are conditioned on.
-        pad_token_id: fills rows up; no result depends on it.
-        block_size: tokens of the vocabulary that the head reads at once; changes speed and memory alone.
+        pad_token_id: pads rows; no result depends on it.
+        block_size: vocabulary tokens per block of the head; affects only speed and memory.
 
     Returns:
         float32 log-probs (nats per token); differentiable.
@@ -175,7 +175,7 @@ def in_batches(
 ) -> list[_T]:
     """One value per group for many groups, without gradient and without the dropout of ``model``.
 
-    Groups of like length share a batch, so little is spent on padding.
+    Groups of similar length share a batch, which keeps padding low.
 
     Args:
         values_of: one value for each group of a batch.
@@ -203,7 +203,7 @@ def end_hidden_states(
     For a completion that finished, that is the end-of-turn token; for a truncated one, its last token.
 
     Args:
-        model: of transformers, with or without a head of any kind; its body alone runs.
+        model: a transformers model, with or without a head of any kind; only its body runs.
         groups, layout, pad_token_id: as for ``completion_token_logps``.
 
     Returns:
@@ -211,7 +211,7 @@ def end_hidden_states(
     """
     base = base_causal_lm(model)
     batch = collate_in_layout(model, groups, layout, pad_token_id).to(base.device)
-    # A score is to be what the exported model gives in plain transformers, rounding included; training may be faster.
+    # Scores must equal those of the exported model in plain transformers, rounding included; training may be faster.
     attention = attention_by_products(base, batch.input_ids.shape[1]) if torch.is_grad_enabled() else nullcontext()
     with attention:
         hidden_BLH = hidden_states(base, batch)

@@ -26,7 +26,7 @@ _AT_LEAST_ONE = (
 
 @dataclass
 class DemonstrationConfig(TrainingArguments):
-    """What every algorithm is configured with, on top of transformers' ``TrainingArguments``."""
+    """Settings shared by every algorithm, on top of transformers' ``TrainingArguments``."""
 
     adapter_learning_rate: ClassVar[float] = 1e-4
     full_learning_rate: ClassVar[float] = 1e-5
@@ -34,44 +34,50 @@ class DemonstrationConfig(TrainingArguments):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Initial learning rate. By default each algorithm's own: a larger one for adapters, a smaller one "
-            "when all parameters are trained. The run's first line says which."
+            "help": (
+                "Initial learning rate. Each algorithm has its own default: larger for adapters, smaller when all "
+                "parameters are trained. The first line of the run's output says which one is used."
+            )
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between log lines."})
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={
-            "help": "Compute in bfloat16 (mixed precision). By default the machine decides: bfloat16 unless a measurement "
-            "finds float32 faster. The run's first line says which, and why."
-        },
+        metadata={"help": "Compute in bfloat16 (mixed precision). On by default, unless fp16 is on."},
     )
     hub_strategy: str = field(  # type: ignore[assignment]
         default="end",
         metadata={
-            "help": "When to push with --push_to_hub: at the end. The samples on disk are never pushed.",
+            "help": "When to push with --push_to_hub: only at the end of training. Samples on disk are never pushed.",
             "choices": ["end"],
         },
     )
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep the last so many checkpoints; older ones are removed."}
+        default=2, metadata={"help": "Keep only this many of the latest checkpoints."}
     )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Has no effect here: the columns that a row needs are known."}
+        default=False, metadata={"help": "Has no effect: each algorithm knows which columns it needs."}
     )
-    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt, in tokens; see --on_long_prompt."})
+    max_prompt_length: int = field(
+        default=512,
+        metadata={"help": "Maximum prompt length in tokens. --on_long_prompt says what happens to longer prompts."},
+    )
     max_completion_length: int = field(
         default=256,
         metadata={
-            "help": "Tokens after which a completion is cut, demonstrations and samples alike. A cut one gets no "
-            "end-of-turn token."
+            "help": (
+                "Maximum completion length in tokens, for demonstrations and samples alike. Longer completions are "
+                "truncated and then have no end-of-turn token."
+            )
         },
     )
     on_long_prompt: str = field(
         default="error",
         metadata={
-            "help": "What to do with a prompt over --max_prompt_length: stop with an error, or drop and count the row. "
-            "Prompts are never cut.",
+            "help": (
+                "What to do with a prompt longer than --max_prompt_length: stop with an error, or drop the row and "
+                "count it. Prompts are never truncated."
+            ),
             "choices": ["error", "drop"],
         },
     )
@@ -85,20 +91,25 @@ class DemonstrationConfig(TrainingArguments):
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How a prompt and its completions meet the model: 'shared_prefix' runs the prompt once, 'padded' repeats "
-            "it for each completion, 'auto' takes the shared-prefix layout where a check on the model finds the same numbers.",
+            "help": (
+                "How a batch holds a prompt and its completions: 'shared_prefix' computes the prompt once for all "
+                "its completions, 'padded' repeats it for each. 'auto' uses the shared-prefix layout if a check on "
+                "the model gives the same log-probs as separate rows."
+            ),
             "choices": ["auto", "shared_prefix", "padded"],
         },
     )
     verifier: str | None = field(
         default=None,
         metadata={
-            "help": "Scores sampled answers during evaluation: 'reasoning_gym:NAME' or 'module:function' "
-            "(called with the answer's text and the row, returns a number, 1 for right)."
+            "help": (
+                "Scores sampled answers during evaluation: 'reasoning_gym:NAME' or 'module:function'. The function "
+                "gets the answer's text and the row and returns a number; 1 means correct."
+            )
         },
     )
     eval_rows: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first so many held-out rows; by default on all."}
+        default=None, metadata={"help": "Number of held-out rows to evaluate on, from the start; by default all."}
     )
 
     def __post_init__(self):
@@ -133,7 +144,7 @@ class DemonstrationConfig(TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def tokenization(self, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-        """The templating path that these settings describe."""
+        """How prompts and completions are tokenized under these settings."""
         return Tokenization(
             tokenizer,
             max_prompt_length=self.max_prompt_length,

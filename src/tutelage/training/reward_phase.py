@@ -243,7 +243,7 @@ class RewardPhase:
     # --- the validation rows ----------------------------------------------------------------------------------------
 
     def _look(self, stage: int, policy: str) -> None:
-        """Make a candidate of the policy as it stands, if it is a new one."""
+        """Record the current policy as a candidate if it has changed."""
         with self.costs.timed("validation"):
             self._count_samples(self.candidates.look(stage, policy))
 
@@ -260,7 +260,7 @@ class RewardPhase:
         self.costs.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.samples)
 
     def _judge(self, stage: int, scored: list[Group], fit: dict[str, float]) -> dict[str, Any]:
-        """What the reward phase came to, and whether the policy phase may follow."""
+        """Metrics of the reward phase, and whether the policy phase may follow."""
         demonstrations = [c.values["reward"] for group in scored for c in group.demonstrations]
         samples = [c for group in scored for c in group.samples]
         rewards = [c.values["reward"] for c in samples]
@@ -299,7 +299,7 @@ class RewardPhase:
     def _obstacle(self, stage: int, fit: dict[str, float], score: CandidateScore, spread: float) -> str | None:
         """Why the policy phase should not run; None if it should."""
         if stage < self.warmup_stages:
-            return "the reward is warming up"
+            return "reward warm-up"
         if not fit:
             return (
                 "no sample can be compared with its demonstration, so the reward could not learn: all are equal to it, or "
@@ -322,5 +322,5 @@ def _entropy(groups: Sequence[Group]) -> float:
 
 
 def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pearson's; 0 where one side does not vary."""
+    """Pearson correlation; 0 if one side does not vary."""
     return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0

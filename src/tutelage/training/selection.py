@@ -1,4 +1,4 @@
-"""The policies that a run passes through, seen on the validation rows, and the choice among them."""
+"""Candidate policies of a run, evaluated on the validation rows, and the choice among them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Candidate", "CandidateScore", "Candidates", "compare"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A policy that a run passed through, seen through its samples for the validation rows.
+    """A policy that the run passed through, with its samples for the validation rows.
 
     Attributes:
         stage: the number of stages that made it; 0 is the start.
@@ -101,7 +101,7 @@ def _accuracy(scored: Sequence[Group], truncated_samples: TruncatedSamples) -> I
 
 @dataclass(frozen=True, slots=True)
 class CandidateScore:
-    """How a candidate looks through a reward.
+    """A candidate evaluated with a reward.
 
     Attributes:
         reward: mean reward of its samples, with the interval over rows.
@@ -137,7 +137,7 @@ def compare(
     beta: float,
     truncated_samples: TruncatedSamples,
 ) -> list[CandidateScore]:
-    """Look at candidates through one reward, on one scale: only differences of a reward mean anything.
+    """Evaluate all candidates with the same reward and scale, because only differences of a reward are meaningful.
 
     Args:
         candidates: of the same rows.
@@ -172,7 +172,7 @@ def _verifier_score(scores: list[list[float]] | None) -> dict[str, float | None]
 
 
 class Candidates:
-    """Records the policies that a run passes through beside its stages, and sets the policy back to one of them.
+    """Records the policies of a run next to its stages, and restores one of them at the end.
 
     Args:
         store: the run's stages.
@@ -195,7 +195,7 @@ class Candidates:
         self._scored_by: int | None = None
 
     def look(self, stage: int, policy: str) -> list[Group]:
-        """Record the policy as it stands, unless it is still the one looked at last.
+        """Record the current policy, unless it is unchanged since the last record.
 
         Args:
             policy: its fingerprint.
@@ -222,7 +222,7 @@ class Candidates:
         return groups
 
     def read(self, last: int) -> None:
-        """Take in candidates that a killed run left, up to a stage.
+        """Load candidates that a killed run left, up to a stage.
 
         Raises:
             UserError: they are of other rows or were drawn under other settings.
@@ -243,7 +243,7 @@ class Candidates:
     def scores(
         self, reward: Reward, *, version: int, beta: float, truncated_samples: TruncatedSamples
     ) -> dict[int, CandidateScore]:
-        """Every candidate through a reward, by stage in order.
+        """All candidates evaluated with a reward, by stage in order.
 
         Args:
             version: names the state of the reward; what it scored once it is not asked again.

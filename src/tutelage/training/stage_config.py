@@ -14,35 +14,51 @@ __all__ = ["StageConfig"]
 
 @dataclass
 class StageConfig(DemonstrationConfig):
-    """What every algorithm that samples is configured with."""
+    """Settings shared by every algorithm that samples in stages."""
 
     stages_per_epoch: int = field(
         default=4,
         metadata={
-            "help": "T: the number of stages per epoch. Each samples from the policy as it then "
-            "is. More stages: fresher opponents, less collapse, a little more time."
+            "help": (
+                "T: number of stages per epoch. Each stage begins by sampling from the current policy. More stages "
+                "mean fresher samples and less risk of collapse, for a little more time."
+            )
         },
     )
-    num_samples: int = field(default=1, metadata={"help": "n: completions sampled for each prompt."})
+    num_samples: int = field(default=1, metadata={"help": "n: number of completions sampled per prompt."})
     temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature. The theory wants 1: samples of the policy itself."}
+        default=1.0,
+        metadata={"help": "Sampling temperature. The theory assumes 1, which samples from the policy itself."},
     )
-    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0 (the theory's) keeps all."})
+    top_k: int = field(
+        default=0,
+        metadata={"help": "Sample from the k most likely tokens only; 0 (as the theory assumes) means no limit."},
+    )
     top_p: float = field(
-        default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability; 1 keeps all."}
+        default=1.0,
+        metadata={
+            "help": (
+                "Sample from the smallest set of tokens with this total probability; 1 (as the theory assumes) means no "
+                "limit."
+            )
+        },
     )
     reference: str = field(
         default="stage",
         metadata={
-            "help": "Which policy the reference log-probs come from: the one at the stage's start, or the initial one.",
+            "help": (
+                "The policy that gives the reference log-probs: the one at the start of the stage, or the initial one."
+            ),
             "choices": ["stage", "initial"],
         },
     )
     replay_stages: int = field(
         default=0,
         metadata={
-            "help": "Train a stage also on the samples of so many stages before it, scored again by its reference. The "
-            "groups of each are spread evenly over the stage's rows."
+            "help": (
+                "Also train on the samples of this many previous stages, with reference log-probs recomputed. Each "
+                "adds as many groups to a batch as the batch already has."
+            )
         },
     )
     sampler_logps_tolerance: float = field(
@@ -54,11 +70,11 @@ class StageConfig(DemonstrationConfig):
         },
     )
     sampling_batch_size: int = field(
-        default=64, metadata={"help": "Sequences decoded side by side. Changes speed and memory, not the samples."}
+        default=64, metadata={"help": "Sequences decoded in parallel. Affects speed and memory, not the samples."}
     )
     save_each_stage: bool = field(
         default=True,
-        metadata={"help": "Write a checkpoint at the end of each stage, besides those of --save_steps."},
+        metadata={"help": "Write a checkpoint at the end of each stage, in addition to those of --save_steps."},
     )
 
     def __post_init__(self):
@@ -71,7 +87,7 @@ class StageConfig(DemonstrationConfig):
                 f"must not be below 0, but is {self.sampler_logps_tolerance:g}.", field="sampler_logps_tolerance"
             )
         if self.temperature <= 0:
-            raise UserError("must be above 0: greedy completions are no samples of the policy.", field="temperature")
+            raise UserError("must be above 0: greedy completions are not samples of the policy.", field="temperature")
 
     def sampling_params(self, stop_ids: frozenset[int]) -> SamplingParams:
         """How a stage's completions are drawn."""

@@ -162,7 +162,7 @@ class Stages:
             self._steps.append([[group for entry in batch for group in prepared[entry.row]] for batch in batches])
 
     def _recorded(self, demonstrations: list[Group], policy: str | None, step: int) -> dict[int, Group]:
-        """Samples and reference log-probs of the stage's rows: from disk as far as they are there, else made now."""
+        """Samples and reference log-probs of the stage's rows: from disk if they are there, else computed now."""
         recorded = self.store.read(self.stage, policy)
         # A record of other data, or of the same data in another template, is none.
         missing = [group for group in demonstrations if not _is_record(recorded.get(group.row), group)]
@@ -234,7 +234,7 @@ def _is_record(recorded: Group | None, group: Group) -> bool:
 
 
 def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
-    """Share of different n-grams among all n-grams of the completions (Li et al. 2016, arXiv 1510.03055).
+    """Fraction of distinct n-grams among all n-grams of the completions (Li et al. 2016, arXiv 1510.03055).
 
     >>> distinct_n([(1, 2, 1), (1, 2)], 1)
     0.4

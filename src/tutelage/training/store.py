@@ -1,4 +1,4 @@
-"""What a stage leaves on disk."""
+"""A stage's files on disk."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class StageStore:
         """Groups that the stage recorded, by row, with samples and reference log-probs.
 
         Args:
-            policy: fingerprint of the policy at the stage's start. A record of another policy, or of one killed
-                before its first line, is worth nothing and comes back empty. None when the policy has already moved
+            policy: fingerprint of the policy at the stage's start. A record of another policy, or of a run killed
+                before its first line, is ignored and the result is empty. None when the policy has already moved
                 on inside the stage: then the record must be whole.
 
         Raises:

@@ -77,7 +77,7 @@ class Objective(Protocol):
         ...
 
     def counts(self, groups: Sequence[Group]) -> dict[str, int]:
-        """How many of each thing that the loss averages over the groups of an optimizer step hold."""
+        """Number of items that the loss averages over, in the groups of an optimizer step."""
         ...
 
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
@@ -105,10 +105,10 @@ class DemonstrationTrainer(Trainer):
         args: the algorithm's config.
         train_dataset: rows in any of the recognized formats (``docs/data-formats.md``), map-style or streaming.
         eval_dataset: held-out rows, map-style; preference pairs among them are ranked by the implicit reward.
-        processing_class: the tokenizer; by default the one that lies with the model.
-        peft_config: an adapter to put on the model and to train alone.
+        processing_class: the tokenizer; by default the one saved with the model.
+        peft_config: an adapter to add to the model; only the adapter is then trained.
         callbacks, optimizers: as for ``transformers.Trainer``.
-        progress: is told what runs and how far it is; silent by default.
+        progress: receives progress events; silent by default.
         source, eval_source: what errors about the data call them: file names, for example.
         info: the algorithm's name, and what its records say of themselves.
         objective: its loss.
@@ -162,7 +162,7 @@ class DemonstrationTrainer(Trainer):
             with self.progress.phase("reading demonstrations"):
                 train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns, source=source)  # type: ignore[arg-type]
         if peft_config is not None:
-            set_seed(args.seed)  # an adapter's weights are drawn here, before transformers seeds anything
+            set_seed(args.seed)  # adapter weights are initialized here, before transformers sets any seed
             policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
         self._base_is_start = peft_config is not None
         if args.learning_rate is None:
@@ -217,12 +217,12 @@ class DemonstrationTrainer(Trainer):
         """
         self.stages = stages
         self.add_callback(_StageEnd(self))
-        if self.train_dataset is not None:  # too many stages should be found before anything begins
+        if self.train_dataset is not None:  # fail before training if there are too many stages
             self.set_initial_training_values(self.args, self.get_train_dataloader())
 
     @property
     def policy(self) -> nn.Module:
-        """The model in training, without the wrappers that a launcher puts around it."""
+        """The model being trained, without the wrappers of a launcher."""
         return self.accelerator.unwrap_model(cast(nn.Module, self.model))
 
     @property
@@ -249,7 +249,7 @@ class DemonstrationTrainer(Trainer):
             return loader
         if isinstance(self.train_dataset, IterableDataset):
             raise UserError(
-                "streamed data can be gone over once.", remedy="Leave --policy_epochs at 1.", field="policy_epochs"
+                "streamed data allows only one pass.", remedy="Leave --policy_epochs at 1.", field="policy_epochs"
             )
         batches = StageEpochs(
             cast(Any, loader.batch_sampler),
@@ -287,7 +287,7 @@ class DemonstrationTrainer(Trainer):
         return self._step_of(batches)
 
     def _step_of(self, batches: list[list[Group]]) -> tuple[list[list[Group]], dict[str, int]]:
-        """Micro-batches of like length, so that little is spent on padding, and the counts of the whole step.
+        """Micro-batches of similar length, which keeps padding low, and the counts of the whole step.
 
         The loss is averaged over the step, so which micro-batch a group is in changes no result.
         """
@@ -316,18 +316,18 @@ class DemonstrationTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
-        """Mixed precision for every pass. transformers leaves it to the wrapped ``forward``, past which we call the body."""
+        """Mixed precision for every forward pass; transformers applies it only in the wrapped ``forward``."""
         return self.accelerator.autocast()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As transformers', and a micro-batch may be empty: it has no gradient, not one of zeros.
+        """As in transformers, but a micro-batch may be empty; it then has no gradient instead of a zero gradient.
 
-        An optimizer leaves weights without a gradient where they are; zeros would move them by momentum and decay.
+        An optimizer skips weights without a gradient; zeros would still move them by momentum and weight decay.
         """
         if inputs:
             with nullcontext() if self.objective.uses_dropout else without_dropout(self.policy):
                 return super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.scaler is not None:  # fp16's scaler wants to have seen a gradient
+        if self.accelerator.scaler is not None:  # fp16's gradient scaler needs to have seen a gradient
             self.accelerator.backward(
                 cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
             )
@@ -342,7 +342,7 @@ class DemonstrationTrainer(Trainer):
         )
 
     def non_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """The error that stops training before a weight is spoilt."""
+        """The error that stops training before any weight is corrupted."""
         checkpoint = get_last_checkpoint(str(self.args.output_dir))
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
         return NonFiniteLossError(
@@ -358,7 +358,7 @@ class DemonstrationTrainer(Trainer):
             raise self.non_finite("norm of the weights", norm.item())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers'; weights that are not finite are not saved, so that the last checkpoint is a good one."""
+        """As in transformers, except that non-finite weights are not saved, so the last checkpoint is always good."""
         self.check_weights()
         super().save_model(output_dir, _internal_call)
 
@@ -384,7 +384,7 @@ class DemonstrationTrainer(Trainer):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        """As transformers'. Held-out log-probs of the policy as it starts are kept: the zero of the implicit reward."""
+        """As in transformers. The initial policy's held-out log-probs are cached, as π_0 of the implicit reward."""
         if self.evaluation_set is not None:
             with self.progress.phase("held-out log-probs of the start"):
                 self._remember_start(self.evaluation_set)
@@ -422,7 +422,7 @@ class DemonstrationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out demonstration log-prob, implicit reward, preference accuracy and task score, as far as data allow.
+        """Held-out demonstration log-prob, implicit reward, preference accuracy and task score, if the data allow.
 
         Args:
             eval_dataset: rows instead of those that the trainer was made with, read by the same settings. The implicit
@@ -502,7 +502,7 @@ class DemonstrationTrainer(Trainer):
     ) -> Any:
         """Upload model, tokenizer and card.
 
-        The samples of the stages and the rows in results.json and report.html stay here: they are the user's data.
+        Samples of the stages and the rows in results.json and report.html are not uploaded: they are the user's data.
 
         Args:
             record: what results.json holds, for the card.
@@ -534,7 +534,7 @@ class DemonstrationTrainer(Trainer):
 
 
 class _Guard(TrainerCallback):
-    """Stops before an optimizer step whose gradient is not finite, takes the time, says how far the run is."""
+    """Stops before an optimizer step with a non-finite gradient, measures time, and reports progress."""
 
     def __init__(self, trainer: DemonstrationTrainer):
         self.trainer = trainer
@@ -560,7 +560,7 @@ class _Guard(TrainerCallback):
 
 
 class _Costs(TrainerCallback):
-    """Writes what the run has cost so far into its checkpoints: a resumed run counts what went before."""
+    """Writes the run's costs so far into its checkpoints, so that a resumed run includes them."""
 
     key = "tutelage_costs"
 
@@ -588,5 +588,5 @@ class _StageEnd(TrainerCallback):
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:
-    """Tokenized rows to groups; they become tensors only when the model meets them."""
+    """Tokenized rows to groups; tensors are made only at the forward pass."""
     return [group_from_row(row) for row in rows]
