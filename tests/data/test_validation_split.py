@@ -63,7 +63,7 @@ def test_every_turn_of_a_validation_row_is_kept_from_training():
 
 
 def test_too_few_rows():
-    with pytest.raises(UserError, match="4 of 7 rows would be kept from training"):
+    with pytest.raises(UserError, match="4 of 7 rows would be held out as validation rows"):
         split(Dataset.from_list(rows(7)), rows=4)
     with pytest.raises(UserError, match="every row is also a validation row"):
         split(Dataset.from_list(rows(1) * 20), rows=4)

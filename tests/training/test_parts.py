@@ -241,7 +241,7 @@ def test_roles_decide_and_not_places(training):
     turned = [group.select(reversed(range(len(group.completions)))) for group in groups]
     assert [g.completions[0].role for g in turned] == [Role.SAMPLE] * len(turned)
     from tutelage.scoring.logps import completion_token_logps
-    from tutelage.training.trainer import Step
+    from tutelage.training.objective import Step
 
     def loss_of(groups):
         objective = trainer.objective

@@ -21,8 +21,8 @@ BAD_SETTINGS = {
     "no pass": ({"reward_epochs": 0}, r"'reward_epochs': must be at least 1, not 0"),
     "no step": ({"reward_steps": 0}, r"'reward_steps': must be at least 1"),
     "no kept row": ({"validation_rows": 0}, r"'validation_rows': must be at least 1"),
-    "beta below 0": ({"beta": -0.1}, r"'beta': must not be below 0"),
-    "warm-up below 0": ({"reward_warmup_stages": -1}, r"'reward_warmup_stages': must not"),
+    "beta below 0": ({"beta": -0.1}, r"'beta': must be at least 0"),
+    "warm-up below 0": ({"reward_warmup_stages": -1}, r"'reward_warmup_stages': must be at least 0"),
     "no reward rate": ({"reward_learning_rate": 0.0}, r"'reward_learning_rate': must be above 0"),
     "smoothing": ({"reward_label_smoothing": 0.5}, r"'reward_label_smoothing': .*below 0.5"),
     "saturation": ({"saturation": 0.5}, r"'saturation': .*above 0.5"),
@@ -46,7 +46,7 @@ def test_settings_that_make_no_sense(tmp_path, case):
 
 def test_too_few_rows(training):
     with pytest.raises(
-        UserError, match=r"sums.jsonl, field 'validation_rows': 4 of 7 rows would be kept from training"
+        UserError, match=r"sums.jsonl, field 'validation_rows': 4 of 7 rows would be held out as validation rows"
     ):
         make(training, data=training.rows(7), options={"source": "sums.jsonl"})
     with pytest.raises(UserError, match="16 of 20 rows"):

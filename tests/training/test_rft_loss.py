@@ -10,7 +10,7 @@ from rft_runs import make, over_samples, plant, spread
 from training_runs import SGD, Snapshots, assert_same_weights, distance
 from tutelage.groups import Completion, Group, Role
 from tutelage.scoring.logps import TokenLogps, completion_logps
-from tutelage.training.trainer import Step
+from tutelage.training.objective import Step
 
 BETA, CLIP = 0.3, 0.2
 NOW = [[-3.0, -5.0, -2.0], [-4.0, -4.5]]  # log π, of two prompts with three samples and two

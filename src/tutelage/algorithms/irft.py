@@ -22,10 +22,11 @@ from tutelage.progress import Progress
 from tutelage.results import AlgorithmInfo, Curve, RunRecord
 from tutelage.sampling import Sampler
 from tutelage.scoring.logps import TokenLogps
+from tutelage.training.objective import Step
 from tutelage.training.replay import Replay
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.stage_config import StageConfig
-from tutelage.training.trainer import DemonstrationTrainer, Step
+from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["ALGORITHM", "IRFT", "IRFTConfig", "IRFTObjective", "IRFTTrainer"]
 
@@ -151,7 +152,7 @@ def _card(record: RunRecord) -> str:
     return (
         f"The data are demonstrations alone. {stages} stages: at the start of each, "
         f"{record.settings.get('num_samples')} completion(s) per prompt were sampled from the policy as it stood, and the "
-        "steps of the stage raised the demonstrations over them (Li et al. 2024, arXiv 2405.17888)."
+        "steps of the stage made the demonstrations more likely relative to them (Li et al. 2024, arXiv 2405.17888)."
     )
 
 

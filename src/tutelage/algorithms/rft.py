@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,10 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from tutelage.algorithms.registry import Algorithm
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
-from tutelage.data.demonstrations import Turns
-from tutelage.data.validation import split_validation
 from tutelage.errors import UserError
-from tutelage.evaluation.policy import EvaluationSet
 from tutelage.groups import Group
 from tutelage.losses import (
     group_normalized_advantages,
@@ -36,12 +33,12 @@ from tutelage.rewards.comparisons import TruncatedSamples
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.sampling import Sampler
 from tutelage.scoring.logps import TokenLogps
+from tutelage.training.objective import Step
 from tutelage.training.reward_config import RewardStageConfig
-from tutelage.training.reward_phase import VALIDATION_ROWS, RewardPhase
-from tutelage.training.reward_setup import make_fitter, make_reward, read_preferences
-from tutelage.training.selection import Candidates
+from tutelage.training.reward_phase import RewardPhase
+from tutelage.training.reward_setup import make_candidates, make_fitter, make_reward, read_preferences
 from tutelage.training.setup import make_rollout, make_stages, make_store
-from tutelage.training.trainer import DemonstrationTrainer, Step
+from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["ALGORITHM", "RFTConfig", "RFTObjective", "RFTTrainer"]
 
@@ -208,26 +205,8 @@ class RFTTrainer(DemonstrationTrainer):
         rollout = make_rollout(self, sampler, reference_is_initial=True, keep_old=True)
         candidates, validation_prompts = None, set()
         if train_dataset is not None:
-            turns = cast(Turns, args.turns)
-            raw, self.train_dataset = split_validation(
-                train_dataset,
-                self.train_dataset,
-                self.tokenization,
-                rows=args.validation_rows,
-                seed=args.seed,
-                turns=turns,
-                source=source,
-            )
-            rows = EvaluationSet.of(raw, self.tokenization, verifier=args.verifier, turns=turns, source=source)
-            validation_prompts = {group.prompt_ids for group in rows.groups}
-            # Of the policy itself, however the stages sample: their mean log-ratio is to be the KL.
-            plain = replace(rollout.params, temperature=1.0, top_k=0, top_p=1.0)
-
-            def draw(groups: list[Group]) -> list[Group]:
-                with self.progress.phase("sampling for the validation rows", len(groups)):
-                    return rollout.score(rollout.draw(groups, stage=VALIDATION_ROWS, params=plain), plain)
-
-            candidates = Candidates(store, rows, self.policy, draw)
+            candidates, self.train_dataset = make_candidates(self, train_dataset, rollout, store)
+            validation_prompts = {group.prompt_ids for group in candidates.rows.groups}
         self.reward: ExplicitReward = make_reward(
             self.policy,
             args,

@@ -18,7 +18,8 @@ from tutelage.progress import Progress
 from tutelage.results import AlgorithmInfo
 from tutelage.scoring.logps import TokenLogps
 from tutelage.training.config import DemonstrationConfig
-from tutelage.training.trainer import DemonstrationTrainer, Step
+from tutelage.training.objective import Step
+from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["ALGORITHM", "SFTConfig", "SFTTrainer"]
 

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.report.runs import is_graded, require_distinct_names
+from tutelage.report.runs import require_distinct_names
 from tutelage.report.verdicts import signed
 from tutelage.results import Interval, RunRecord
 
@@ -49,15 +49,12 @@ _COSTS = {"passes", "time", "peak memory"}
 def summary_columns(runs: Sequence[RunRecord]) -> list[Column]:
     """The columns of the summary that hold at least one value, without the names of the runs.
 
-    Where a verifier gives 0 and 1 alone, scores are accuracies, and stand there once.
+    A column of scores that reads as the accuracy beside it, because the verifier gives whole points, is left out.
     """
     columns = [Column(heading, help, tuple(read(run) for run in runs)) for heading, help, read in _COLUMNS]
-    graded = {f"{kind} score" for kind in ("sampled", "greedy") if is_graded(runs, f"{kind}_score")}
-    return [
-        column
-        for column in columns
-        if any(column.cells) and (column.heading in graded or not column.heading.endswith(" score"))
-    ]
+    texts = {column.heading: [cell and cell.text for cell in column.cells] for column in columns}
+    repeated = {h for h in texts if "score" in h and texts[h] == texts[h.replace("score", "accuracy")]}
+    return [column for column in columns if any(column.cells) and column.heading not in repeated]
 
 
 def summary_table(runs: Sequence[RunRecord]) -> Table:

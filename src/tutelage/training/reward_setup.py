@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import nn
 from transformers import Trainer
 
 from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import Tokenization, preference_group_from_row, tokenize_dataset
+from tutelage.data.validation import split_validation
 from tutelage.errors import UserError
+from tutelage.evaluation.policy import EvaluationSet
 from tutelage.groups import Group
 from tutelage.losses import RewardLossKind
 from tutelage.models.loading import add_adapter, check_vocabulary, load_model, load_tokenizer
@@ -23,8 +26,15 @@ from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
 from tutelage.scoring.logps import Layout
 from tutelage.training.reward_config import RewardStageConfig
+from tutelage.training.reward_phase import VALIDATION_ROWS
+from tutelage.training.rollout import Rollout
+from tutelage.training.selection import Candidates
+from tutelage.training.store import StageStore
 
-__all__ = ["make_fitter", "make_reward", "read_preferences"]
+if TYPE_CHECKING:
+    from tutelage.training.trainer import DemonstrationTrainer
+
+__all__ = ["make_candidates", "make_fitter", "make_reward", "read_preferences"]
 
 
 def make_reward(
@@ -72,6 +82,39 @@ def make_reward(
     if args.init_reward_from:
         reward.start_from(args.init_reward_from)
     return reward
+
+
+def make_candidates(
+    trainer: DemonstrationTrainer, dataset: Dataset | IterableDataset, rollout: Rollout, store: StageStore
+) -> tuple[Candidates, Any]:
+    """Validation rows, on which the policies of the run are looked at, and the training data without them.
+
+    Args:
+        dataset: the training data as they were read; the trainer has them tokenized.
+
+    Raises:
+        UserError: too few rows.
+    """
+    args = cast(RewardStageConfig, trainer.args)
+    turns = cast(Turns, args.turns)
+    raw, left = split_validation(
+        dataset,
+        trainer.train_dataset,
+        trainer.tokenization,
+        rows=args.validation_rows,
+        seed=args.seed,
+        turns=turns,
+        source=trainer.source,
+    )
+    rows = EvaluationSet.of(raw, trainer.tokenization, verifier=args.verifier, turns=turns, source=trainer.source)
+    # Of the policy itself, however the stages sample: their mean log-ratio is to be the KL.
+    plain = replace(rollout.params, temperature=1.0, top_k=0, top_p=1.0)
+
+    def draw(groups: list[Group]) -> list[Group]:
+        with trainer.progress.phase("sampling for the validation rows", len(groups)):
+            return rollout.score(rollout.draw(groups, stage=VALIDATION_ROWS, params=plain), plain)
+
+    return Candidates(store, rows, trainer.policy, draw), left
 
 
 def make_fitter(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -22,7 +22,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
@@ -35,63 +35,19 @@ from tutelage.models.modes import without_dropout
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, RunRecord, model_card, run_id
 from tutelage.scoring.layout import probe_layout
-from tutelage.scoring.logps import Layout, TokenLogps, completion_token_logps
+from tutelage.scoring.logps import Layout, completion_token_logps
+from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
-from tutelage.training.metrics import Costs, Means, Track
+from tutelage.training.metrics import Costs, Means
+from tutelage.training.objective import Objective, Step
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.schedule import StageEpochs
 from tutelage.training.stages import Stages
 
-__all__ = ["DemonstrationTrainer", "Objective", "Step"]
+__all__ = ["DemonstrationTrainer"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a loss is told of the optimizer step that its micro-batch belongs to.
-
-    Attributes:
-        counts: how much there is to average over in the whole step; see ``Objective.counts``.
-        stage: number of the stage, from 0; -1 without stages.
-        track: adds values to the mean that the next log line shows under a name.
-    """
-
-    counts: Mapping[str, int]
-    stage: int
-    track: Track
-
-
-class Objective(Protocol):
-    """What an algorithm says of its loss.
-
-    Attributes:
-        uses_dropout: whether the policy trains with dropout, where its model has some.
-    """
-
-    uses_dropout: bool
-
-    def beta(self, stage: int) -> float:
-        """The temperature of the implicit reward in a stage: the unit of rewards in evaluations."""
-        ...
-
-    def counts(self, groups: Sequence[Group]) -> dict[str, int]:
-        """Number of items that the loss averages over, in the groups of an optimizer step."""
-        ...
-
-    def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
-        """The micro-batch's share of the optimizer step's loss.
-
-        Args:
-            tokens: the micro-batch's groups with the log-probs of their completion tokens under the policy, with
-                gradient.
-            step: holds ``counts`` of all groups of the optimizer step, to divide by.
-
-        Returns:
-            scalar; the shares of the micro-batches add up to the loss of the step.
-        """
-        ...
 
 
 class DemonstrationTrainer(Trainer):
@@ -199,8 +155,8 @@ class DemonstrationTrainer(Trainer):
         self.evaluation_set = None if eval_dataset is None else self._evaluation_rows(eval_dataset)
         if self.evaluation_set is not None:
             self.evaluation_set.require_answers(self.policy)
-        self.add_callback(_Guard(self))
-        self.add_callback(_Costs(self))
+        self.add_callback(Guard(self))
+        self.add_callback(CostsInCheckpoints(self))
         logger.info(
             "%s: learning rate %g, %s, layout %s",
             self.algorithm,
@@ -216,7 +172,7 @@ class DemonstrationTrainer(Trainer):
             UserError: they do not fit into an epoch, or they repeat streamed data.
         """
         self.stages = stages
-        self.add_callback(_StageEnd(self))
+        self.add_callback(StageEnd(self))
         if self.train_dataset is not None:  # fail before training if there are too many stages
             self.set_initial_training_values(self.args, self.get_train_dataloader())
 
@@ -531,60 +487,6 @@ class DemonstrationTrainer(Trainer):
         if record is None:
             record = self.record(name=kwargs.get("model_name") or folder.name)
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
-
-
-class _Guard(TrainerCallback):
-    """Stops before an optimizer step with a non-finite gradient, measures time, and reports progress."""
-
-    def __init__(self, trainer: DemonstrationTrainer):
-        self.trainer = trainer
-        self.begun = 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.begun = time.perf_counter()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.progress.steps(state.global_step, state.max_steps)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.accelerator.scaler is not None:
-            return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
-        gradients = [p.grad for p in self.trainer.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise self.trainer.non_finite("gradient", norm.item())
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.costs.seconds["training"] += time.perf_counter() - self.begun
-        self.trainer.progress.steps(state.global_step, state.max_steps)
-
-
-class _Costs(TrainerCallback):
-    """Writes the run's costs so far into its checkpoints, so that a resumed run includes them."""
-
-    key = "tutelage_costs"
-
-    def __init__(self, trainer: DemonstrationTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if costs := cast(dict[str, Any], state.stateful_callbacks).get(self.key):
-            self.trainer.costs.load_state_dict(costs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        cast(dict[str, Any], state.stateful_callbacks)[self.key] = self.trainer.costs.state_dict()
-
-
-class _StageEnd(TrainerCallback):
-    """Asks for a checkpoint where a stage ends."""
-
-    def __init__(self, trainer: DemonstrationTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stages = self.trainer.stages
-        if stages is not None and stages.saves_after(state.global_step):
-            control.should_save |= args.save_strategy != IntervalStrategy.NO
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:

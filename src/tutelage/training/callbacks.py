@@ -1,0 +1,69 @@
+"""What the trainer does between steps."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+if TYPE_CHECKING:
+    from tutelage.training.trainer import DemonstrationTrainer
+
+__all__ = ["CostsInCheckpoints", "Guard", "StageEnd"]
+
+
+class Guard(TrainerCallback):
+    """Stops before an optimizer step with a non-finite gradient, measures time, and reports progress."""
+
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+        self.begun = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.progress.steps(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.scaler is not None:
+            return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
+        gradients = [p.grad for p in self.trainer.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise self.trainer.non_finite("gradient", norm.item())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.costs.seconds["training"] += time.perf_counter() - self.begun
+        self.trainer.progress.steps(state.global_step, state.max_steps)
+
+
+class CostsInCheckpoints(TrainerCallback):
+    """Writes the run's costs so far into its checkpoints, so that a resumed run includes them."""
+
+    key = "tutelage_costs"
+
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if costs := cast(dict[str, Any], state.stateful_callbacks).get(self.key):
+            self.trainer.costs.load_state_dict(costs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        cast(dict[str, Any], state.stateful_callbacks)[self.key] = self.trainer.costs.state_dict()
+
+
+class StageEnd(TrainerCallback):
+    """Asks for a checkpoint where a stage ends."""
+
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stages = self.trainer.stages
+        if stages is not None and stages.saves_after(state.global_step):
+            control.should_save |= args.save_strategy != IntervalStrategy.NO
