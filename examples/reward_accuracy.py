@@ -132,7 +132,7 @@ def run_seed(options: argparse.Namespace, seed: int, console: Console) -> dict[s
         for group, samples in zip(demonstrations, drawn, strict=True)
     ]
     del policy
-    contrasts = [pair for group in groups if (pair := contrast(group, "floor"))]
+    contrasts = [pair for group in groups for pair in contrast(group, "floor")]
     true_pairs = [preference_group_from_row(row) for row in train]
     for name, training in (("explicit", contrasts), ("preference pairs", true_pairs)):
         found[name] = ranked(fitted(str(out / "sft"), training, options, seed), pairs)  # type: ignore[arg-type]

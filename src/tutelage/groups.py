@@ -72,6 +72,10 @@ class Completion:
             if len(numbers) != len(self.token_ids):
                 raise ValueError(f"{len(numbers)} {name} for {len(self.token_ids)} tokens")
 
+    def sum(self, name: str) -> float:
+        """What ``token_values`` calls ``name``, summed over the tokens: of log-probs, the completion's (nats per sequence)."""
+        return sum(self.token_values[name])
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -160,7 +164,7 @@ class Group:
         Raises:
             KeyError: it is not known of all completions.
         """
-        return tuple(sum(completion.token_values[name]) for completion in self.completions)
+        return tuple(completion.sum(name) for completion in self.completions)
 
     def values(self, name: str) -> tuple[float, ...]:
         """What ``name`` calls, one number per completion.

@@ -39,6 +39,7 @@ __all__ = [
     "SampleRecord",
     "load_results",
     "model_card",
+    "results_beside",
     "run_id",
     "write_results",
 ]
@@ -308,15 +309,18 @@ def run_id(model: str | Path) -> str | None:
     Args:
         model: a run's folder, the ``policy`` inside one, or the name of any other model.
     """
+    path = results_beside(model)
+    try:
+        return load_results(path).id if path else None
+    except UserError:  # of another version: the run is known by its path alone
+        return None
+
+
+def results_beside(model: str | Path) -> Path | None:
+    """The results.json of the run that wrote a model; None if there is none. ``model`` as for ``run_id``."""
     folder = Path(model)
-    for place in (folder, folder.parent) if folder.name == "policy" else (folder,):
-        path = place / "results.json"
-        if path.is_file():
-            try:
-                return load_results(path).id
-            except UserError:  # of another version: the run is known by its path alone
-                return None
-    return None
+    places = (folder, folder.parent) if folder.name == "policy" else (folder,)
+    return next((path for place in places if (path := place / "results.json").is_file()), None)
 
 
 def model_card(record: RunRecord) -> str:

@@ -427,8 +427,8 @@ def test_the_page_marks_special_tokens_and_cuts():
     cut, *_ = inspection_of([{"prompt": "a", "completion": "b" * 30}], max_completion_length=5)
     assert "\x1b[1;7;36m<s>" in page(finished)
     assert "\x1b[1;7;32m</s>" in page(finished)
-    assert "cut here" not in page(finished)
-    assert "cut here" in page(cut)
+    assert "truncated here" not in page(finished)
+    assert "truncated here" in page(cut)
     assert "</s>" not in page(cut)
 
 

@@ -270,6 +270,15 @@ class TestVerdicts:
         assert "did worse" in worse[0]
         assert "difference −0.20" in worse[0]
 
+    def test_sft_with_another_loss_is_a_method_and_no_control(self):
+        against = control(evaluation(scores(30)))
+        dft = run("dft", algorithm="sft", evaluation=evaluation(scores(50)), settings={"loss_kind": "dft"})
+        assert sentences(against, dft)[0].startswith(
+            "dft helped over continued-sft: sampled accuracy 0.50 against 0.30"
+        )
+        irft = run("irft", evaluation=evaluation(scores(40)))
+        assert not any("over dft" in text or "than dft" in text for text in sentences(against, dft, irft))
+
     def test_rows_are_paired_by_number(self):
         # The same noisy log-probs, about a tenth of a nat better on every row, in another order: certain if paired.
         rng = np.random.default_rng(0)

@@ -1,19 +1,23 @@
 """The parts that trainers are made of: what each sees, and what a user's settings must not do to them."""
 
 import inspect
+import json
 import math
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from rft_runs import make, over_samples, plant, run
 from training_runs import SGD, history
 from tutelage.algorithms.registry import NAMES, find
-from tutelage.groups import Role
+from tutelage.errors import UserError
+from tutelage.groups import Completion, Group, Role
 from tutelage.sampling.base import Sample
-from tutelage.scoring.logps import cached_token_logps
+from tutelage.scoring.logps import cached_token_logps, completion_token_logps
 from tutelage.testing.models import tiny_model
+from tutelage.training.objective import Step
 
 # --- signatures and settings -----------------------------------------------------------------------------------------
 
@@ -220,8 +224,6 @@ def test_replay_leaves_no_group_out_where_stages_differ_in_length(training):
 
 
 def test_a_recurrent_model_is_trained_and_evaluated_and_what_needs_samples_is_refused_first(training):
-    from tutelage.errors import UserError
-
     model = tiny_model("mamba", vocab_size=len(training.tokenizer))
     options = {"eval_dataset": training.rows(4)}
     trainer = training.run("sft", model=model, options=options, max_steps=1)
@@ -240,8 +242,6 @@ def test_roles_decide_and_not_places(training):
     groups = trainer.stages.store.groups(0)
     turned = [group.select(reversed(range(len(group.completions)))) for group in groups]
     assert [g.completions[0].role for g in turned] == [Role.SAMPLE] * len(turned)
-    from tutelage.scoring.logps import completion_token_logps
-    from tutelage.training.objective import Step
 
     def loss_of(groups):
         objective = trainer.objective
@@ -249,3 +249,88 @@ def test_roles_decide_and_not_places(training):
         return objective.loss(completion_token_logps(trainer.policy, groups), step).item()
 
     assert loss_of(turned) == pytest.approx(loss_of(groups), abs=1e-5)
+
+
+# --- runs that an earlier version began -----------------------------------------------------------------------------
+
+
+def test_an_sft_run_of_the_first_version_goes_on(training):
+    """Its checkpoints hold two numbers of tokens: trained on, and sampled."""
+    trainer = training.run("sft", save_strategy="steps", save_steps=2, save_total_limit=None)
+    checkpoint = training.folder / "run" / "checkpoint-2"
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    costs = state["stateful_callbacks"]["tutelage_costs"]
+    costs["tokens"] = [costs["tokens"][0], costs["tokens"][2]]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    resumed = training.trainer("sft", name="run")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.costs.state_dict()["tokens"] == trainer.costs.state_dict()["tokens"]
+
+
+def test_stages_of_the_first_version_are_refused_when_training_starts_and_not_before(training):
+    """So that --overwrite_output_dir can replace them."""
+    folder = training.folder / "run" / "stages" / "stage-0000"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"stage": 0, "policy": "p0", "complete": true}', encoding="utf-8")
+    trainer = training.trainer("irft")
+    with pytest.raises(UserError, match="another version"):
+        trainer.train()
+    assert folder.exists()
+    (folder / "manifest.json").unlink()
+    trainer.train()
+
+
+def test_sft_learns_from_demonstrations_whatever_stands_beside_them(training):
+    trainer = training.trainer("sft")
+    row = trainer.train_dataset[0]
+    demonstration = Completion(tuple(row["demonstration_ids"]), Role.DEMONSTRATION, True)
+    alone = Group(tuple(row["prompt_ids"]), (demonstration,))
+    beside = alone.add([Completion((9, 9), Role.SAMPLE, False)])
+    losses = []
+    for group in (alone, beside):
+        step = Step(trainer.objective.counts([group]), -1, lambda name, values: None)
+        losses.append(trainer.objective.loss(completion_token_logps(trainer.policy, [group]), step).item())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_the_gap_of_a_resumed_stage_is_that_of_the_whole_one(training):
+    """Killed after sampling, before a step: nothing is sampled again, and the log says the same of the samples."""
+
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise Killed
+
+    for temperature in (1.0, 0.5):
+        settings = {"stages_per_epoch": 1, "temperature": temperature}
+        whole = training.run("irft", name=f"whole-{temperature}", **settings)
+        killed = training.trainer("irft", name=f"{temperature}", options={"callbacks": [Kill()]}, **settings)
+        with pytest.raises(Killed):
+            killed.train()
+        resumed = training.run("irft", name=f"{temperature}", **settings)
+        assert history(resumed, "samples/logp_gap") == history(whole, "samples/logp_gap")
+        manifests = [
+            json.loads((t.stages.store.path(0) / "manifest.json").read_text(encoding="utf-8"))
+            for t in (whole, resumed)
+        ]
+        assert manifests[0].get("samples/logp_gap") == manifests[1].get("samples/logp_gap")
+
+
+def test_entropy_is_logged_where_the_samples_are_the_policys(training):
+    assert len(history(run(training, name="warm"), "policy/entropy")) == 2
+    assert history(run(training, name="cold", temperature=0.5), "policy/entropy") == []
+
+
+def test_training_twice_keeps_the_first_start_as_the_zero_of_rewards(training):
+    trainer = training.trainer("sft", options={"eval_dataset": training.rows(4)}, learning_rate=1e-2)
+    trainer.train()
+    moved = trainer.evaluate()["eval_demonstration_reward"]
+    trainer.train()
+    assert abs(moved) > 1e-2
+    assert trainer.evaluate()["eval_demonstration_reward"] == pytest.approx(
+        trainer.evaluate()["eval_demonstration_logp"] - sum(map(sum, trainer.evaluation_set.reference[0])) / 4,
+        abs=1e-4,
+    )
+    assert trainer.evaluate()["eval_demonstration_reward"] > moved

@@ -130,7 +130,7 @@ def test_stages_of_an_earlier_version_are_refused(tmp_path):
     folder.mkdir()
     (folder / "manifest.json").write_text('{"stage": 0, "policy": "p0", "complete": true}', encoding="utf-8")
     with pytest.raises(UserError, match=r"manifest.json, field 'format': .*another version.*format 1.*--overwrite"):
-        store(tmp_path)
+        store(tmp_path).check()
     assert folder.exists()
 
 

@@ -28,7 +28,7 @@ from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.stage_config import StageConfig
 from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["ALGORITHM", "IRFT", "IRFTConfig", "IRFTObjective", "IRFTTrainer"]
+__all__ = ["ALGORITHM", "IRFT", "IRFTConfig", "IRFTObjective", "IRFTTrainer", "contrast_in_stages"]
 
 
 @dataclass
@@ -89,6 +89,11 @@ class IRFTObjective:
         self.betas, self.sft_weight = betas, sft_weight
         self.kind: LossKind = kind
 
+    @staticmethod
+    def of(args: IRFTConfig) -> IRFTObjective:
+        """As the settings say."""
+        return IRFTObjective(args.beta, cast(LossKind, args.loss_kind), args.sft_weight)
+
     def beta(self, stage: int) -> float:
         """The temperature of a stage."""
         return self.betas[max(0, stage) % len(self.betas)]
@@ -111,8 +116,8 @@ class IRFTObjective:
         loss = losses_P.sum() / max(1, step.counts["pairs"])
         if self.sft_weight:
             demonstrations = tokens.of(Role.DEMONSTRATION)
-            loss = (
-                loss + self.sft_weight * sft_loss(policy_C[demonstrations]).sum() / step.counts["demonstration_tokens"]
+            loss = loss + self.sft_weight * sft_loss(policy_C[demonstrations]).sum() / max(
+                1, step.counts["demonstration_tokens"]
             )
         rewards_P = implicit_reward(policy_P, reference_P, beta=beta)
         sample_rewards_P = implicit_reward(policy_samples_P, reference_samples_P, beta=beta)
@@ -166,7 +171,6 @@ class IRFTTrainer(DemonstrationTrainer):
 
     Args:
         sampler: draws the samples; by default from the model in memory.
-        info: of a special case of IRFT.
         others: see ``DemonstrationTrainer``.
     """
 
@@ -187,7 +191,6 @@ class IRFTTrainer(DemonstrationTrainer):
         progress: Progress | None = None,
         source: str = "training data",
         eval_source: str = "held-out data",
-        info: AlgorithmInfo = IRFT,
     ):
         super().__init__(
             model,
@@ -201,14 +204,23 @@ class IRFTTrainer(DemonstrationTrainer):
             progress=progress,
             source=source,
             eval_source=eval_source,
-            info=info,
-            objective=IRFTObjective(args.beta, cast(LossKind, args.loss_kind), args.sft_weight),
+            info=IRFT,
+            objective=IRFTObjective.of(args),
         )
-        store = make_store(self)
-        rollout = make_rollout(self, sampler, reference_is_initial=args.reference == "initial")
-        # With the SFT term a demonstration teaches something without a sample beside it too.
-        phase = Replay(rollout, store, stages=args.replay_stages, needs_pairs=not args.sft_weight)
-        self.train_in_stages(make_stages(self, rollout, store, phase))
+        contrast_in_stages(self, args, sampler)
+
+
+def contrast_in_stages(trainer: DemonstrationTrainer, args: IRFTConfig, sampler: Sampler | None) -> None:
+    """Hand in the stages of IRFT.
+
+    Args:
+        sampler: draws the samples; None for the model in memory.
+    """
+    store = make_store(trainer)
+    rollout = make_rollout(trainer, sampler, reference_is_initial=args.reference == "initial")
+    # With the SFT term a demonstration teaches something without a sample beside it too.
+    phase = Replay(rollout, store, stages=args.replay_stages, needs_pairs=not args.sft_weight)
+    trainer.train_in_stages(make_stages(trainer, rollout, store, phase))
 
 
 ALGORITHM = Algorithm(IRFT, IRFTConfig, IRFTTrainer)

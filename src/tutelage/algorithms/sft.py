@@ -60,13 +60,13 @@ class SFTObjective:
         return 1.0
 
     def counts(self, groups: Sequence[Group]) -> dict[str, int]:
-        """Completion tokens."""
-        return {"tokens": sum(len(c.token_ids) for group in groups for c in group.completions)}
+        """Demonstration tokens."""
+        return {"tokens": sum(len(c.token_ids) for group in groups for c in group.demonstrations)}
 
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The mean loss per token."""
         step.track("logps/demonstrations", tokens.sums()[tokens.of(Role.DEMONSTRATION)])
-        return self.token_loss(tokens.logps_N).sum() / step.counts["tokens"]
+        return self.token_loss(tokens.logps_of(Role.DEMONSTRATION)).sum() / max(1, step.counts["tokens"])
 
 
 TOKEN_LOSSES = {"nll": sft_loss, "dft": dft_loss}

@@ -9,11 +9,12 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from tutelage.algorithms.irft import IRFT, IRFTConfig, IRFTTrainer
+from tutelage.algorithms.irft import IRFT, IRFTConfig, IRFTObjective, contrast_in_stages
 from tutelage.algorithms.registry import Algorithm
 from tutelage.errors import UserError
 from tutelage.progress import Progress
 from tutelage.sampling import Sampler
+from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["ALGORITHM", "SPINConfig", "SPINTrainer"]
 
@@ -36,7 +37,7 @@ class SPINConfig(IRFTConfig):
         super().__post_init__()
 
 
-class SPINTrainer(IRFTTrainer):
+class SPINTrainer(DemonstrationTrainer):
     """IRFT with T = 1: all samples of an epoch come from the policy at its start.
 
     Args: see ``IRFTTrainer``.
@@ -69,12 +70,13 @@ class SPINTrainer(IRFTTrainer):
             peft_config,
             callbacks,
             optimizers,
-            sampler=sampler,
             progress=progress,
             source=source,
             eval_source=eval_source,
             info=SPIN,
+            objective=IRFTObjective.of(args),
         )
+        contrast_in_stages(self, args, sampler)
 
 
 ALGORITHM = Algorithm(SPIN, SPINConfig, SPINTrainer)

@@ -17,6 +17,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from tutelage.cli.help import help_text
 from tutelage.cli.parser import CommandParser, take_config, usage_error
 from tutelage.errors import UserError
+from tutelage.models.paths import run_part
 from tutelage.models.precision import Precision, choose_precision, given_precision, model_size
 from tutelage.training.config import DemonstrationConfig
 
@@ -51,8 +52,8 @@ class ModelArguments(ModelConfig):
         metadata={
             "help": (
                 "Precision in which weights are loaded. By default float32 for weights that are trained, because "
-                "small updates round to zero in bfloat16, and the stored precision for weights that are frozen under "
-                "an adapter."
+                "small updates round to zero in bfloat16. Weights that are frozen under an adapter keep the stored "
+                "precision, or get float32 where this machine is faster in it and has the memory."
             ),
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
@@ -86,9 +87,16 @@ class ModelArguments(ModelConfig):
                 self.require_name(), revision=self.model_revision, trust_remote_code=self.trust_remote_code
             )
             self.precision = choose_precision(
-                size, device="cpu" if use_cpu else None, frozen=bool(self.use_peft and self.dtype is None)
+                size,
+                device="cpu" if use_cpu else None,
+                frozen=bool((self.use_peft or self._has_adapter) and self.dtype is None),
             )
         return self.precision
+
+    @property
+    def _has_adapter(self) -> bool:
+        """Whether the model is an adapter, which training continues on its frozen base."""
+        return (Path(run_part(self.require_name(), "policy")) / "adapter_config.json").exists()
 
     def load(self) -> Any:
         """The model these arguments name.

@@ -20,7 +20,7 @@ from tutelage.cli.report import find_starts, short_labels, show_runs
 from tutelage.data.columns import check_demonstrations
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
-from tutelage.results import RunRecord, load_results, write_results
+from tutelage.results import RunRecord, load_results, results_beside, write_results
 
 __all__ = ["main"]
 
@@ -40,11 +40,11 @@ def main(args: Sequence[str], console: Console) -> None:
     )
     parser.add_argument("--verifier", help="Scores answers: reasoning_gym:NAME or module:function.")
     parser.add_argument("--output_dir", required=True, help="Where results and the report go.")
-    parser.add_argument("--rows", type=int, help="Look at the first so many rows.")
+    parser.add_argument("--rows", type=int, help="Evaluate on the first N rows only.")
     parser.add_argument("--beta", type=float, default=0.1, help="Temperature of the implicit reward.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     parser.add_argument("--batch_size", type=int, default=16, help="Rows per forward pass.")
-    parser.add_argument("--sampling_batch_size", type=int, default=64, help="Sequences decoded side by side.")
+    parser.add_argument("--sampling_batch_size", type=int, default=64, help="Sequences decoded in parallel.")
     options = parser.parse_args(args)
     require_at_least_one(
         options, "max_prompt_length", "max_completion_length", "rows", "batch_size", "sampling_batch_size"
@@ -104,8 +104,8 @@ def _evaluate(options: argparse.Namespace, names: list[str], out: Path, console:
         record = RunRecord(
             label, "base", model=name, dataset=None, seed=options.seed, peak_memory_bytes=peak_memory_bytes()
         )
-        if (Path(name) / "results.json").exists():
-            record = replace(load_results(name), name=label)
+        if results := results_beside(name):
+            record = replace(load_results(results), name=label)
         records.append(evaluated(record, found, rows))
         del model
     find_starts(records, names)

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
 
+from tutelage.algorithms.registry import find
 from tutelage.training.config import DemonstrationConfig
 
 __all__ = ["help_text"]
@@ -73,6 +74,8 @@ def help_text(
     listed = _COMMON.keys() | {name for cls in ours for name in inspect.get_annotations(cls)}
     lines = [
         f"usage: tutelage {command} --model_name_or_path MODEL --dataset_name DATA --output_dir OUT [--config FILE]",
+        "",
+        *_wrapped(f"{command}: {find(command).info.summary}. More in docs/{find(command).info.page}."),
         "",
         *_wrapped(
             "Command-line arguments override the YAML file given with --config, which overrides the defaults in brackets. "

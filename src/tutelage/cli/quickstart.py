@@ -124,7 +124,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=int, help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long."
     )
-    parser.add_argument("--test_rows", type=int, help=f"Held-out rows: {_TEST_ROWS}, or fewer likewise.")
+    parser.add_argument("--test_rows", type=int, help=f"Held-out rows: {_TEST_ROWS}, or fewer, as for --rows.")
     parser.add_argument(
         "--max_completion_length",
         type=int,
@@ -185,7 +185,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     if asked != (len(train_rows), len(test_rows)):
         console.print(
             f"  {asked[0]} demonstrations and {asked[1]} held-out rows would take "
-            f"{duration(pace.total(*asked))} on this machine; --rows and --test_rows ask for them all the same",
+            f"{duration(pace.total(*asked))} on this machine; --rows and --test_rows override this",
             highlight=False,
         )
     plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})

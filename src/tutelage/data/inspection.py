@@ -200,7 +200,9 @@ def _counts(inspection: Inspection) -> Table:
     table.add_row("rows", f"{summary.rows:,}", "")
     table.add_row("demonstrations", f"{summary.demonstrations:,}", "that training would use")
     table.add_row("preference pairs", f"{summary.pairs:,}", "for evaluation; training reads the preferred side alone")
-    table.add_row("cut completions", f"{summary.truncated:,}", f"longer than {inspection.completions.limit} tokens")
+    table.add_row(
+        "truncated completions", f"{summary.truncated:,}", f"longer than {inspection.completions.limit} tokens"
+    )
     for reason, count in summary.dropped.items():
         table.add_row("left out", Text(f"{count:,}", style="yellow"), reason)
     return table
@@ -230,7 +232,7 @@ def _example_panel(example: Example) -> Panel:
     text = _shorten(_styled(example.prompt, "cyan"))
     text.append(_shorten(_styled(example.completion, "green")))
     if not example.finished:
-        text.append(" ✂ cut here", style="bold red")
+        text.append(" ✂ truncated here", style="bold red")
     return Panel(
         text, title=f"row {example.number}: prompt [cyan]■[/] completion [green]■[/] special tokens [reverse] ■ [/]"
     )

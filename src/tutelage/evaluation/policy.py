@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from tutelage.data.demonstrations import Demonstration, Turns, read_rows
-from tutelage.data.tokenization import Tokenization
+from tutelage.data.demonstrations import Demonstration, Turns
+from tutelage.data.tokenization import Tokenization, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.evaluation.verifiers import Verifier, load_verifier
-from tutelage.groups import Group
+from tutelage.groups import Group, drop_copies
 from tutelage.results import EvaluationRecord
 from tutelage.rewards.base import Reward
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
@@ -178,15 +178,10 @@ class EvaluationSet:
         """
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
-        demonstrations, groups, pairs = [], [], []
-        for row in read_rows(dataset, turns=turns, source=source):
-            for demonstration in row:
-                group = tokenization.group(demonstration, source=source)
-                if group is not None:
-                    demonstrations.append(demonstration)
-                    groups.append(group)
-                    pair = tokenization.pair(group, demonstration, source=source)
-                    pairs += [pair] if pair is not None else []
+        rows = list(tokenized_rows(dataset, tokenization, turns=turns, source=source))
+        demonstrations = [row.demonstration for row in rows]
+        groups = [row.group for row in rows]
+        pairs = [row.pair for row in rows if row.pair is not None]
         if not groups:
             raise UserError("no row is left to evaluate on.", remedy="Give at least one.", file=source)
         check = load_verifier(verifier) if verifier else None
@@ -287,11 +282,11 @@ class EvaluationSet:
                 failed.
         """
         logps, pair_logps = self._logps(model, layout, batch_size)
-        demonstration_logps = [values[0] for values in logps]
+        demonstration_logps = [logp for (logp,) in logps]  # a held-out row has one demonstration
         rewards, preference_rewards = None, None
         if self.reference is not None:
             initial, initial_pairs = self.reference
-            rewards = [beta * (now - then[0]) for now, then in zip(demonstration_logps, initial, strict=True)]
+            rewards = [beta * (now - then) for now, (then,) in zip(demonstration_logps, initial, strict=True)]
             if self.pairs:
                 preference_rewards = np.array(pair_logps) - np.array(initial_pairs)
         sample = self.verifier is not None if sample is None else sample
@@ -309,7 +304,7 @@ class EvaluationSet:
         return Evaluation(
             rows=[group.row for group in self.groups],
             demonstration_logps=demonstration_logps,
-            demonstration_lengths=[len(group.completions[0].token_ids) for group in self.groups],
+            demonstration_lengths=[len(c.token_ids) for group in self.groups for c in group.demonstrations],
             demonstration_rewards=rewards,
             preference_rewards=preference_rewards,
             preference_logps=np.array(pair_logps) if self.pairs else None,
@@ -322,11 +317,11 @@ class EvaluationSet:
 
     def _against(self, answers: Answers) -> list[Group]:
         """Each demonstration with the row's answer, where they differ."""
-        return [
-            replace(group, completions=(*group.completions, answer.completion))
+        both = (
+            drop_copies(group.add([answer.completion]))
             for group, answer in zip(self.groups, answers.samples, strict=True)
-            if answer.token_ids != group.completions[0].token_ids
-        ]
+        )
+        return [group for group in both if group.pairs]
 
     def _logps(
         self, model: nn.Module, layout: Layout, batch_size: int
@@ -336,7 +331,8 @@ class EvaluationSet:
                 model, groups, layout=layout, batch_size=batch_size, pad_token_id=self.tokenization.pad_id
             )
 
-        return logps(self.groups), logps(self.pairs)
+        pairs = zip(self.pairs, logps(self.pairs), strict=True)
+        return logps(self.groups), [_better_first(group, values) for group, values in pairs]
 
     def _answers(
         self,
@@ -370,10 +366,17 @@ class EvaluationSet:
         return Answers(samples, texts, scores)
 
 
-def ranking(reward: Reward, pairs: list[Group]) -> list[float]:
-    """1 where the first of two completions has the higher reward, 0.5 for a tie."""
-    rewards = reward.score(pairs).view(-1, 2)
-    return ((rewards[:, 0] - rewards[:, 1]).sign().add(1) / 2).tolist()
+def ranking(reward: Reward, groups: Sequence[Group]) -> list[float]:
+    """For each group with one pair: 1 where its better completion has the higher reward, 0.5 for a tie, else 0."""
+    rewards = iter(reward.score(groups).tolist())
+    pairs = (_better_first(group, [next(rewards) for _ in group.completions]) for group in groups)
+    return [float(np.sign(better - worse) + 1) / 2 for better, worse in pairs]
+
+
+def _better_first(group: Group, values: Sequence[float]) -> tuple[float, float]:
+    """The values of the two sides of a group's one pair."""
+    ((better, worse),) = group.pairs
+    return values[better], values[worse]
 
 
 def can_sample(model: nn.Module) -> bool:

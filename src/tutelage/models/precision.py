@@ -141,7 +141,7 @@ def measure_products(size: ModelSize, device: torch.device) -> dict[torch.dtype,
     """Seconds that a few products of a model's shape take in float32 and in bfloat16; milliseconds, once per process.
 
     They are the forward products and those of the gradient by the input, for a few tokens, of a feed-forward layer and
-    of a slice of the head, on one thread; large ones are cut, which leaves the ratio as it is.
+    of a slice of the head, on one thread; large ones are measured in part, which leaves the ratio as it is.
     """
     hidden, intermediate, head = (min(n, _LARGEST) for n in (size.hidden, size.intermediate, size.vocabulary))
     times = {torch.float32: 0.0, torch.bfloat16: 0.0}

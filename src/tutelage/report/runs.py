@@ -15,6 +15,7 @@ __all__ = [
     "has_verifier_score",
     "is_graded",
     "is_method",
+    "is_plain_sft",
     "require_distinct_names",
     "same_place",
     "starts_of",
@@ -57,7 +58,12 @@ def is_graded(runs: Sequence[RunRecord], score: str) -> bool:
 
 def is_method(run: RunRecord) -> bool:
     """Whether the run has something to prove: neither a model as it was found nor SFT, the baseline of all."""
-    return run.algorithm not in {"base", "sft"}
+    return run.algorithm != "base" and not is_plain_sft(run)
+
+
+def is_plain_sft(run: RunRecord) -> bool:
+    """Whether the run is maximum likelihood, and not SFT with another loss, which is a method like others."""
+    return run.algorithm == "sft" and run.settings.get("loss_kind", "nll") == "nll"
 
 
 def starts_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -68,10 +74,10 @@ def starts_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def controls_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Continued SFT, by whatever name: runs of ``sft`` from the same start."""
+    """Continued SFT, by whatever name: runs of ``sft`` with the ordinary loss from the same start."""
     starts = starts_of(run, runs)
     others = [other for other in runs if other is not run and other not in starts]
-    return [other for other in others if other.algorithm == "sft" and _same_start(other, run)]
+    return [other for other in others if is_plain_sft(other) and _same_start(other, run)]
 
 
 def same_place(a: str, b: str) -> bool:

@@ -94,19 +94,19 @@ def _probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
                 remedy="Use another architecture, or report this one with its config.",
             )
         try:
-            tree = disagreement(collate_shared_prefix(groups), truth_N)
+            shared = disagreement(collate_shared_prefix(groups), truth_N)
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
             # An architecture may reject the shared-prefix layout with any error; finding that out is the purpose of
             # the probe.
             return LayoutProbe(
                 "padded", f"{type(base).__name__} does not take the shared-prefix layout: {_first_line(error)}"
             )
-    if not tree <= tolerance:
+    if not shared <= tolerance:
         return LayoutProbe(
             "padded",
-            f"{type(base).__name__}'s log-probs in the shared-prefix layout differ by {tree:.3g} nats per token",
+            f"{type(base).__name__}'s log-probs in the shared-prefix layout differ by {shared:.3g} nats per token",
         )
-    return LayoutProbe("shared_prefix", f"same log-probs as separate rows to {tree:.1g} nats per token")
+    return LayoutProbe("shared_prefix", f"same log-probs as separate rows to {shared:.1g} nats per token")
 
 
 def _own_logps(base: PreTrainedModel, prompt_ids: tuple[int, ...], completion: Completion) -> Tensor:

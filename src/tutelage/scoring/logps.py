@@ -77,6 +77,11 @@ class TokenLogps:
         """[C] what ``Completion.values`` calls ``name``; KeyError if it is not known of all."""
         return torch.tensor([value for group in self.groups for value in group.values(name)]).to(self.logps_N)
 
+    def logps_of(self, *roles: Role) -> Tensor:
+        """[n] the log-probs of the tokens of completions that have these roles."""
+        inside = torch.tensor(self.of(*roles), device=self.completion_ids.device)
+        return self.logps_N[torch.isin(self.completion_ids, inside)]
+
     def of(self, *roles: Role) -> list[int]:
         """Which of the C completions have these roles."""
         completions = (completion for group in self.groups for completion in group.completions)

@@ -20,6 +20,7 @@ _AT_LEAST_ONE = (
     "max_completion_length",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
+    "sampling_batch_size",
     "gradient_accumulation_steps",
 )
 
@@ -43,7 +44,9 @@ class DemonstrationConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between log lines."})
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Compute in bfloat16 (mixed precision). On by default, unless fp16 is on."},
+        metadata={
+            "help": "Compute in bfloat16 (mixed precision). By default measured: on unless this machine is slower with it."
+        },
     )
     hub_strategy: str = field(  # type: ignore[assignment]
         default="end",
@@ -110,6 +113,9 @@ class DemonstrationConfig(TrainingArguments):
     )
     eval_rows: int | None = field(
         default=None, metadata={"help": "Number of held-out rows to evaluate on, from the start; by default all."}
+    )
+    sampling_batch_size: int = field(
+        default=64, metadata={"help": "Sequences decoded in parallel. Affects speed and memory, not the samples."}
     )
 
     def __post_init__(self):

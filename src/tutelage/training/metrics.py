@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["Costs", "Means", "Track"]
@@ -26,7 +25,7 @@ class Means:
 
     def add(self, name: str, values: Tensor | Sequence[float]) -> None:
         """Add values to the mean called ``name``; see ``Track``."""
-        total = values.detach().sum(dtype=torch.float64) if isinstance(values, Tensor) else float(sum(values))
+        total = values.detach().float().sum() if isinstance(values, Tensor) else float(sum(values))
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] += len(values)
 
@@ -84,5 +83,7 @@ class Costs:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict``; what went before belongs to no line that is still to come."""
         self.seconds.update(state["seconds"])
-        self.policy_tokens, self.reward_tokens, self.sampled_tokens = state["tokens"]
+        *trained, self.sampled_tokens = state["tokens"]
+        # Checkpoints of the first version have one number for what both trained on.
+        self.policy_tokens, self.reward_tokens = (*trained, 0)[:2]
         self.since_last_log()

@@ -277,10 +277,11 @@ class RewardPhase:
             "validation/reward": score.reward.mean,
             "validation/kl": candidate.kl,
             "validation/demonstration_logp": candidate.demonstration_logp,
-            "policy/entropy": _entropy(scored),
             "scale": reward_scale(seen),
             "samples/left_out": float(np.mean([reward is None for row in seen for reward in row])),
         }
+        if self.rollout.params.is_plain:  # else the samples are not the policy's own
+            found["policy/entropy"] = _entropy(scored)
         if score.accuracy is not None:
             found |= {"validation/accuracy": score.accuracy.mean, "validation/accuracy_low": score.accuracy.low}
         if candidate.verifier_scores is not None:
@@ -318,7 +319,7 @@ class RewardPhase:
 def _entropy(groups: Sequence[Group]) -> float:
     """Entropy of the policy by its own samples: mean of −log π (nats per token)."""
     samples = [completion for group in groups for completion in group.samples]
-    return -sum(sum(c.token_values["old_logps"]) for c in samples) / sum(len(c.token_ids) for c in samples)
+    return -sum(c.sum("old_logps") for c in samples) / sum(len(c.token_ids) for c in samples)
 
 
 def _correlation(a: Sequence[float], b: Sequence[float]) -> float:

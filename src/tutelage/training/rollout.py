@@ -132,8 +132,13 @@ class Rollout:
             group.add(sample.completion for sample in samples) for group, samples in zip(groups, drawn, strict=True)
         ]
 
-    def measure(self, groups: Sequence[Group]) -> None:
-        """Hold the sampler's log-probs of some fresh samples against the trainer's; ``gap`` is their mean difference."""
+    def measure_if_asked(self, groups: Sequence[Group], params: SamplingParams | None = None) -> None:
+        """Hold the sampler's log-probs of some fresh samples against the trainer's; ``gap`` is their mean difference.
+
+        Only once per ``begin``, and only where the sampler's might serve.
+        """
+        if not (params or self.params).is_plain or not self.tolerance or self.gap is not None:
+            return
         groups = [group.select(group.places(Role.SAMPLE)) for group in groups[:_MEASURED]]
         own = self.scorer.token_logps(groups)
         gaps = [
@@ -171,8 +176,7 @@ class Rollout:
 
     def _policy_logps(self, groups: Sequence[Group], params: SamplingParams) -> list[tuple[tuple[float, ...], ...]]:
         """The sampler's log-probs of samples where they serve, the trainer's of everything else."""
-        if params.is_plain and self.tolerance > 0 and self.gap is None:
-            self.measure(groups)
+        self.measure_if_asked(groups, params)
         if not params.is_plain or self.gap is None or self.gap > self.tolerance:
             return self.scorer.token_logps(groups)
         others = [

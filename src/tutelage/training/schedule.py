@@ -71,7 +71,7 @@ class StageEpochs:
     """A batch sampler that gives the batches of each stage several times over.
 
     Rows and their order are those of the sampler inside. A last optimizer step that the rows do not fill is filled up
-    with empty batches, so that the steps of every epoch are cut alike.
+    with empty batches, so that every epoch has the same steps.
 
     Args:
         batches: the batch sampler inside: lists of row numbers, those of one epoch at each iteration.

@@ -53,19 +53,13 @@ class Candidate:
     def kl(self) -> float:
         """Estimate of KL(π‖π_0): mean of log π − log π_0 over the samples (nats per sequence)."""
         return float(
-            np.mean(
-                [
-                    sum(c.token_values["old_logps"]) - sum(c.token_values["reference_logps"])
-                    for group in self.groups
-                    for c in group.samples
-                ]
-            )
+            np.mean([c.sum("old_logps") - c.sum("reference_logps") for group in self.groups for c in group.samples])
         )
 
     @property
     def demonstration_logp(self) -> float:
         """Mean log π of the demonstrations (nats per sequence)."""
-        return float(np.mean([sum(c.token_values["old_logps"]) for g in self.groups for c in g.demonstrations]))
+        return float(np.mean([c.sum("old_logps") for g in self.groups for c in g.demonstrations]))
 
     def scored(self, reward: Reward) -> list[Group]:
         """The groups with the ``reward`` of each completion."""

@@ -69,9 +69,6 @@ class StageConfig(DemonstrationConfig):
             "measured once per stage and logged as samples/logp_gap. 0 always takes the trainer's."
         },
     )
-    sampling_batch_size: int = field(
-        default=64, metadata={"help": "Sequences decoded in parallel. Affects speed and memory, not the samples."}
-    )
     save_each_stage: bool = field(
         default=True,
         metadata={"help": "Write a checkpoint at the end of each stage, in addition to those of --save_steps."},

@@ -195,8 +195,8 @@ class Stages:
 
     def _sampled(self, missing: list[Group], kept: list[Group]) -> Iterator[list[Group]]:
         """Samples and scores some prompts at a time; each piece is on disk before the next begins."""
-        if len(kept) >= self.piece:  # a killed run measured on the same groups
-            self.rollout.measure(kept[: self.piece])
+        if kept and (len(kept) >= self.piece or not missing):  # a killed run measured on the same groups
+            self.rollout.measure_if_asked(kept[: self.piece])
         done = len(kept)
         with self.progress.phase(f"stage {self.stage}: sampling", done + len(missing)) as advance:
             for start in range(0, len(missing), self.piece):
@@ -229,6 +229,7 @@ def _is_record(recorded: Group | None, group: Group) -> bool:
     return (
         recorded is not None
         and recorded.prompt_ids == group.prompt_ids
+        and recorded.teacher_prompt_ids == group.teacher_prompt_ids
         and recorded.demonstrations == group.demonstrations
     )
 

@@ -33,27 +33,28 @@ class StageStore:
         settings: what the samples depend on besides the policy (seed, temperature, …); a stage recorded under other
             settings is not reused.
         text: decodes token ids for the reader.
-
-    Raises:
-        UserError: the folder holds stages of an earlier version of tutelage.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], text: Callable[[Sequence[int]], str]):
         self.folder, self.settings, self.text = Path(folder), settings, text
-        for manifest in sorted(self.folder.glob("stage-*/manifest.json")):
-            self._check_format(manifest)
 
-    def _check_format(self, manifest: Path) -> None:
-        found = read_json(manifest).get("format", 1)
-        if found != FORMAT:
-            raise UserError(
-                f"the run was begun by another version of tutelage, whose stages have format {found}; this one's have "
-                f"{FORMAT}.",
-                remedy="Finish it with the version that began it, or start anew (--overwrite_output_dir, or another "
-                "--output_dir).",
-                file=str(manifest),
-                field="format",
-            )
+    def check(self) -> None:
+        """Before a run goes on from what is there.
+
+        Raises:
+            UserError: the stages are of another version of tutelage.
+        """
+        for manifest in sorted(self.folder.glob("stage-*/manifest.json")):
+            found = read_json(manifest).get("format", 1)
+            if found != FORMAT:
+                raise UserError(
+                    f"the run was begun by another version of tutelage, whose stages have format {found}; this one's "
+                    f"have {FORMAT}.",
+                    remedy="Finish it with the version that began it, or start anew (--overwrite_output_dir, or "
+                    "another --output_dir).",
+                    file=str(manifest),
+                    field="format",
+                )
 
     def path(self, stage: int) -> Path:
         """The stage's folder."""
@@ -101,7 +102,8 @@ class StageStore:
         Raises:
             UserError: the file is missing.
         """
-        return [json.loads(line) for line in self._existing(stage, name).read_text(encoding="utf-8").splitlines()]
+        with self._existing(stage, name).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
     def _existing(self, stage: int, name: str) -> Path:
         path = self.path(stage) / f"{name}.jsonl"

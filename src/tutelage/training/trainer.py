@@ -213,15 +213,18 @@ class DemonstrationTrainer(Trainer):
             self.stages.stages_per_epoch,
             self.stages.epochs,
         )
-        return self.accelerator.prepare(
-            DataLoader(
-                loader.dataset,
-                batch_sampler=cast(Any, batches),
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
+        kept = (
+            "collate_fn",
+            "num_workers",
+            "pin_memory",
+            "worker_init_fn",
+            "multiprocessing_context",
+            "prefetch_factor",
+            "persistent_workers",
+            "in_order",
         )
+        options = {name: getattr(loader, name) for name in kept}
+        return self.accelerator.prepare(DataLoader(loader.dataset, batch_sampler=cast(Any, batches), **options))
 
     def set_initial_training_values(self, args, dataloader):
         """As transformers'; here the number of steps in an epoch becomes known, and with it the stages."""
@@ -341,7 +344,9 @@ class DemonstrationTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As in transformers. The initial policy's held-out log-probs are cached, as π_0 of the implicit reward."""
-        if self.evaluation_set is not None:
+        if self.stages is not None:
+            self.stages.store.check()
+        if self.evaluation_set is not None and self.evaluation_set.reference is None:
             with self.progress.phase("held-out log-probs of the start"):
                 self._remember_start(self.evaluation_set)
         output = super().train(*args, **kwargs)
@@ -368,7 +373,12 @@ class DemonstrationTrainer(Trainer):
         if self.stages is not None and self.stages.rollout.initial is not None:
             return self.stages.rollout.initial.active()
         policy = self.policy
-        if self._base_is_start and isinstance(policy, PeftModel):
+        if (
+            self._base_is_start
+            and isinstance(policy, PeftModel)
+            # Some adapters begin with a change of the base (PiSSA, OLoRA, LoftQ): for them the base is not the start.
+            and getattr(policy.active_peft_config, "init_lora_weights", None) in (True, "gaussian")
+        ):
             return policy.disable_adapter()
         return nullcontext() if self.state.global_step == 0 else None
 
@@ -426,7 +436,7 @@ class DemonstrationTrainer(Trainer):
             layout=self.layout,
             seed=self.args.seed,
             batch_size=self.args.per_device_eval_batch_size,
-            sampling_batch_size=getattr(self.args, "sampling_batch_size", 64),
+            sampling_batch_size=self.args.sampling_batch_size,
             reward=self.stages.phase.reward if self.stages else None,
             **options,
         )
