@@ -1,7 +1,7 @@
 """IRFT in one file: Algorithm 2 of Li et al., "Getting More Juice Out of the SFT Data" (NeurIPS 2024, arXiv 2405.17888).
 
 Plain torch and transformers, nothing of this library: read it from top to bottom to learn the method. The library
-computes the same numbers (tests/test_example_irft.py compares them), only faster and in less memory.
+computes the same numbers (tests/examples/test_example_irft.py compares them), only faster and in less memory.
 
     python examples/irft_in_one_file.py                                    # a tiny random model, under a minute, offline
     python examples/irft_in_one_file.py --model MODEL --data FILE.jsonl    # lines of {"prompt": ..., "completion": ...}
