@@ -221,11 +221,8 @@ def _text(token_ids: Sequence[int], eos_id: int) -> str:
 # --- RFT ------------------------------------------------------------------------------------------------------------
 
 
-class _OpenGate(RFTTrainer):
-    """Random words teach a reward nothing, and the policy phase would wait for it: here it always follows."""
-
-    def _obstacle(self, *_: Any) -> None:
-        return None
+class _FullBatches(RFTTrainer):
+    """Makes sure that the policy phase trains on every prompt."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         assert len(inputs) == self.args.per_device_train_batch_size, "the policy phase left prompts out"
@@ -254,7 +251,10 @@ def ours_rft_stage(work: Work, turns: Turns) -> None:
     )
     data = Dataset.from_list(rows(replace(work, prompts=work.prompts + 1)))
     stages = _Stages(turns, steps=work.prompts * work.samples // _BATCH)
-    _OpenGate(model, args, data, callbacks=[stages]).train()
+    trainer = _FullBatches(model, args, data, callbacks=[stages])
+    # Random words teach a reward nothing, and the policy phase would wait for it: here it always follows.
+    trainer.stages.phase.obstacle = lambda *_: None
+    trainer.train()
 
 
 def peer_rft_stage(work: Work, turns: Turns) -> None:

@@ -291,13 +291,13 @@ class RewardPhase:
         if self.fitter.preferences:
             found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.fitter.preferences[:256])))
         spread = max(float(np.ptp([c.values["reward"] for c in group.samples])) for group in scored)
-        reason = self._obstacle(stage, fit, score, spread)
+        reason = self.obstacle(stage, fit, score, spread)
         if reason and stage >= self.warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", stage, reason)
         self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
         return found | {"policy/phase": int(reason is None), "reason": reason}
 
-    def _obstacle(self, stage: int, fit: dict[str, float], score: CandidateScore, spread: float) -> str | None:
+    def obstacle(self, stage: int, fit: dict[str, float], score: CandidateScore, spread: float) -> str | None:
         """Why the policy phase should not run; None if it should."""
         if stage < self.warmup_stages:
             return "reward warm-up"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,9 @@ from tutelage.sampling import Sampler, SamplingParams
 from tutelage.scoring.logps import Layout, cached_token_logps
 
 __all__ = ["PolicyScorer", "Rollout"]
+
+_Logps = tuple[tuple[float, ...], ...]
+"""Log-probs of the tokens of each completion of a group."""
 
 _MEASURED = 8  # groups on which the sampler's log-probs are held against the trainer's
 
@@ -39,7 +42,7 @@ class PolicyScorer:
         self.policy, self.autocast = policy, autocast
         self._options: dict[str, Any] = {"layout": layout, "batch_size": batch_size, "pad_token_id": pad_token_id}
 
-    def token_logps(self, groups: Sequence[Group]) -> list[tuple[tuple[float, ...], ...]]:
+    def token_logps(self, groups: Sequence[Group]) -> list[_Logps]:
         """Log-probs of all completion tokens (nats per token); an empty tuple for a prompt alone."""
         held = [group for group in groups if group.completions]
         with self.autocast():
@@ -82,6 +85,7 @@ class Rollout:
         self.num_samples, self.initial = num_samples, initial
         self.reference_is_initial, self.keep_old, self.tolerance = reference_is_initial, keep_old, tolerance
         self.gap: float | None = None
+        self._measured: dict[Group, _Logps] = {}
         self._frozen: str | None = None
         self._start = self._now = self._trained()
 
@@ -98,7 +102,7 @@ class Rollout:
         if self._frozen is None:
             frozen = ((n, p) for n, p in self.scorer.policy.named_parameters() if not p.requires_grad)
             self._frozen = fingerprint(frozen)
-        self._now, self.gap = self._trained(), None
+        self._now, self.gap, self._measured = self._trained(), None, {}
         self.sampler.take_weights(self.scorer.policy)
         return f"{self._frozen}-{self._now}"
 
@@ -139,15 +143,17 @@ class Rollout:
         """
         if not (params or self.params).is_plain or not self.tolerance or self.gap is not None:
             return
-        groups = [group.select(group.places(Role.SAMPLE)) for group in groups[:_MEASURED]]
-        own = self.scorer.token_logps(groups)
+        measured = list(groups[:_MEASURED])
+        own = self.scorer.token_logps(measured)
         gaps = [
             abs(a - b)
-            for group, logps in zip(groups, own, strict=True)
-            for completion, logps_of_one in zip(group.completions, logps, strict=True)
-            for a, b in zip(completion.token_values["sampler_logps"], logps_of_one, strict=True)
+            for group, logps in zip(measured, own, strict=True)
+            for completion, values in zip(group.completions, logps, strict=True)
+            if completion.role is Role.SAMPLE
+            for a, b in zip(completion.token_values["sampler_logps"], values, strict=True)
         ]
         self.gap = sum(gaps) / len(gaps) if gaps else 0.0
+        self._measured = dict(zip(measured, own, strict=True))
 
     def score(self, groups: Sequence[Group], params: SamplingParams | None = None) -> list[Group]:
         """The groups with log-probs under the reference, and under the policy that drew the samples if they are kept.
@@ -157,7 +163,7 @@ class Rollout:
         """
         needs_policy = self.keep_old or not self.reference_is_initial or not self.has_moved
         found = list(groups)
-        policy: list[tuple[tuple[float, ...], ...]] = []
+        policy: list[_Logps] = []
         if needs_policy:
             policy = self._policy_logps(groups, params or self.params)
         if self.keep_old:
@@ -174,21 +180,30 @@ class Rollout:
         logps = self.scorer.token_logps(groups)
         return [g.with_token_values("reference_logps", values) for g, values in zip(groups, logps, strict=True)]
 
-    def _policy_logps(self, groups: Sequence[Group], params: SamplingParams) -> list[tuple[tuple[float, ...], ...]]:
+    def _policy_logps(self, groups: Sequence[Group], params: SamplingParams) -> list[_Logps]:
         """The sampler's log-probs of samples where they serve, the trainer's of everything else."""
         self.measure_if_asked(groups, params)
         if not params.is_plain or self.gap is None or self.gap > self.tolerance:
-            return self.scorer.token_logps(groups)
-        others = [
-            group.select(place for place, c in enumerate(group.completions) if c.role != Role.SAMPLE)
-            for group in groups
-        ]
+            return self._own_logps(groups, Role)
+        others = [role for role in Role if role is not Role.SAMPLE]
         found = []
-        for group, logps in zip(groups, self.scorer.token_logps(others), strict=True):
+        for group, logps in zip(groups, self._own_logps(groups, others), strict=True):
             rest = iter(logps)
             found.append(
                 tuple(
-                    c.token_values["sampler_logps"] if c.role == Role.SAMPLE else next(rest) for c in group.completions
+                    c.token_values["sampler_logps"] if c.role is Role.SAMPLE else next(rest) for c in group.completions
                 )
             )
         return found
+
+    def _own_logps(self, groups: Sequence[Group], roles: Iterable[Role]) -> list[_Logps]:
+        """The trainer's log-probs of the completions of some roles; those of measured groups are known already."""
+        roles = tuple(roles)
+        fresh = [group for group in groups if group not in self._measured]
+        scored = iter(self.scorer.token_logps([group.select(group.places(*roles)) for group in fresh]))
+        return [
+            tuple(self._measured[group][place] for place in group.places(*roles))
+            if group in self._measured
+            else next(scored)
+            for group in groups
+        ]

@@ -62,7 +62,7 @@ class StageConfig(DemonstrationConfig):
         },
     )
     sampler_logps_tolerance: float = field(
-        default=0.002,
+        default=0.01,
         metadata={
             "help": "The sampler's own log-probs serve as those of the policy where they differ from the trainer's by no "
             "more than this on average (nats per token), which saves a pass over the samples. The difference is "
