@@ -743,8 +743,13 @@ class TestPage:
             assert f"<h2>{heading}</h2>" not in page
 
     def test_a_quantity_without_a_mean(self, five_runs):
+        def dashes():
+            return render(five_runs).count('<span class="quiet">–</span>')
+
+        before = dashes()
         del five_runs[3].evaluation.means["demonstration_logp"]
         parse(render(five_runs))
+        assert dashes() == before + 1
         terminal(five_runs)
 
     def test_a_run_has_its_color_everywhere(self, five_runs):

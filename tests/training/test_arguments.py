@@ -98,7 +98,8 @@ def test_defaults_and_copies_of_a_config_pass(tmp_path):
     ],
 )
 def test_what_depends_on_other_arguments_is_accepted_where_it_works(config, settings, tmp_path):
-    config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+    made = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+    assert all(hasattr(made, name) for name in settings)
 
 
 # --- honored ones have their effect ------------------------------------------------------------------------------------

@@ -86,7 +86,6 @@ class Rollout:
         self.reference_is_initial, self.keep_old, self.tolerance = reference_is_initial, keep_old, tolerance
         self.gap: float | None = None
         self._measured: dict[Group, _Logps] = {}
-        self._frozen: str | None = None
         self._start = self._now = self._trained()
 
     @property
@@ -95,16 +94,11 @@ class Rollout:
         return self._now != self._start
 
     def begin(self) -> str:
-        """Sampling begins from a policy that may be a new one; gives a name: equal weights have equal names.
-
-        Frozen weights are read once per run.
-        """
-        if self._frozen is None:
-            frozen = ((n, p) for n, p in self.scorer.policy.named_parameters() if not p.requires_grad)
-            self._frozen = fingerprint(frozen)
+        """Sampling begins from a policy that may be a new one; gives a name: equal weights have equal names."""
+        frozen = fingerprint((n, p) for n, p in self.scorer.policy.named_parameters() if not p.requires_grad)
         self._now, self.gap, self._measured = self._trained(), None, {}
         self.sampler.take_weights(self.scorer.policy)
-        return f"{self._frozen}-{self._now}"
+        return f"{frozen}-{self._now}"
 
     def _trained(self) -> str:
         return fingerprint((n, p) for n, p in self.scorer.policy.named_parameters() if p.requires_grad)
