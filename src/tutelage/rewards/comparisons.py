@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 
-from tutelage.groups import Group, drop_copies
+from tutelage.groups import Group, Role, drop_copies
 
 __all__ = [
     "TruncatedSamples",
+    "best_of_n",
     "contrast",
+    "graded",
     "policy_rewards",
     "reward_scale",
 ]
@@ -60,17 +62,49 @@ def policy_rewards(group: Group, truncated_samples: TruncatedSamples) -> list[fl
     return [None if worst is None else reward if finished else min(reward, worst) for reward, finished in found]
 
 
-def reward_scale(rewards: Sequence[Sequence[float | None]]) -> float:
-    """The divisor of the rewards: their standard deviation within a prompt if that is above 1, else 1.
+def reward_scale(rewards: Sequence[Sequence[float | None]], *, down_only: bool = False) -> float:
+    """The divisor of the rewards: their standard deviation within a prompt; 1 where they do not vary.
 
-    Rewards are scaled down, never up: while a reward can hardly separate samples, its noise is not amplified.
+    Divided by it, rewards have the same spread whatever the reward's own unit, and the weight of the KL means the same.
 
     Args:
         rewards: of the samples of each prompt; None for one that is left out.
+        down_only: never scale rewards up: while a reward can hardly separate samples, its noise is not amplified.
 
     Returns:
-        max(1, root of the mean variance within a prompt).
+        root of the mean variance within a prompt; at least 1 with ``down_only``.
     """
     told = ([reward for reward in row if reward is not None] for row in rewards)
     variances = [torch.tensor(row).var().item() for row in told if len(row) > 1]
-    return max(1.0, (sum(variances) / len(variances)) ** 0.5) if variances else 1.0
+    spread = (sum(variances) / len(variances)) ** 0.5 if variances else 0.0
+    return max(1.0, spread) if down_only else spread or 1.0
+
+
+def graded(group: Group, truncated_samples: TruncatedSamples, scale: float) -> list[Group]:
+    """The samples of a scored group with their rewards as a policy gradient sees them: ``scaled_reward``.
+
+    Nothing where too few are left to compare.
+    """
+    rewards = policy_rewards(group, truncated_samples)
+    scaled = [None if reward is None else reward / scale for reward in rewards]
+    group = group.select(group.places(Role.SAMPLE)).with_values("scaled_reward", scaled)
+    kept = [place for place, reward in enumerate(scaled) if reward is not None]
+    return [group.select(kept)] if len(kept) > 1 else []
+
+
+def best_of_n(group: Group, truncated_samples: TruncatedSamples, scale: float) -> list[Group]:
+    """What a scored group has that is worth imitating: its demonstrations, and without one the best of its samples.
+
+    A truncated sample is never the best. Nothing where all are, or where all samples have the same reward.
+    """
+    if group.demonstrations:
+        return [group.select(group.places(Role.DEMONSTRATION))]
+    places = group.places(Role.SAMPLE)
+    rewards = [
+        (reward, place)
+        for reward, place in zip(policy_rewards(group, truncated_samples), places, strict=True)
+        if reward is not None and (group.completions[place].finished or truncated_samples == "score")
+    ]
+    if not rewards or len({reward for reward, _ in rewards}) < min(2, len(rewards)):
+        return []
+    return [group.select([max(rewards, key=lambda found: found[0])[1]])]
