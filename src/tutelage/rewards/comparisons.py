@@ -2,24 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import random
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
 from tutelage.groups import Group, Role, drop_copies
 
 __all__ = [
+    "Comparisons",
+    "NegativeKind",
     "TruncatedSamples",
     "best_of_n",
     "contrast",
     "graded",
+    "hardest_kind",
     "policy_rewards",
     "reward_scale",
 ]
 
 
 TruncatedSamples = Literal["floor", "score", "drop"]
+
+NegativeKind = Literal["initial", "own", "out_of_fold"]
+"""Whose samples stand beside the demonstrations: the policy's that trained on these prompts, the initial model's, or those of a
+policy that trained on other prompts. From easy to hard."""
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What a reward learns from.
+
+    Attributes:
+        paired: by kind of negative, groups with demonstrations (or preferred completions) and samples of the same prompt.
+        unpaired: prompts without demonstration, with samples alone. What holds for each demonstration and for no such
+            sample tells them apart, if features compare across prompts.
+    """
+
+    paired: Mapping[str, Sequence[Group]]
+    unpaired: Sequence[Group] = field(default_factory=tuple)
+
+    @property
+    def paired_groups(self) -> list[Group]:
+        """The paired groups of all kinds."""
+        return [group for groups in self.paired.values() for group in groups]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The different prompts of the paired groups, in the order in which they first appear."""
+        return list(dict.fromkeys(group.prompt_ids for group in self.paired_groups))
+
+    def resampled(self, seed: int) -> Comparisons:
+        """As many prompts drawn with replacement, for a bootstrap: the groups of a prompt drawn twice are there twice."""
+        generator = random.Random(seed)
+        times = Counter(
+            prompt
+            for prompts in (self.prompts, list(dict.fromkeys(group.prompt_ids for group in self.unpaired)))
+            for prompt in generator.choices(prompts, k=len(prompts))
+        )
+
+        def drawn(groups: Sequence[Group]) -> list[Group]:
+            return [group for group in groups for _ in range(times[group.prompt_ids])]
+
+        return Comparisons({kind: drawn(groups) for kind, groups in self.paired.items()}, drawn(self.unpaired))
+
+
+def hardest_kind(kinds: Collection[str]) -> str | None:
+    """The kind of negatives on which to judge a reward, of those that are there.
+
+    Telling demonstrations from what an untrained model writes is easy and says little of telling good answers of a trained
+    one from bad ones; and on its training prompts, a trained policy repeats demonstrations.
+    """
+    return next((kind for kind in (*get_args(NegativeKind)[::-1], *kinds) if kind in kinds), None)
 
 
 def contrast(group: Group, truncated_samples: TruncatedSamples) -> list[Group]:

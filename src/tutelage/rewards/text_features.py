@@ -1,0 +1,272 @@
+"""Features of an answer given its prompt, from token ids alone: nothing in them is made for one task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from tutelage.groups import Completion, Group
+
+__all__ = ["Feature", "PromptIndex", "TextFeatures", "feature_name", "readable_feature", "text_features"]
+
+Feature = tuple[str | int, ...]
+"""A feature's name: its kind, then positions or token ids, such as ``("bigram", 17, 23)``."""
+
+START, END = -1, -2
+"""Stand in bigrams for the start of the answer and for its end, if it finished."""
+
+ANSWER_POSITIONS = 32
+PROMPT_POSITIONS = 64  # from the front, and as many from the end
+OCCURRENCES = 4  # of one token in a prompt that are looked at
+STEP = 8
+LENGTHS = 32
+COUNT = 4
+PROMPT_TOKENS = 4096
+
+
+class PromptIndex:
+    """Where each token of a prompt stands, made once for all answers to it.
+
+    Positions count from the front, from 0, and from the end, from -1; only the first and the last ``PROMPT_POSITIONS``
+    and ``OCCURRENCES`` of one token are looked at.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int]):
+        length = len(prompt_ids)
+        ids = prompt_ids[:PROMPT_TOKENS]
+        self.demanded = Counter(ids)
+        self.front: dict[int, list[int]] = {}
+        self.back: dict[int, list[int]] = {}
+        self.places: dict[int, list[int]] = {}
+        for place, token in enumerate(ids):
+            places = self.places.setdefault(token, [])
+            if len(places) < OCCURRENCES:
+                places.append(place)
+        for token, places in self.places.items():
+            if inside := [place for place in places if place < PROMPT_POSITIONS]:
+                self.front[token] = inside
+        for place in range(length - 1, max(-1, length - 1 - PROMPT_POSITIONS), -1):
+            places = self.back.setdefault(prompt_ids[place], [])
+            if len(places) < OCCURRENCES:
+                places.append(place - length)
+
+
+def text_features(prompt: PromptIndex, completion: Completion) -> dict[Feature, float]:
+    """Named values of an answer; a feature that is not named is 0.
+
+    The end-of-turn token is not among the answer's tokens; that it is there is the feature ``finished``.
+
+    ``token`` and ``bigram``: how often, up to 4; a bigram may begin at the answer's start or reach its end. ``copy i j``:
+    answer token i is prompt token j (from the front, or from the end where j is negative). ``uses j``: how often the
+    answer has prompt token j, up to 4. ``last j``: its last token is prompt token j. ``step d``: share of neighbors in
+    the answer that stand d places apart in the prompt. ``missing``, ``covered``, ``too_often``: shares of the prompt's
+    different tokens that the answer has never, as often as the prompt at most, and more often. ``new``: share of its
+    tokens that the prompt does not have. ``length`` (relative, log 2), ``length_is n``, ``finished``, ``distinct``
+    (share of different tokens), ``repeats`` (share of tokens that repeat the one before), ``repeated_bigrams`` (share).
+    """
+    tokens = completion.token_ids[:-1] if completion.finished else completion.token_ids
+    length = len(tokens)
+    counts = Counter(tokens)
+    bigrams = Counter(zip(tokens, tokens[1:], strict=False))
+    found: dict[Feature, float] = {("token", token): min(count, COUNT) for token, count in counts.items()}
+    found |= {("bigram", *pair): min(count, COUNT) for pair, count in bigrams.items()}
+    found["length",] = float(np.log2(1 + length))
+    found["finished",] = float(completion.finished)
+    if length <= LENGTHS:
+        found["length_is", length] = 1.0
+    _coverage(found, prompt, counts, length)
+    if not length:
+        return found
+    found["bigram", START, tokens[0]] = 1.0
+    if completion.finished:
+        found["bigram", tokens[-1], END] = 1.0
+    _copies(found, prompt, tokens)
+    found["distinct",] = len(counts) / length
+    found["repeats",] = sum(map(int.__eq__, tokens, tokens[1:])) / length
+    found["repeated_bigrams",] = 1 - len(bigrams) / (length - 1) if length > 1 else 0.0
+    return found
+
+
+def _coverage(found: dict[Feature, float], prompt: PromptIndex, counts: Mapping[int, int], length: int) -> None:
+    demanded = prompt.demanded
+    shared = [token for token in counts if token in demanded]
+    over = sum(counts[token] > demanded[token] for token in shared)
+    found["too_often",] = over / len(demanded)
+    found["covered",] = (len(shared) - over) / len(demanded)
+    found["missing",] = 1 - len(shared) / len(demanded)
+    found["new",] = 1 - sum(counts[token] for token in shared) / length if length else 0.0
+    for token in shared:
+        times = min(counts[token], COUNT)
+        for place in prompt.front.get(token, ()):
+            found["uses", place] = times
+        for place in prompt.back.get(token, ()):
+            found["uses", place] = times
+
+
+def _copies(found: dict[Feature, float], prompt: PromptIndex, tokens: Sequence[int]) -> None:
+    front, back, places = prompt.front, prompt.back, prompt.places
+    for position, token in enumerate(tokens[:ANSWER_POSITIONS]):
+        if token in places or token in back:
+            for place in front.get(token, ()):
+                found["copy", position, place] = 1.0
+            for place in back.get(token, ()):
+                found["copy", position, place] = 1.0
+    last = tokens[-1]
+    for place in front.get(last, ()):
+        found["last", place] = 1.0
+    for place in back.get(last, ()):
+        found["last", place] = 1.0
+    if len(tokens) < 2:
+        return
+    steps: Counter[int] = Counter()
+    before: Sequence[int] = places.get(tokens[0], ())
+    for token in tokens[1:]:
+        now = places.get(token, ())
+        if before and now:
+            # each step once, however often the tokens occur
+            steps.update({step for old in before for new in now if abs(step := new - old) <= STEP})
+        before = now
+    for step, count in steps.items():
+        found["step", step] = count / (len(tokens) - 1)
+
+
+class TextFeatures:
+    """The set ``text``: counts, copies and coverage of tokens, under a vocabulary of names.
+
+    The names are those that completions to learn from show, so that no two features share a column and each weight can
+    be read. (Hashing would need no vocabulary, and neither would be true.) At most ``limit`` names: those that the most
+    groups show, and none that fewer than ``least`` groups show.
+
+    Args:
+        text: decodes token ids, for ``readable``.
+        names: of an earlier fit.
+    """
+
+    name = "text"
+    learned = True
+    compares_across_prompts = True
+    scaling = 1.0
+
+    def __init__(
+        self,
+        text: Callable[[Sequence[int]], str] | None = None,
+        *,
+        limit: int = 4096,
+        least: int = 2,
+        names: Iterable[Sequence[str | int]] = (),
+    ):
+        self.text, self.limit, self.least = text, limit, least
+        self._set_names(tuple(name) for name in names)
+
+    def _set_names(self, names: Iterable[Feature]) -> None:
+        self.features = tuple(names)
+        self._columns = {name: column for column, name in enumerate(self.features)}
+
+    def choose(self, groups: Sequence[Group]) -> sparse.csr_array:
+        """Take the vocabulary of these groups; returns their features."""
+        rows = _rows(groups)
+        shown: Counter[Feature] = Counter()
+        start = 0
+        for group in groups:
+            end = start + len(group.completions)
+            shown.update({name for row in rows[start:end] for name in row})
+            start = end
+        least = min(self.least, len(groups))
+        ranked = sorted((-count, _sortable(name), name) for name, count in shown.items() if count >= least)
+        self._set_names(name for *_, name in ranked[: self.limit])
+        return self._matrix(rows)
+
+    def matrix(self, groups: Sequence[Group]) -> sparse.csr_array:
+        """[C, F] features of completions, groups in order and completions in order within each."""
+        return self._matrix(_rows(groups))
+
+    def _matrix(self, rows: Sequence[Mapping[Feature, float]]) -> sparse.csr_array:
+        columns, values, ends = [], [], [0]
+        column_of = self._columns.get
+        for row in rows:
+            for name, value in row.items():
+                if (column := column_of(name)) is not None:
+                    columns.append(column)
+                    values.append(value)
+            ends.append(len(columns))
+        return sparse.csr_array(
+            (np.array(values, dtype=np.float64), np.array(columns, dtype=np.int32), np.array(ends, dtype=np.int32)),
+            shape=(len(rows), len(self.features)),
+        )
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return len(self.features)
+
+    def readable(self, column: int) -> str:
+        """A feature as people read it, with tokens as text if ``text`` is known."""
+        return readable_feature(self.features[column], self.text)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes this set again; JSON."""
+        return {"limit": self.limit, "least": self.least, "names": [list(name) for name in self.features]}
+
+
+def _rows(groups: Sequence[Group]) -> list[dict[Feature, float]]:
+    rows = []
+    for group in groups:
+        prompt = PromptIndex(group.prompt_ids)
+        rows += [text_features(prompt, completion) for completion in group.completions]
+    return rows
+
+
+def _sortable(name: Feature) -> tuple[str, tuple[int, ...]]:
+    return str(name[0]), tuple(int(part) for part in name[1:])
+
+
+def feature_name(feature: Feature) -> str:
+    """A feature in one word.
+
+    >>> feature_name(("bigram", 17, 23))
+    'bigram:17,23'
+    """
+    kind, *parts = feature
+    return f"{kind}:{','.join(map(str, parts))}" if parts else str(kind)
+
+
+def readable_feature(feature: Feature, text: Callable[[Sequence[int]], str] | None = None) -> str:
+    """A feature in words; token ids as text where ``text`` decodes them.
+
+    >>> readable_feature(("copy", 0, -1))
+    'answer token 1 is prompt token 1 from the end'
+    >>> readable_feature(("bigram", 17, END), lambda ids: "cat")
+    "'cat' at the end"
+    """
+
+    def token(token_id: Any) -> str:
+        return repr(text([token_id])) if text else f"token {token_id}"
+
+    def place(position: Any) -> str:
+        return f"prompt token {position + 1}" if position >= 0 else f"prompt token {-position} from the end"
+
+    match feature:
+        case ("token", a):
+            return token(a)
+        case ("bigram", a, b) if a == START:
+            return f"{token(b)} at the start"
+        case ("bigram", a, b) if b == END:
+            return f"{token(a)} at the end"
+        case ("bigram", a, b):
+            return f"{token(a)} then {token(b)}"
+        case ("copy", i, j):
+            return f"answer token {int(i) + 1} is {place(j)}"
+        case ("uses", j):
+            return f"has {place(j)}"
+        case ("last", j):
+            return f"ends with {place(j)}"
+        case ("step", d):
+            return f"neighbors {int(d):+d} apart in the prompt"
+        case ("length_is", n):
+            return f"{n} tokens long"
+        case _:
+            return str(feature[0]).replace("_", " ")
