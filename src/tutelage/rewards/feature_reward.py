@@ -5,28 +5,35 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from tutelage.data import Tokenization
 from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
-from tutelage.groups import Group, Role
-from tutelage.models.paths import first_line, run_part
+from tutelage.groups import Completion, Group, Role
+from tutelage.models.loading import base_causal_lm, load_model, load_tokenizer
+from tutelage.models.paths import FEATURE_REWARD, first_line, run_part
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
+from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts, FeatureSet, feature_set, feature_sets
+from tutelage.rewards.hidden_features import HiddenFeatures, HiddenSource
 from tutelage.rewards.linear import Design, accuracies, compare, fit_linear, spread_within
+from tutelage.scoring.logps import Layout, cached_token_logps
 
-__all__ = ["FACTS", "FeatureReward", "Spoken"]
+__all__ = ["FeatureReward", "Spoken", "saved_facts"]
 
-FACTS = "feature_reward.json"
 _NUMBERS = "feature_reward.safetensors"
 _FORMAT = 1
 
@@ -160,31 +167,81 @@ class FeatureReward:
 
     # --- reading --------------------------------------------------------------------------------------------------------
 
-    def explain(self, group: Group, place: int, *, top: int = 10) -> list[Spoken]:
+    def explain(
+        self, group: Group, place: int, *, top: int = 10, text: Callable[[Sequence[int]], str] | None = None
+    ) -> list[Spoken]:
         """What spoke for and against an answer: the features with the largest contributions, largest first.
 
         Where a set's features compare only within a prompt, values are relative to the mean of the group's completions.
+        Features that are read alike (the units of a layer) are one: its value is their sum, weighted, and its weight 1.
 
         Args:
             place: of the completion among the group's.
+            text: decodes token ids.
         """
-        spoken = []
+        spoken: list[Spoken] = []
         for term in self._terms if self.is_fitted else ():
-            matrix = term.features.matrix([group])
-            dense = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
-            values = dense[place] if term.features.compares_across_prompts else dense[place] - dense.mean(axis=0)
-            weights = term.weights / term.spread
-            spoken += [
-                Spoken(
-                    term.features.name,
-                    term.features.readable(int(column)),
-                    float(values[column]),
-                    float(weights[column]),
-                    float(values[column] * weights[column]),
-                )
-                for column in np.flatnonzero(values * weights)
-            ]
+            spoken += _spoken(term, group, place, text)
         return sorted(spoken, key=lambda said: -abs(said.contribution))[:top]
+
+    # --- elsewhere ------------------------------------------------------------------------------------------------------
+
+    def as_reward_func(self, tokenization: Tokenization) -> Callable[..., list[float]]:
+        """A function for ``reward_funcs`` of TRL's trainers (``GRPOTrainer``, ``RLOOTrainer``).
+
+        It scores the tokens that TRL sampled (``completion_ids``) after the prompt as ``tokenization`` writes it. A
+        completion has finished if it ends with a token that ends a turn.
+        """
+
+        def feature_reward(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+            groups = [
+                Group(
+                    tokenization.prompt_ids(prompt),
+                    (
+                        Completion(
+                            tuple(ids), Role.SAMPLE, ids[-1] in tokenization.stop_ids(not isinstance(prompt, str))
+                        ),
+                    ),
+                )
+                for prompt, ids in zip(prompts, completion_ids, strict=True)
+            ]
+            return self.score(groups).tolist()
+
+        return feature_reward
+
+    def save_as_classifier(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Write what ``AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)`` loads.
+
+        For ``hidden`` alone, with the last token's state at depth 1, which is what such models score.
+
+        Returns:
+            what is lost: the scores written are these minus this constant, because the heads of these models have no
+            bias. Differences within and across prompts are the same.
+
+        Raises:
+            UserError: the reward is made of other features, is not fitted, or its base has an adapter in it.
+        """
+        features = self.sets[0]
+        if (
+            len(self.sets) != 1
+            or not isinstance(features, HiddenFeatures)
+            or (features.depths, features.pooling) != ((1.0,), "last")
+            or not self.is_fitted
+        ):
+            raise UserError(
+                "only a fitted reward on 'hidden' alone, at depth 1 with the last token's state, is a model for sequence "
+                "classification.",
+                remedy="Fit one with HiddenFeatures(source, depths=(1.0,), pooling='last').",
+            )
+        body = features.source.model()
+        if isinstance(body, PeftModel):
+            raise UserError("the base has an adapter in it.", remedy="Load the reward with the base model alone.")
+        (term,) = self._terms
+        weights = torch.tensor(term.weights / term.spread)
+        head = nn.Linear(len(weights), 1, bias=False)
+        head.weight = nn.Parameter(weights[None].to(base_causal_lm(body).dtype))
+        ExplicitReward(body, head, pad_token_id=features.source.pad_token_id).save_pretrained(folder, tokenizer)
+        return -term.center / term.spread
 
     # --- on disk --------------------------------------------------------------------------------------------------------
 
@@ -218,7 +275,7 @@ class FeatureReward:
                 for term in self._terms
             ],
         }
-        write_json(folder / FACTS, content)
+        write_json(folder / FEATURE_REWARD, content)
 
     @staticmethod
     def load(folder: str | Path, parts: FeatureParts | None = None) -> FeatureReward:
@@ -248,6 +305,52 @@ class FeatureReward:
             raise _unreadable(folder, error) from error
         return reward
 
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path,
+        *,
+        base_model: str | None = None,
+        logp_model: str | None = None,
+        load: Callable[[str], nn.Module] = load_model,
+        batch_size: int = 16,
+        layout: Layout = "auto",
+    ) -> FeatureReward:
+        """Read what ``save`` wrote, with the tokenizer beside it; models are loaded when they are first needed.
+
+        Args:
+            base_model: for ``hidden``; None takes the one that the JSON names.
+            logp_model: the policy, for ``logp``; None takes the policy beside the reward in a run's folder.
+            load: loads a model by its name.
+            batch_size, layout: as for ``cached_token_logps``.
+
+        Raises:
+            UserError: as ``load``; at the first use, that no model is known or it cannot be loaded.
+        """
+        folder = Path(run_part(str(folder), "reward"))
+        content = saved_facts(folder)
+
+        @cache
+        def tokenizer() -> PreTrainedTokenizerBase:
+            return load_tokenizer(str(folder))
+
+        @cache
+        def base() -> nn.Module:
+            return load(_named(base_model or content.get("base_model"), "base_model", "hidden", folder))
+
+        @cache
+        def policy() -> nn.Module:
+            beside = folder.parent / "policy"
+            known = logp_model or (str(beside) if beside.is_dir() else None)
+            return load(_named(known, "logp_model", "logp", folder))
+
+        options: dict[str, Any] = {"batch_size": batch_size, "layout": layout}
+        parts = FeatureParts(
+            text=lambda ids: str(tokenizer().decode(list(ids), skip_special_tokens=True)),
+            hidden=HiddenSource(base, **options),
+            logps=lambda groups: cached_token_logps(policy(), groups, **options),
+        )
+        return FeatureReward.load(folder, parts)
+
 
 def saved_facts(folder: str | Path) -> dict[str, Any]:
     """What ``feature_reward.json`` in a folder says.
@@ -257,7 +360,7 @@ def saved_facts(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     try:
-        content = read_json(folder / FACTS)
+        content = read_json(folder / FEATURE_REWARD)
         version = content["format"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder, error) from error
@@ -265,9 +368,20 @@ def saved_facts(folder: str | Path) -> dict[str, Any]:
         raise UserError(
             f"the feature reward has format {version}; this version of tutelage reads {_FORMAT}.",
             remedy="Fit it anew.",
-            file=str(folder / FACTS),
+            file=str(folder / FEATURE_REWARD),
         )
     return content
+
+
+def _named(name: str | None, field: str, features: str, folder: Path) -> str:
+    if name is None:
+        raise UserError(
+            f"the features '{features}' need a model, and {FEATURE_REWARD} names none.",
+            remedy=f"Give it (--{field}).",
+            file=str(folder),
+            field=field,
+        )
+    return name
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
@@ -291,7 +405,6 @@ def _learn(
     fit = fit_linear(
         design,
         features.choose(design.groups),
-        scaling=features.scaling,
         unpaired=features.compares_across_prompts,
         strength=strength,
         cross_validate=cross_validate,
@@ -321,3 +434,20 @@ def _standardize(term: _Term, design: Design) -> None:
     ends = np.cumsum([len(group.completions) for group in judged])[:-1]
     variances = [part.var(ddof=1) for part in np.split(values, ends) if len(part) > 1] or [values.var()]
     term.center, term.spread = float(values.mean()), float(np.sqrt(np.mean(variances))) or 1.0
+
+
+def _spoken(term: _Term, group: Group, place: int, text: Callable[[Sequence[int]], str] | None) -> list[Spoken]:
+    features = term.features
+    matrix = features.matrix([group])
+    dense = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
+    values = dense[place] if features.compares_across_prompts else dense[place] - dense.mean(axis=0)
+    weights = term.weights / term.spread
+    columns: dict[str, list[int]] = {}
+    for column in np.flatnonzero(values * weights):
+        columns.setdefault(features.readable(int(column), text), []).append(int(column))
+    found = []
+    for name, alike in columns.items():
+        contribution = float(values[alike] @ weights[alike])
+        value, weight = (contribution, 1.0) if len(alike) > 1 else (float(values[alike[0]]), float(weights[alike[0]]))
+        found.append(Spoken(features.name, name, value, weight, contribution))
+    return found

@@ -184,7 +184,7 @@ class LinearFit:
 
     Attributes:
         weights: [F]; the score of a completion is its features times these.
-        strength: C, the inverse of the L2 penalty's weight, for features in units of their scale.
+        strength: C, the inverse of the L2 penalty's weight, for features divided by their scale.
         margins: [P] score of the better completion minus that of the worse one, by weights fitted without their prompt;
             None without cross-validation.
         scores: [C] likewise; unpaired completions' are by the weights of the whole fit.
@@ -204,7 +204,6 @@ def fit_linear(
     design: Design,
     matrix: Any,
     *,
-    scaling: float,
     unpaired: bool,
     strength: float | None = None,
     cross_validate: bool = True,
@@ -212,8 +211,8 @@ def fit_linear(
 ) -> LinearFit:
     """Logistic regression with L2 and without intercept on differences of features, so that it is symmetric.
 
-    A feature is divided by its scale, the root mean square of its differences to the power of ``scaling``: at 1 all
-    features are penalized alike, at 0 as they are, which costs rare ones the most.
+    A feature is divided by the root mean square of its differences, so that the penalty treats all alike. (In planted tasks
+    with 32 to 128 prompts, text features as they are, or divided by the root of that, ranked worse everywhere.)
 
     Args:
         matrix: [C, F] features, dense or sparse.
@@ -223,7 +222,7 @@ def fit_linear(
         seed: of the projection of dense features that are many.
     """
     kept = np.flatnonzero(design.only_paired() | unpaired)
-    matrix, back = _scaled(design, matrix, kept, scaling, seed)
+    matrix, back = _scaled(design, matrix, kept, seed)
     differences = design.differences(matrix)
     if not len(kept) or not matrix.shape[1]:
         scores = np.zeros(len(design.folds_C))
@@ -242,13 +241,13 @@ def fit_linear(
     return LinearFit(back(weights), strength, margins, scores)
 
 
-def _scaled(design: Design, matrix: Any, kept: np.ndarray, scaling: float, seed: int):
+def _scaled(design: Design, matrix: Any, kept: np.ndarray, seed: int):
     """The matrix to fit on, and the way back from its weights to those of the features as they were."""
     differences = design.differences(matrix)[kept]
     total = max(float(design.weights[kept].sum()), 1e-12)
     squares = differences.multiply(differences) if sparse.issparse(differences) else differences**2
     rms = np.sqrt(np.asarray(squares.T @ design.weights[kept]).ravel() / total)
-    scale = np.where(rms > 1e-9, 1 / np.maximum(rms, 1e-9) ** scaling, 0.0)
+    scale = np.where(rms > 1e-9, 1 / np.maximum(rms, 1e-9), 0.0)
     if sparse.issparse(matrix):
         return (matrix @ sparse.diags_array(scale)).tocsr(), lambda weights: weights * scale
     scaled = matrix * scale

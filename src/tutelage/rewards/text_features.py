@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from math import log2
 from typing import Any
 
-import numpy as np
 from scipy import sparse
 
 from tutelage.groups import Completion, Group
+from tutelage.rewards.vocabulary import Feature, Vocabulary
 
-__all__ = ["Feature", "PromptIndex", "TextFeatures", "feature_name", "readable_feature", "text_features"]
-
-Feature = tuple[str | int, ...]
-"""A feature's name: its kind, then positions or token ids, such as ``("bigram", 17, 23)``."""
+__all__ = ["PromptIndex", "TextFeatures", "readable_feature", "text_features"]
 
 START, END = -1, -2
 """Stand in bigrams for the start of the answer and for its end, if it finished."""
 
+# Bounds, so that long prompts and answers stay cheap.
 ANSWER_POSITIONS = 32
 PROMPT_POSITIONS = 64  # from the front, and as many from the end
 OCCURRENCES = 4  # of one token in a prompt that are looked at
 STEP = 8
 LENGTHS = 32
 COUNT = 4
-PROMPT_TOKENS = 4096
 
 
 class PromptIndex:
@@ -37,12 +36,11 @@ class PromptIndex:
 
     def __init__(self, prompt_ids: Sequence[int]):
         length = len(prompt_ids)
-        ids = prompt_ids[:PROMPT_TOKENS]
-        self.demanded = Counter(ids)
+        self.demanded = Counter(prompt_ids)
         self.front: dict[int, list[int]] = {}
         self.back: dict[int, list[int]] = {}
         self.places: dict[int, list[int]] = {}
-        for place, token in enumerate(ids):
+        for place, token in enumerate(prompt_ids):
             places = self.places.setdefault(token, [])
             if len(places) < OCCURRENCES:
                 places.append(place)
@@ -71,10 +69,10 @@ def text_features(prompt: PromptIndex, completion: Completion) -> dict[Feature, 
     tokens = completion.token_ids[:-1] if completion.finished else completion.token_ids
     length = len(tokens)
     counts = Counter(tokens)
-    bigrams = Counter(zip(tokens, tokens[1:], strict=False))
+    bigrams = Counter(pairwise(tokens))
     found: dict[Feature, float] = {("token", token): min(count, COUNT) for token, count in counts.items()}
     found |= {("bigram", *pair): min(count, COUNT) for pair, count in bigrams.items()}
-    found["length",] = float(np.log2(1 + length))
+    found["length",] = log2(1 + length)
     found["finished",] = float(completion.finished)
     if length <= LENGTHS:
         found["length_is", length] = 1.0
@@ -86,7 +84,7 @@ def text_features(prompt: PromptIndex, completion: Completion) -> dict[Feature, 
         found["bigram", tokens[-1], END] = 1.0
     _copies(found, prompt, tokens)
     found["distinct",] = len(counts) / length
-    found["repeats",] = sum(map(int.__eq__, tokens, tokens[1:])) / length
+    found["repeats",] = sum(a == b for a, b in pairwise(tokens)) / length
     found["repeated_bigrams",] = 1 - len(bigrams) / (length - 1) if length > 1 else 0.0
     return found
 
@@ -101,24 +99,17 @@ def _coverage(found: dict[Feature, float], prompt: PromptIndex, counts: Mapping[
     found["new",] = 1 - sum(counts[token] for token in shared) / length if length else 0.0
     for token in shared:
         times = min(counts[token], COUNT)
-        for place in prompt.front.get(token, ()):
-            found["uses", place] = times
-        for place in prompt.back.get(token, ()):
+        for place in (*prompt.front.get(token, ()), *prompt.back.get(token, ())):
             found["uses", place] = times
 
 
 def _copies(found: dict[Feature, float], prompt: PromptIndex, tokens: Sequence[int]) -> None:
     front, back, places = prompt.front, prompt.back, prompt.places
     for position, token in enumerate(tokens[:ANSWER_POSITIONS]):
-        if token in places or token in back:
-            for place in front.get(token, ()):
-                found["copy", position, place] = 1.0
-            for place in back.get(token, ()):
-                found["copy", position, place] = 1.0
+        for place in (*front.get(token, ()), *back.get(token, ())):
+            found["copy", position, place] = 1.0
     last = tokens[-1]
-    for place in front.get(last, ()):
-        found["last", place] = 1.0
-    for place in back.get(last, ()):
+    for place in (*front.get(last, ()), *back.get(last, ())):
         found["last", place] = 1.0
     if len(tokens) < 2:
         return
@@ -138,78 +129,43 @@ class TextFeatures:
     """The set ``text``: counts, copies and coverage of tokens, under a vocabulary of names.
 
     The names are those that completions to learn from show, so that no two features share a column and each weight can
-    be read. (Hashing would need no vocabulary, and neither would be true.) At most ``limit`` names: those that the most
-    groups show, and none that fewer than ``least`` groups show.
+    be read; hashed names would collide, and could not be read back. At most ``limit`` names: those that the most groups
+    show, and none that fewer than ``least`` groups show.
 
     Args:
-        text: decodes token ids, for ``readable``.
         names: of an earlier fit.
     """
 
     name = "text"
     learned = True
     compares_across_prompts = True
-    scaling = 1.0
 
-    def __init__(
-        self,
-        text: Callable[[Sequence[int]], str] | None = None,
-        *,
-        limit: int = 4096,
-        least: int = 2,
-        names: Iterable[Sequence[str | int]] = (),
-    ):
-        self.text, self.limit, self.least = text, limit, least
-        self._set_names(tuple(name) for name in names)
-
-    def _set_names(self, names: Iterable[Feature]) -> None:
-        self.features = tuple(names)
-        self._columns = {name: column for column, name in enumerate(self.features)}
+    def __init__(self, *, limit: int = 4096, least: int = 2, names: Iterable[Sequence[str | int]] = ()):
+        self.limit, self.least = limit, least
+        self.vocabulary = Vocabulary(names)
 
     def choose(self, groups: Sequence[Group]) -> sparse.csr_array:
         """Take the vocabulary of these groups; returns their features."""
         rows = _rows(groups)
-        shown: Counter[Feature] = Counter()
-        start = 0
-        for group in groups:
-            end = start + len(group.completions)
-            shown.update({name for row in rows[start:end] for name in row})
-            start = end
-        least = min(self.least, len(groups))
-        ranked = sorted((-count, _sortable(name), name) for name, count in shown.items() if count >= least)
-        self._set_names(name for *_, name in ranked[: self.limit])
-        return self._matrix(rows)
+        self.vocabulary = Vocabulary.of(groups, rows, limit=self.limit, least=self.least)
+        return self.vocabulary.matrix(rows)
 
     def matrix(self, groups: Sequence[Group]) -> sparse.csr_array:
         """[C, F] features of completions, groups in order and completions in order within each."""
-        return self._matrix(_rows(groups))
-
-    def _matrix(self, rows: Sequence[Mapping[Feature, float]]) -> sparse.csr_array:
-        columns, values, ends = [], [], [0]
-        column_of = self._columns.get
-        for row in rows:
-            for name, value in row.items():
-                if (column := column_of(name)) is not None:
-                    columns.append(column)
-                    values.append(value)
-            ends.append(len(columns))
-        return sparse.csr_array(
-            (np.array(values, dtype=np.float64), np.array(columns, dtype=np.int32), np.array(ends, dtype=np.int32)),
-            shape=(len(rows), len(self.features)),
-        )
+        return self.vocabulary.matrix(_rows(groups))
 
     @property
     def width(self) -> int:
         """F."""
-        return len(self.features)
+        return len(self.vocabulary)
 
-    def readable(self, column: int) -> str:
-        """A feature as people read it, with tokens as text if ``text`` is known."""
-        return readable_feature(self.features[column], self.text)
+    def readable(self, column: int, text: Callable[[Sequence[int]], str] | None = None) -> str:
+        """A feature as people read it; ``text`` decodes token ids."""
+        return readable_feature(self.vocabulary.names[column], text)
 
     def settings(self) -> dict[str, Any]:
         """What makes this set again; JSON."""
-        return {"limit": self.limit, "least": self.least, "names": [list(name) for name in self.features]}
+        return {"limit": self.limit, "least": self.least, "names": [list(name) for name in self.vocabulary.names]}
 
 
 def _rows(groups: Sequence[Group]) -> list[dict[Feature, float]]:
@@ -218,20 +174,6 @@ def _rows(groups: Sequence[Group]) -> list[dict[Feature, float]]:
         prompt = PromptIndex(group.prompt_ids)
         rows += [text_features(prompt, completion) for completion in group.completions]
     return rows
-
-
-def _sortable(name: Feature) -> tuple[str, tuple[int, ...]]:
-    return str(name[0]), tuple(int(part) for part in name[1:])
-
-
-def feature_name(feature: Feature) -> str:
-    """A feature in one word.
-
-    >>> feature_name(("bigram", 17, 23))
-    'bigram:17,23'
-    """
-    kind, *parts = feature
-    return f"{kind}:{','.join(map(str, parts))}" if parts else str(kind)
 
 
 def readable_feature(feature: Feature, text: Callable[[Sequence[int]], str] | None = None) -> str:
