@@ -173,16 +173,23 @@ class FeatureReward:
         """What spoke for and against an answer: the features with the largest contributions, largest first.
 
         Where a set's features compare only within a prompt, values are relative to the mean of the group's completions.
-        Features that are read alike (the units of a layer) are one: its value is their sum, weighted, and its weight 1.
+        Features that are read alike (the units of a layer) are one: its value is their weighted sum, and its weight 1.
 
         Args:
             place: of the completion among the group's.
             text: decodes token ids.
         """
-        spoken: list[Spoken] = []
+        return self.explain_all(group, top=top, text=text)[place]
+
+    def explain_all(
+        self, group: Group, *, top: int = 10, text: Callable[[Sequence[int]], str] | None = None
+    ) -> list[list[Spoken]]:
+        """As ``explain``, for each completion of the group."""
+        spoken: list[list[Spoken]] = [[] for _ in group.completions]
         for term in self._terms if self.is_fitted else ():
-            spoken += _spoken(term, group, place, text)
-        return sorted(spoken, key=lambda said: -abs(said.contribution))[:top]
+            for found, of_term in zip(spoken, _spoken(term, group, text), strict=True):
+                found += of_term
+        return [sorted(found, key=lambda said: -abs(said.contribution))[:top] for found in spoken]
 
     # --- elsewhere ------------------------------------------------------------------------------------------------------
 
@@ -436,18 +443,24 @@ def _standardize(term: _Term, design: Design) -> None:
     term.center, term.spread = float(values.mean()), float(np.sqrt(np.mean(variances))) or 1.0
 
 
-def _spoken(term: _Term, group: Group, place: int, text: Callable[[Sequence[int]], str] | None) -> list[Spoken]:
+def _spoken(term: _Term, group: Group, text: Callable[[Sequence[int]], str] | None) -> list[list[Spoken]]:
+    """What a set says of each completion of a group."""
     features = term.features
     matrix = features.matrix([group])
-    dense = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
-    values = dense[place] if features.compares_across_prompts else dense[place] - dense.mean(axis=0)
+    values_CF = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
+    if not features.compares_across_prompts:
+        values_CF = values_CF - values_CF.mean(axis=0)
+    return [_said(term, values, text) for values in values_CF]
+
+
+def _said(term: _Term, values: np.ndarray, text: Callable[[Sequence[int]], str] | None) -> list[Spoken]:
     weights = term.weights / term.spread
     columns: dict[str, list[int]] = {}
     for column in np.flatnonzero(values * weights):
-        columns.setdefault(features.readable(int(column), text), []).append(int(column))
+        columns.setdefault(term.features.readable(int(column), text), []).append(int(column))
     found = []
     for name, alike in columns.items():
         contribution = float(values[alike] @ weights[alike])
         value, weight = (contribution, 1.0) if len(alike) > 1 else (float(values[alike[0]]), float(weights[alike[0]]))
-        found.append(Spoken(features.name, name, value, weight, contribution))
+        found.append(Spoken(term.features.name, name, value, weight, contribution))
     return found
