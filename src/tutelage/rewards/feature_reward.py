@@ -25,11 +25,11 @@ from tutelage.files import read_json, write_json
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.loading import base_causal_lm, load_model, load_tokenizer
 from tutelage.models.paths import FEATURE_REWARD, first_line, run_part
-from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
+from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, contrast
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts, FeatureSet, feature_set, feature_sets
 from tutelage.rewards.hidden_features import HiddenFeatures, HiddenSource
-from tutelage.rewards.linear import Design, accuracies, compare, fit_linear, spread_within
+from tutelage.rewards.linear import UNPAIRED, Design, accuracies, compare, fit_linear, spread_within
 from tutelage.scoring.logps import Layout, cached_token_logps
 
 __all__ = ["FeatureReward", "Spoken", "saved_facts"]
@@ -152,7 +152,7 @@ class FeatureReward:
         together = np.zeros(len(design.better))
         for term in self._terms:
             if not term.features.learned:
-                _standardize(term, design)
+                _standardize(term, design, comparisons, truncated_samples)
                 continue
             name = term.features.name
             margins, found = _learn(term, design, (strengths or {}).get(name), cross_validate, seed)
@@ -417,7 +417,7 @@ def _learn(
         cross_validate=cross_validate,
         seed=seed,
     )
-    places = np.concatenate([[], *design.judged_groups()]).astype(int)
+    places = np.concatenate([[], *design.judged_samples]).astype(int)
     term.weights, term.spread = fit.weights, spread_within(design, fit.scores)
     term.center = float(fit.scores[places].mean()) if len(places) else 0.0
     facts = {"features/SET": float(features.width), "strength/SET": fit.strength}
@@ -425,21 +425,21 @@ def _learn(
     return None if fit.margins is None else fit.margins / term.spread, facts
 
 
-def _standardize(term: _Term, design: Design) -> None:
-    """The spread and the center of a set that is not learned, over the samples of the judged kind.
+def _standardize(term: _Term, design: Design, comparisons: Comparisons, truncated_samples: TruncatedSamples) -> None:
+    """The spread and the center of a set that is not learned, over the same samples as those of the learned ones.
 
     Demonstrations are left out: of the policy's log-prob, theirs on its training prompts says only what it memorized.
     """
-    judged = [
-        samples
-        for group, kind in zip(design.groups, design.group_kinds, strict=True)
-        if kind == design.judged_kind
-        and (samples := group.select(group.places(Role.SAMPLE, Role.REJECTED))).completions
+    groups = [
+        group
+        for group in comparisons.paired.get(str(design.judged_kind), comparisons.unpaired)
+        if design.judged_kind == UNPAIRED or contrast(group, truncated_samples)
     ]
-    values = term.features.choose(judged)[:, 0]
+    samples = [group.select(group.places(Role.SAMPLE, Role.REJECTED)) for group in groups]
+    values = np.asarray(term.features.choose(samples))[:, 0]
+    parts = np.split(values, np.cumsum([len(group.completions) for group in samples])[:-1])
+    variances = [part.var(ddof=1) for part in parts if len(part) > 1] or [values.var()]
     term.weights = np.ones(1)
-    ends = np.cumsum([len(group.completions) for group in judged])[:-1]
-    variances = [part.var(ddof=1) for part in np.split(values, ends) if len(part) > 1] or [values.var()]
     term.center, term.spread = float(values.mean()), float(np.sqrt(np.mean(variances))) or 1.0
 
 
