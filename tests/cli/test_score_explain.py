@@ -76,13 +76,14 @@ def test_scores_are_the_rewards(names, form, base, tmp_path, score):
 def test_what_is_told_is_escaped(base, tmp_path, score):
     """The answers hold what rich would read as markup."""
     learned(base, tmp_path / "run", "text")
-    code, lines, said = score("--reward", tmp_path / "run", "--explain")
+    code, lines, said = score("--reward", tmp_path / "run", "--explain", 500)
     assert code == 0, said
     assert "row 1, demonstration: [b]0[/b]" in said
     assert "contribution" in said
     assert "2 further answers are explained in the file" in said
-    assert any("'[" in spoken["feature"] for spoken in lines[0]["completions"][0]["explanation"])
-    assert "'[" in said
+    bracketed = [spoken["feature"] for spoken in lines[0]["completions"][0]["explanation"] if "[" in spoken["feature"]]
+    assert bracketed
+    assert bracketed[0] in said
 
 
 def test_without_the_flag_nothing_is_explained(base, tmp_path, score):
