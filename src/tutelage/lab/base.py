@@ -37,7 +37,7 @@ class BaseModel:
     width: int = 48
     heads: int = 4
     intermediate: int = 128
-    steps: int = 2200
+    steps: int = 1800
     batch_size: int = 192
     learning_rate: float = 4e-3
     seed: int = 0

@@ -12,8 +12,8 @@ from tutelage.lab.worlds.task import Words, generator
 
 __all__ = ["Compose"]
 
-_SUCCESSORS, _SHORTEST, _LONGEST, _DRAFTS = 6, 5, 9, 8
-_TOPIC, _REPEAT, _BREAK, _LENGTH = 1.0, 0.5, 1.5, 0.5  # weights of the quality
+_SUCCESSORS, _SHORTEST, _LONGEST, _DRAFTS = 4, 5, 9, 8
+_TOPIC, _LIKED, _REPEAT, _BREAK, _LENGTH = 0.5, 4.0, 0.5, 0.5, 0.5  # weights of the quality
 _CALIBRATION = 200  # prompts that fix the scale of the quality
 
 
@@ -34,7 +34,7 @@ class Compose:
         self.successors = {
             word: tuple(WORDS[index] for index in rng.permutation(len(WORDS))[:_SUCCESSORS]) for word in WORDS
         }
-        self.weights = {word: rng.dirichlet(np.ones(_SUCCESSORS)) for word in WORDS}
+        self.weights = {word: rng.dirichlet(np.full(_SUCCESSORS, 2.0)) for word in WORDS}
         self.liking = dict(zip(WORDS, rng.permutation(np.linspace(-1, 1, len(WORDS))).tolist(), strict=True))
         self._zero, self._one = 0.0, 1.0
         rng = generator(self.name, "scale", seed)
@@ -72,7 +72,7 @@ class Compose:
         liked = sum(self.liking.get(word, 0.0) for word in text) / max(1, len(text))
         return (
             _TOPIC * len(set(content) & set(text))
-            + 3 * liked
+            + _LIKED * liked
             - _REPEAT * (len(text) - len(set(text)))
             - _BREAK * breaks
             - _LENGTH * outside

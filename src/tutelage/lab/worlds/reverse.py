@@ -15,7 +15,7 @@ _LENGTH = 5
 
 
 class Reverse:
-    """Five symbols of 16, repetitions allowed, in reverse order. Nothing about it is hidden.
+    """Five distinct symbols of 16 in reverse order. Nothing about it is hidden.
 
     Args:
         seed: not used: every seed has the same task and other rows.
@@ -28,7 +28,7 @@ class Reverse:
 
     def content(self, rng: np.random.Generator) -> Words:
         """See ``Task``."""
-        return tuple(SYMBOLS[index] for index in rng.integers(len(SYMBOLS), size=_LENGTH))
+        return tuple(SYMBOLS[index] for index in rng.permutation(len(SYMBOLS))[:_LENGTH])
 
     def answer(self, content: Words, rng: np.random.Generator) -> Words:
         """The one right answer."""
