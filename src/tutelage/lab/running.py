@@ -129,6 +129,10 @@ def config(
 
 def check_settings(name: str, settings: Mapping[str, Any], *, takes_prompts: bool) -> None:
     """Raise ``UserError`` for what an algorithm would refuse, before anything runs."""
+    if name == "none":
+        if settings or takes_prompts:
+            raise UserError("leaves the start as it is and has no settings.")
+        return
     algorithm = find(name)
     with tempfile.TemporaryDirectory(prefix="tutelage-lab-") as temporary:
         config(algorithm, settings, 0, temporary, {})
