@@ -9,7 +9,7 @@ import yaml
 
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import CommandParser, take_config
-from tutelage.data.columns import check_demonstrations
+from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.models.paths import require_model
 
 __all__ = ["check_training"]
@@ -29,7 +29,9 @@ def check_training(command: str, args: Sequence[str]) -> None:
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
         return
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
-    for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "preference_dataset", "output_dir"):
+    paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir")
+    others = ("preference_dataset", "validation_dataset", "prompt_dataset", "base_model_name_or_path")
+    for name in (*paths, *others):
         parser.add_argument(f"--{name}")
     parser.add_argument("--dataset_train_split", default="train", help="")
     parser.add_argument("--turns", default="last", help="")
@@ -37,8 +39,9 @@ def check_training(command: str, args: Sequence[str]) -> None:
     for name in ("resume", "overwrite_output_dir", "dataset_streaming"):
         parser.add_argument(f"--{name}", nargs="?", const="true", default="false", help="")
     found, _ = parser.parse_known_args([_underscored(arg) for arg in args])
-    if found.model_name_or_path:
-        require_model(found.model_name_or_path)
+    for name in (found.model_name_or_path, found.base_model_name_or_path):
+        if name:
+            require_model(name)
     if found.output_dir:
         OutputFolder(found.output_dir, resume=_is(found.resume), overwrite=_is(found.overwrite_output_dir))
     if found.turns not in ("last", "all"):
@@ -47,9 +50,15 @@ def check_training(command: str, args: Sequence[str]) -> None:
         # A streamed file is read as far as the run goes: only its first row is sure to be met.
         limit = 1 if _is(found.dataset_streaming) else None
         check_demonstrations(found.dataset_name, split=found.dataset_train_split, turns=found.turns, limit=limit)
-    for source, limit in ((found.eval_dataset_name, found.eval_rows), (found.preference_dataset, None)):
+    for source, limit in (
+        (found.eval_dataset_name, found.eval_rows),
+        (found.preference_dataset, None),
+        (found.validation_dataset, None),
+    ):
         if source:
             check_demonstrations(source, turns=found.turns, limit=limit)
+    if found.prompt_dataset:
+        check_prompts(found.prompt_dataset, turns=found.turns)
 
 
 def _simple_values(path: str | None) -> list[str]:

@@ -113,7 +113,7 @@ def train(
 
 
 def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[str, Any]:
-    """What the trainer is told of its data: to train on, to evaluate, and preference pairs where the algorithm takes them."""
+    """What the trainer is told of its data: to train on, to evaluate, and what else the algorithm takes."""
     load = partial(load_dataset, config_name=data.dataset_config)
     source = str(data.dataset_name)
     eval_source = str(data.eval_dataset_name or source)
@@ -127,8 +127,9 @@ def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[s
         # A file given for the purpose is read whole; it has no splits of its own.
         whole = data.eval_dataset_name and Path(eval_source).is_file()
         loaded["eval_dataset"] = load(eval_source, split="train" if whole else data.dataset_test_split)
-    if preferences := getattr(training, "preference_dataset", None):
-        loaded |= {"preference_dataset": load(preferences, split="train"), "preference_source": preferences}
+    for kind in ("prompt", "validation", "preference"):
+        if name := getattr(training, f"{kind}_dataset", None):
+            loaded |= {f"{kind}_dataset": load(name, split="train"), f"{kind}_source": name}
     return loaded
 
 

@@ -42,7 +42,6 @@ from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.rollout import PolicyScorer
-from tutelage.training.schedule import StageEpochs
 from tutelage.training.stages import Stages
 
 __all__ = ["DemonstrationTrainer"]
@@ -207,12 +206,7 @@ class DemonstrationTrainer(Trainer):
             raise UserError(
                 "streamed data allows only one pass.", remedy="Leave --policy_epochs at 1.", field="policy_epochs"
             )
-        batches = StageEpochs(
-            cast(Any, loader.batch_sampler),
-            self.args.gradient_accumulation_steps,
-            self.stages.stages_per_epoch,
-            self.stages.epochs,
-        )
+        batches = self.stages.repeated(cast(Any, loader.batch_sampler), self.args.gradient_accumulation_steps)
         kept = (
             "collate_fn",
             "num_workers",
