@@ -395,7 +395,7 @@ def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
     if isinstance(trainer.policy, PeftModel):
         return trainer.policy
     model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
-    return cast(nn.Module, model.to(trainer.args.device)).requires_grad_(False)
+    return cast(nn.Module, model).to(trainer.args.device).requires_grad_(False)
 
 
 def _likelihood(trainer: DemonstrationTrainer, negatives: Negatives) -> LikelihoodReward:
