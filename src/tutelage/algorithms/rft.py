@@ -269,7 +269,12 @@ class RFTTrainer(DemonstrationTrainer):
         preferences = [pair for pair in preferences if pair.prompt_ids not in held_out]
         negatives = make_negatives(self, demonstrations, rollout, store)
         learner = make_learner(
-            self, negatives, peft_config=reward_peft_config, preferences=preferences, tell=logger.info
+            self,
+            negatives,
+            peft_config=reward_peft_config,
+            preferences=preferences,
+            has_prompts=prompt_dataset is not None,
+            tell=logger.info,
         )
         phase = RewardPhase(
             rollout,

@@ -35,7 +35,7 @@ from tutelage.rewards.fitting import RewardFitter, RewardObjective
 from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.scoring.logps import Layout
 from tutelage.training.config import SFT_LEARNING_RATES
-from tutelage.training.folds import Folds, FoldSettings, base_weights
+from tutelage.training.folds import Folds, FoldSettings, base_weights, check_base
 from tutelage.training.gate import Gate, pair_accuracy
 from tutelage.training.learners import (
     AutoLearner,
@@ -178,8 +178,9 @@ def known_demonstrations(trainer: DemonstrationTrainer) -> list[Group]:
         return []
     if isinstance(trainer.train_dataset, IterableDataset):
         raise UserError(
-            "of streamed data the demonstrations are not known beforehand, so no negatives can be drawn for them.",
-            remedy="Use --reward_negatives own with --reward model, or leave --dataset_streaming out.",
+            "of streamed data the demonstrations are not known beforehand: nothing can be divided into folds, or drawn for "
+            "all of them.",
+            remedy="Leave --dataset_streaming out, or use --reward_negatives own and another reward than likelihood.",
             field="reward_negatives",
         )
     return [group_from_row(cast(dict, row)) for row in cast(Dataset, trainer.train_dataset)]
@@ -296,19 +297,29 @@ def make_negatives(
 
     Args:
         groups: the demonstrations that the reward learns from.
+
+    Raises:
+        UserError: as ``check_base``.
     """
     args = cast(RewardStageConfig, trainer.args)
+    kinds = parse_negatives(args.reward_negatives)
+    if args.reward == "likelihood":  # it has folds and nothing to fit
+        kinds = ("own",)
+    start = rollout.initial
+    assert start is not None
+    needed = kinds != ("own",) or args.reward == "likelihood"
+    check_base(trainer.policy, args.base_model_name_or_path, needed=needed)
 
     @cache
     def base() -> WeightSet:
-        return base_weights(trainer.policy, args.base_model_name_or_path, seed=args.seed)
+        return base_weights(trainer.policy, args.base_model_name_or_path, start=start, seed=args.seed)
 
     @cache
     def folds() -> Folds:
         return make_folds(trainer, groups, base, store.folder / "negatives")
 
     return Negatives(
-        parse_negatives(args.reward_negatives),
+        kinds,
         groups,
         rollout,
         store,
@@ -325,6 +336,7 @@ def make_learner(
     *,
     peft_config: PeftConfig | None,
     preferences: list[Group],
+    has_prompts: bool,
     tell: Callable[[str], None],
 ) -> Learner:
     """What fits the reward that the settings name.
@@ -333,6 +345,7 @@ def make_learner(
         negatives: its folds give the reward of likelihoods.
         peft_config: of the adapter on a reward model of its own.
         preferences: preference pairs that a neural reward learns from too.
+        has_prompts: whether there are prompts without demonstrations.
         tell: gets a sentence about a choice that is made.
     """
     args = cast(RewardStageConfig, trainer.args)
@@ -368,7 +381,12 @@ def make_learner(
         )
         fitter = make_fitter(reward, args, preferences, trainer.policy, seed=seed)
         return ModelLearner(
-            fitter, epochs=args.reward_epochs, steps=args.reward_steps, truncated_samples=treat, seed=seed
+            fitter,
+            epochs=args.reward_epochs,
+            steps=args.reward_steps,
+            truncated_samples=treat,
+            seed=seed,
+            compares_across_prompts=has_prompts,
         )
 
     if args.reward == "likelihood":
