@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -353,7 +354,7 @@ def make_learner(
     parts = FeatureParts(
         text=trainer.tokenization.text,
         hidden=HiddenSource(
-            cache(lambda: _base_model(trainer)),
+            cache(lambda: _base_model(trainer, negatives.rollout.initial)),
             layout=trainer.layout,
             batch_size=args.per_device_eval_batch_size,
             pad_token_id=trainer.tokenization.pad_id,
@@ -407,12 +408,17 @@ def make_learner(
     return EnsembleLearner(members, cast(Combine, args.reward_combine), seed=args.seed)
 
 
-def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
+def _base_model(trainer: DemonstrationTrainer, start: WeightSet | None) -> nn.Module:
     """The frozen model whose hidden states are features: under an adapter, the policy's own base."""
-    name = cast(RewardStageConfig, trainer.args).base_model_name_or_path
     if isinstance(trainer.policy, PeftModel):
         return trainer.policy
-    model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
+    name = cast(RewardStageConfig, trainer.args).base_model_name_or_path or trainer.model_name
+    if name:
+        model = load_model(name, dtype=None, whole=False, computing=trainer.args.computing)
+    else:  # it was never on disk
+        assert start is not None
+        with start.active():
+            model = copy.deepcopy(trainer.policy)
     return cast(nn.Module, model).to(trainer.args.device).requires_grad_(False)
 
 
