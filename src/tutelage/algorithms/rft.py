@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from tutelage.algorithms.registry import Algorithm
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
 from tutelage.errors import UserError
-from tutelage.groups import Group, Role
+from tutelage.groups import Group
 from tutelage.losses import (
     group_normalized_advantages,
     importance_ratio,
@@ -191,10 +191,9 @@ class BestOfNObjective:
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The mean loss per token."""
         step.track("logps/picked", tokens.sums())
-        picked = [value for group in tokens.groups for c in group.samples for value in (c.values["reward"],)]
-        if picked:
+        if picked := [c.values["reward"] for group in tokens.groups for c in group.samples]:
             step.track("policy/reward", picked)
-        return sft_loss(tokens.logps_of(Role)).sum() / max(1, step.counts["tokens"])
+        return sft_loss(tokens.logps_N).sum() / max(1, step.counts["tokens"])
 
 
 class RFTTrainer(DemonstrationTrainer):

@@ -287,7 +287,7 @@ class RewardPhase:
     ) -> dict[str, Any]:
         """Metrics of the reward phase, and whether the policy phase may follow."""
         found: dict[str, Any] = {f"reward/{name}": value for name, value in fit.items()}
-        found |= self._facts_of_samples(scored) | self._facts_of_demonstrations(stage, scored, comparisons)
+        found |= self._facts_of_samples(scored) | self._facts_of_demonstrations(scored, comparisons)
         reason = self._obstacle(stage, scored, fit)
         if self.candidates:
             scores = self._scores(self.candidates)
@@ -334,12 +334,10 @@ class RewardPhase:
             found["policy/entropy"] = _entropy(samples)
         return found
 
-    def _facts_of_demonstrations(self, stage: int, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
-        """Of the demonstrations that the stage sampled beside; where there are none, of all that are paired."""
+    def _facts_of_demonstrations(self, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
+        """Of the demonstrations that the stage sampled beside; where there are none, of all that are compared."""
         rewards = [c.values["reward"] for group in scored for c in group.demonstrations]
-        if not rewards:
-            groups = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in comparisons.paired_groups}
-            rewards = [value for values in scores_by_group(self.reward, list(groups.values())) for value in values]
+        rewards = rewards or self._of_demonstrations(comparisons.paired_groups)
         found: dict[str, Any] = {"drop_below": None}
         if rewards:
             samples = [c.values["reward"] for group in scored for c in group.samples]
@@ -348,12 +346,15 @@ class RewardPhase:
                 "reward/gap": float(np.mean(rewards) - np.mean(samples)),
             }
         if self.settings.drop_below is not None:
-            if self.candidates:  # rows that the reward has not seen
-                held_out = [g.select(g.places(Role.DEMONSTRATION)) for g in self.candidates.rows.groups]
-                rewards = [value for values in scores_by_group(self.reward, held_out) for value in values]
-            if rewards:
+            unseen = self.candidates.rows.groups if self.candidates else None
+            if rewards := self._of_demonstrations(unseen or comparisons.paired_groups):
                 found["drop_below"] = float(np.quantile(rewards, self.settings.drop_below))
         return found
+
+    def _of_demonstrations(self, groups: Sequence[Group]) -> list[float]:
+        """Rewards of the demonstrations of groups, each prompt's once."""
+        alone = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in groups}
+        return [value for values in scores_by_group(self.reward, list(alone.values())) for value in values]
 
     def _facts_of_validation(self, score: CandidateScore) -> tuple[dict[str, Any], str | None]:
         """Metrics of the policy and the reward on the validation rows, and what speaks against the reward."""
