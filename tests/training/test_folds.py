@@ -231,7 +231,9 @@ def test_a_named_base_of_a_whole_model(training):
 def test_bases_that_cannot_be_had(training):
     plain = trained_adapter(training)
     check_base(plain, None, needed=True)
-    check_base(training.model(), "somewhere", needed=True)
+    check_base(training.model(), "someone/somewhere", needed=True)
+    with pytest.raises(UserError, match=r"nothing, field 'base_model_name_or_path': no such folder"):
+        check_base(training.model(), str(training.folder / "nothing"), needed=True)
     with pytest.raises(UserError, match=r"'base_model_name_or_path': the model before SFT is the adapter's base"):
         check_base(plain, "somewhere", needed=False)
     pissa = get_peft_model(training.model(), training.lora(init_lora_weights="pissa"))

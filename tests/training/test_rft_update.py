@@ -1,6 +1,7 @@
 """What moves the policy: the best of n, prompts that are left out, the scale, ensembles, and which reward is taken."""
 
 import copy
+import json
 import logging
 
 import numpy as np
@@ -202,6 +203,19 @@ def test_prompts_whose_best_is_too_low_are_left_out(training, update):
     assert not trained & low
     demonstrated = {group.row for group in groups if group.demonstrations}
     assert demonstrated == (set(range(8)) if update == "best_of_n" else set())
+
+
+def test_the_quantile_is_that_of_rows_which_the_reward_has_not_seen(training):
+    settings = {**FEATURES, "reward_negatives": "own", "drop_below": 0.25, "keep_policy": "best", "validation_rows": 4}
+    trainer = make(training, **settings)
+    plant_score(
+        trainer.reward, lambda group, c: 10.0 * len(c.token_ids) if c.role is Role.DEMONSTRATION else spread(c)
+    )
+    trainer.train()
+    rows = trainer.stages.phase.candidates.rows.groups
+    expected = np.quantile([10.0 * len(group.demonstrations[0].token_ids) for group in rows], 0.25)
+    facts = json.loads((trainer.stages.store.path(0) / "reward.json").read_text(encoding="utf-8"))
+    assert facts["drop_below"] == pytest.approx(expected)
 
 
 def test_a_truncated_sample_is_not_the_best_of_its_prompt(training):

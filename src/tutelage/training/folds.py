@@ -25,6 +25,7 @@ from tutelage.groups import Group, Role
 from tutelage.losses import sft_loss
 from tutelage.models.loading import load_model
 from tutelage.models.modes import without_dropout
+from tutelage.models.paths import require_exists
 from tutelage.models.weights import WeightSet, load_weights, save_weights
 from tutelage.scoring.logps import Layout, completion_token_logps
 
@@ -84,8 +85,11 @@ def check_base(policy: nn.Module, name: str | None, *, needed: bool) -> None:
         needed: whether it will be asked.
 
     Raises:
-        UserError: a name for a policy with an adapter, or an adapter that began with a change of its base.
+        UserError: a path to nothing, a name for a policy with an adapter, or an adapter that began with a change of its
+            base.
     """
+    if name is not None:
+        require_exists(name, "base_model_name_or_path")
     if not isinstance(policy, PeftModel):
         return
     if name is not None:

@@ -36,7 +36,7 @@ from tutelage.rewards.fitting import RewardFitter, RewardObjective
 from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.scoring.logps import Layout
 from tutelage.training.config import SFT_LEARNING_RATES
-from tutelage.training.folds import Folds, FoldSettings, base_weights, check_base
+from tutelage.training.folds import Folds, FoldSettings, base_weights, check_base, fold_of_prompts
 from tutelage.training.gate import Gate, pair_accuracy
 from tutelage.training.learners import (
     AutoLearner,
@@ -300,7 +300,7 @@ def make_negatives(
         groups: the demonstrations that the reward learns from.
 
     Raises:
-        UserError: as ``check_base``.
+        UserError: as ``check_base`` and ``fold_of_prompts``.
     """
     args = cast(RewardStageConfig, trainer.args)
     kinds = parse_negatives(args.reward_negatives)
@@ -310,6 +310,8 @@ def make_negatives(
     assert start is not None
     needed = kinds != ("own",) or args.reward == "likelihood"
     check_base(trainer.policy, args.base_model_name_or_path, needed=needed)
+    if groups and ("out_of_fold" in kinds or args.reward == "likelihood"):
+        fold_of_prompts(groups, args.num_folds)  # fails where there are too few
 
     @cache
     def base() -> WeightSet:
