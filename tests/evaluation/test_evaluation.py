@@ -90,7 +90,7 @@ def test_a_sampler_can_be_handed_in(training):
     )
     assert parrot.temperatures == [1.0, 0.0]
     assert told == list(range(1, 11))
-    assert found.sampled.samples[0].token_ids == found.greedy.samples[3].token_ids == (5, 6)
+    assert found.sampled.samples[0][0].token_ids == found.greedy.samples[3][0].token_ids == (5, 6)
 
 
 # --- score and accuracy --------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_a_score_that_is_no_number(training, verifier, score):
 
 def test_a_quantity_that_is_not_finite_has_no_mean():
     """Its rows are kept, and a note says what is missing: no number of the run is lost for it."""
-    answers = Answers([Sample((5,), (-1.0,), True)] * 3, ["a"] * 3, [1.0, 0.0, 1.0])
+    answers = Answers([[Sample((5,), (-1.0,), True)]] * 3, [["a"]] * 3, [[1.0], [0.0], [1.0]])
     found = Evaluation([0, 1, 2], [-1.0, math.nan, -2.0], [1, 1, 1], sampled=answers).record("rows.jsonl")
     assert list(found.means) == ["score_sampled", "accuracy_sampled"]
     assert found.notes == ["demonstration_logp has no mean: 1 of its 3 values are NaN or infinite."]
