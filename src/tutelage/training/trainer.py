@@ -181,6 +181,8 @@ class DemonstrationTrainer(Trainer):
             UserError: they do not fit into an epoch, or they repeat streamed data.
         """
         self.stages = stages
+        if stages.rollout.initial is not None:
+            self._start = None  # once is enough
         self.add_callback(StageEnd(self))
         if self.train_dataset is not None:  # fail before training if there are too many stages
             self.set_initial_training_values(self.args, self.get_train_dataloader())
