@@ -48,7 +48,8 @@ def main(args: Sequence[str], console: Console) -> None:
         help="Answers to each row at temperature 1; with several and a verifier, diversity is measured too.",
     )
     parser.add_argument(
-        "--retention_dataset", help="Rows of another task, on which models are compared with --reference: what was forgotten."
+        "--retention_dataset",
+        help="Rows of another task, on which models are compared with --reference: what was forgotten.",
     )
     parser.add_argument(
         "--retention_verifier", help="Scores answers to --retention_dataset; written as --verifier is."

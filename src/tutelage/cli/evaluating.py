@@ -31,7 +31,9 @@ class Evaluator:
     def __init__(self, options: argparse.Namespace, console: Console):
         self.options, self.console = options, console
         self.dataset = load_data(options)
-        self.other = load_dataset(options.retention_dataset, split=options.split) if options.retention_dataset else None
+        self.other = (
+            load_dataset(options.retention_dataset, split=options.split) if options.retention_dataset else None
+        )
         self._reference: Any = None
         self._before: EvaluationRecord | None = None
         self._found: list[tuple[Evaluation, EvaluationSet]] = []
@@ -93,9 +95,7 @@ class Evaluator:
                 advance(number)
         return told
 
-    def _evaluated(
-        self, rows: EvaluationSet, model: Any, progress: TerminalProgress, *, answers: bool
-    ) -> Evaluation:
+    def _evaluated(self, rows: EvaluationSet, model: Any, progress: TerminalProgress, *, answers: bool) -> Evaluation:
         options = self.options
         name = "evaluating" if rows.source == options.dataset_name else "another task"
         with progress.phase(name, 2 * len(rows.groups) if answers else None) as advance:
@@ -113,9 +113,7 @@ class Evaluator:
             )
 
     def _rows(self, dataset: Any, tokenization: Tokenization, verifier: str | None, source: str) -> EvaluationSet:
-        return EvaluationSet.of(
-            dataset, tokenization, verifier=verifier, limit=self.options.rows, source=source
-        )
+        return EvaluationSet.of(dataset, tokenization, verifier=verifier, limit=self.options.rows, source=source)
 
     def _rows_of_another_task(self, tokenization: Tokenization) -> EvaluationSet | None:
         if self.other is None:

@@ -15,7 +15,7 @@ from tutelage.data.demonstrations import Demonstration, Turns
 from tutelage.data.tokenization import Tokenization, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
-from tutelage.evaluation.statistics import mean_interval
+from tutelage.evaluation.statistics import bootstrap_mean, mean_interval
 from tutelage.evaluation.verifiers import Verifier, load_verifier
 from tutelage.groups import Group, drop_copies
 from tutelage.results import EvaluationRecord, RewardQualityRecord
@@ -23,6 +23,15 @@ from tutelage.rewards.base import Reward
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 from tutelage.sampling.base import Sampler
 from tutelage.scoring.logps import Layout, cached_logps
+
+_WITH_UNIT = {
+    "demonstration_logp",
+    "demonstration_reward",
+    "preference_gap",
+    "preference_logp_gap",
+    "kl",
+    "distinct_right",
+}
 
 __all__ = ["Answers", "Evaluation", "EvaluationSet", "can_sample", "ranking"]
 
@@ -82,9 +91,7 @@ class Answers:
         """Mean of log π − log π_0 over each row's answers: its mean estimates KL(π‖π_0) (nats per sequence)."""
         if self.logps is None or self.start_logps is None:
             return None
-        return [
-            float(np.mean(np.subtract(now, then))) for now, then in zip(self.logps, self.start_logps, strict=True)
-        ]
+        return [float(np.mean(np.subtract(now, then))) for now, then in zip(self.logps, self.start_logps, strict=True)]
 
     def added_to(self, groups: Sequence[Group]) -> list[Group]:
         """The rows' groups with the answers as samples."""
@@ -185,7 +192,8 @@ class Evaluation:
             if broken:
                 notes.append(f"{name} has no mean: {broken} of its {len(numbers)} values are NaN or infinite.")
             else:
-                means[name] = mean_interval(numbers)
+                # A quantity with a unit is no proportion, even where every row happens to be 0: the KL at the start.
+                means[name] = (bootstrap_mean if name in _WITH_UNIT else mean_interval)(numbers)
         per_row: dict[str, list[float | None]] = {"demonstration_logp": [*self.demonstration_logps]}
         for name, answers in (("sampled", self.sampled), ("greedy", self.greedy)):
             if answers is not None and answers.scores is not None:

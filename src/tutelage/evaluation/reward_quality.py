@@ -110,9 +110,7 @@ def reward_quality(prompts: Sequence[ScoredAnswers]) -> RewardQualityRecord | No
     if count < 2 or not all(np.isfinite(row).all() for rows in (*ways.values(), scores) for row in rows):
         return None
     areas = {
-        name: [
-            area for row, told in zip(rows, scores, strict=True) if (area := auc(row, told)) is not None
-        ]
+        name: [area for row, told in zip(rows, scores, strict=True) if (area := auc(row, told)) is not None]
         for name, rows in ways.items()
     }
     correlations = {

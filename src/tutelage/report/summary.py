@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.report.runs import require_distinct_names
-from tutelage.report.verdicts import signed
+from tutelage.report.verdicts import scientific, signed
 from tutelage.results import Interval, RunRecord
 
 __all__ = ["Cell", "Column", "duration", "summary_columns", "summary_table"]
@@ -43,7 +43,7 @@ class Column:
 
 
 _TERMINAL_COLUMNS = 7
-_COSTS = {"passes", "time", "peak memory"}
+_COSTS = {"passes", "time", "operations", "peak memory"}
 
 
 def summary_columns(runs: Sequence[RunRecord]) -> list[Column]:
@@ -60,7 +60,7 @@ def summary_columns(runs: Sequence[RunRecord]) -> list[Column]:
 def summary_table(runs: Sequence[RunRecord]) -> Table:
     """The summary for a terminal of 100 columns: one row per run, with the 95% intervals below the values.
 
-    Where there are more columns than have room, what the runs cost is left to the page.
+    Where there are more columns than have room, what the runs cost is left to the page, and then the last ones are.
 
     Raises:
         UserError: no runs, or two of the same name.
@@ -68,7 +68,7 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
     require_distinct_names(runs)
     columns = summary_columns(runs)
     if len(columns) > _TERMINAL_COLUMNS:
-        columns = [column for column in columns if column.heading not in _COSTS]
+        columns = [column for column in columns if column.heading not in _COSTS][:_TERMINAL_COLUMNS]
     table = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -126,6 +126,20 @@ def _time(run: RunRecord) -> Cell | None:
     return None if total is None else Cell(duration(total))
 
 
+def _retained(run: RunRecord) -> Cell | None:
+    """The change of the other task's score, or of its log-prob where no verifier scored it."""
+    change = run.retention.change if run.retention else {}
+    found = next(
+        (change[key] for key in ("sampled_score", "greedy_score", "demonstration_logp") if key in change), None
+    )
+    return Cell(("+" if found.mean > 0 else "") + signed(found.mean), found) if found else None
+
+
+def _operations(run: RunRecord) -> Cell | None:
+    total = run.flops.get("total")
+    return None if total is None else Cell(scientific(total))
+
+
 def _memory(run: RunRecord) -> Cell | None:
     peak = run.peak_memory_bytes
     return None if peak is None else Cell(f"{peak / 2**30:.2f} GiB")
@@ -143,6 +157,17 @@ _COLUMNS = (
         _evaluated("demonstration_logp"),
     ),
     (
+        "distinct right answers",
+        "Different right answers among the sampled answers to a prompt",
+        _evaluated("distinct_right"),
+    ),
+    ("KL to the start", "Mean log-ratio of the sampled answers to the start, nats per sequence", _evaluated("kl")),
+    (
+        "retention change",
+        "Change of the other task's score since the start (its log-prob, in nats, where no verifier scored it)",
+        _retained,
+    ),
+    (
         "preference accuracy",
         "Share of preference pairs that the implicit reward puts in the right order",
         _evaluated("preference_accuracy"),
@@ -158,5 +183,6 @@ _COLUMNS = (
         _evaluated("preference_reward_accuracy"),
     ),
     ("time", "Wall-clock time of training, sampling included", _time),
+    ("operations", "Floating-point operations of training, sampling included: an estimate", _operations),
     ("peak memory", "Most memory in use at once", _memory),
 )

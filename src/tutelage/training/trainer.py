@@ -373,7 +373,9 @@ class DemonstrationTrainer(Trainer):
         reward = self.stages.phase.reward if self.stages else None
         return [reward.model] if isinstance(reward, ExplicitReward) and reward.weights is None else []
 
-    def watch_retention(self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data") -> None:
+    def watch_retention(
+        self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data"
+    ) -> None:
         """Measure what training does to another task: call it before training.
 
         The start is evaluated when training begins, and its findings lie in the run's folder; ``record`` has what the
@@ -394,20 +396,20 @@ class DemonstrationTrainer(Trainer):
     def _measured_retention(self, rows: EvaluationSet) -> EvaluationRecord:
         answers = rows.verifier is not None
         name = f"another task: {rows.source}"
-        with self.progress.phase(name, 2 * len(rows.groups) if answers else None) as advance:
-            with self.compute_loss_context_manager():
-                found = rows.evaluate(
-                    self.policy, greedy=answers, seed=self.args.seed, on_progress=advance, **self._evaluation_options
-                )
+        with (
+            self.progress.phase(name, 2 * len(rows.groups) if answers else None) as advance,
+            self.compute_loss_context_manager(),
+        ):
+            found = rows.evaluate(
+                self.policy, greedy=answers, seed=self.args.seed, on_progress=advance, **self._evaluation_options
+            )
         return found.record(rows.source)
 
     def retained(self) -> RetentionRecord | None:
         """What training did to another task, by the policy as it stands; None where none is watched."""
         return self.retention.compare(self._measured_retention) if self.retention else None
 
-    def _evaluation_rows(
-        self, dataset: Dataset, *, verifier: str | None, source: str
-    ) -> EvaluationSet:
+    def _evaluation_rows(self, dataset: Dataset, *, verifier: str | None, source: str) -> EvaluationSet:
         return EvaluationSet.of(
             dataset,
             self.tokenization,
