@@ -177,7 +177,7 @@ def best_of_n(quality: RewardQualityRecord, index: int) -> str:
         ("the verifier", [each.oracle.mean for each in quality.best_of], _INK, _DASHES[2]),
         ("learned reward", [each.reward.mean for each in quality.best_of], color, _DASHES[0]),
         ("own log-prob", [each.logp.mean for each in quality.best_of], _INK, _DASHES[1]),
-        ("random", [each.mean.mean for each in quality.best_of], _RULE, _DASHES[0]),
+        ("random", [each.mean.mean for each in quality.best_of], _INK, (0, (6, 2, 1, 2))),
     )
     for label, values, ink, style in lines:
         axes.plot(sizes, values, color=ink, linestyle=style, linewidth=1.5, marker="o", markersize=3, label=label)

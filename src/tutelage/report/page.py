@@ -213,7 +213,7 @@ def _reward_quality(runs: Sequence[RunRecord]) -> str:
     note = (
         f"{most} answers to each held-out prompt. AUC: how often a right answer stands over a wrong one to the same prompt. "
         "A reward is worth something where it picks better than the policy's own log-prob, which costs nothing. "
-        "Correlations are within prompts. Small numbers and bars: 95% intervals over prompts."
+        "Correlations are within prompts. Small numbers and the band: 95% intervals over prompts."
     )
     return (
         f'<h2>Reward quality</h2>\n<div class="charts">{drawn}</div>\n<div class="wide"><table><thead><tr>{head}</tr>'

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -42,7 +43,7 @@ class Column:
     cells: tuple[Cell | None, ...]
 
 
-_TERMINAL_COLUMNS = 7
+_TERMINAL_COLUMNS, _TERMINAL_WIDTH = 7, 100
 _COSTS = {"passes", "time", "operations", "peak memory"}
 
 
@@ -68,7 +69,14 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
     require_distinct_names(runs)
     columns = summary_columns(runs)
     if len(columns) > _TERMINAL_COLUMNS:
-        columns = [column for column in columns if column.heading not in _COSTS][:_TERMINAL_COLUMNS]
+        columns = [column for column in columns if column.heading not in _COSTS]
+    wide = Console(width=10 * _TERMINAL_WIDTH)
+    while wide.measure(table := _table(runs, columns)).maximum > _TERMINAL_WIDTH and columns:
+        columns = columns[:-1]
+    return table
+
+
+def _table(runs: Sequence[RunRecord], columns: Sequence[Column]) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
