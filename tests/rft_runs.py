@@ -6,7 +6,19 @@ from tutelage.sampling.base import Sample
 
 # Two stages of two steps on 16 rows, 4 kept. Random policies do not end by themselves, so that a reward finds soon
 # enough what demonstrations have and samples have not.
+NEURAL = {
+    "reward": "model",
+    "reward_negatives": "own",
+    "reward_gate": "chance",
+    "reward_scaling": "down_only",
+    "reward_replay_stages": 0,
+    "samplings_per_stage": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+}
 QUICK = {
+    **NEURAL,
     "stages_per_epoch": 2,
     "num_samples": 2,
     "validation_rows": 4,
@@ -75,9 +87,9 @@ class Scripted:
 def trained_on(trainer):
     """What the policy phase and the reward phase see, as they see it: two lists of groups."""
     policy, reward = [], []
-    loss, rewards = trainer.objective.loss, trainer.stages.phase.fitter._rewards
+    loss, rewards = trainer.objective.loss, trainer.stages.phase.learner.fitter._rewards
     trainer.objective.loss = lambda tokens, step: policy.extend(tokens.groups) or loss(tokens, step)
-    trainer.stages.phase.fitter._rewards = lambda groups: reward.extend(groups) or rewards(groups)
+    trainer.stages.phase.learner.fitter._rewards = lambda groups: reward.extend(groups) or rewards(groups)
     return policy, reward
 
 

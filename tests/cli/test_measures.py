@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rft_runs import QUICK
 from tutelage.cli import main
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
@@ -64,7 +65,7 @@ def results(folder):
 def test_a_run_of_rft(command, model, data):
     """Everything that is measured of one run stands in its record and on its page."""
     out = data / "out"
-    settings = ["--validation_rows", 4, "--stages_per_epoch", 2, "--reward_warmup_stages", 0, "--use_peft"]
+    settings = ["--use_peft", *(part for name, value in QUICK.items() for part in (f"--{name}", value))]
     code, shown = command(*train("rft", model, data, out, *measured(data), *settings))
     assert code == 0, shown
     record = results(out)

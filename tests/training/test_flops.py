@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
-from test_rft_reward_data import PAIRS
 
+from rft_runs import run
 from tutelage.data.tokenization import group_from_row
 from tutelage.training.flops import counted, parameters_per_token
 from tutelage.training.metrics import Costs
@@ -28,7 +27,7 @@ def test_two_forward_and_six_with_a_backward_pass(training):
         found.append((operations, trains))
 
     tokens, n = torch.ones(2, 5, dtype=torch.long), parameters_per_token(model)
-    with counted([model], count):
+    with counted(model, count):
         model(input_ids=tokens)
         with torch.no_grad():
             model(inputs_embeds=model.get_input_embeddings()(tokens))
@@ -80,13 +79,11 @@ def test_sft(training):
 
 @pytest.mark.parametrize("own_reward", [False, True])
 def test_rft(training, sft_folder, own_reward):
-    options = {"preference_dataset": Dataset.from_list(PAIRS)}
+    """A reward with a body of its own is counted as one that shares the policy's is."""
     settings = {"reward_model_name_or_path": sft_folder} if own_reward else {}
-    trainer = training.trainer(
-        "rft", validation_rows=4, num_samples=2, stages_per_epoch=2, options=options, **settings
-    )
-    trainer.train()
+    trainer = run(training, data=training.rows(16), **settings)
     flops = trainer.record(name="x").flops
-    assert {"sampling", "reference", "reward", "validation"} <= flops.keys()
+    assert {"sampling", "reference", "reward", "validation", "total"} <= flops.keys()
     assert flops["total"] == pytest.approx(sum(value for kind, value in flops.items() if kind != "total"))
-    assert flops["reward"] > 0
+    fit = 6 * parameters_per_token(trainer.policy) * trainer.costs.reward_tokens
+    assert fit <= flops["reward"] <= 20 * fit, "completions, their prompts, and scoring"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rft_runs import NEURAL
 from tutelage.data.tokenization import group_from_row
 from tutelage.scoring.logps import cached_logps
 
@@ -27,6 +28,7 @@ RUNS = {
         "loss_kind": "hinge",
     },
     "rft": {
+        **NEURAL,
         "stages_per_epoch": 2,
         "num_train_epochs": 2,
         "num_samples": 3,

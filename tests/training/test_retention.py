@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import TrainerCallback
 
+from rft_runs import QUICK
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.models.weights import WeightSet
@@ -114,7 +115,7 @@ def test_kl(training, kind):
     elif kind == "full":
         settings["eval_kl"] = True
     else:
-        algorithm, settings = "rft", {**settings, "validation_rows": 4, "stages_per_epoch": 2}
+        algorithm, settings = "rft", {**QUICK, **settings}
     start = copy.deepcopy(model)
     trainer = training.trainer(algorithm, model=model, options=options, **settings)
     trainer.train()

@@ -9,7 +9,7 @@ from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from test_rft_reward_data import PAIRS
 
-from rft_runs import QUESTIONS, WORDS, make
+from rft_runs import NEURAL, QUESTIONS, WORDS, make
 from training_runs import SGD
 from tutelage.cli import main
 from tutelage.errors import UserError
@@ -55,6 +55,7 @@ def test_the_command_line(training, command, monkeypatch, guesser, marks):
     arguments += ["--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--stages_per_epoch", 3]
     arguments += ["--preference_dataset", pairs, "--eval_dataset_name", data, "--eval_rows", 8, "--logging_steps", 1]
     arguments += ["--reward_learning_rate", 1e-2, "--learning_rate", 1e-3]
+    arguments += [part for name, value in NEURAL.items() for part in (f"--{name}", value)]
     shown = command(*arguments, "--push_to_hub")
     assert str(out / "report.html") in shown.replace(" ", "")
     for file in ("policy/adapter_model.safetensors", "reward/adapter_model.safetensors", "reward/reward.json"):
@@ -132,8 +133,8 @@ def test_neither_rows_nor_pairs_of_a_kept_prompt_train(training):
     kept = {group.prompt_ids for group in trainer.stages.phase.candidates.rows.groups}
     assert kept
     assert kept.isdisjoint(tuple(row["prompt_ids"]) for row in trainer.train_dataset)
-    assert trainer.stages.phase.fitter.preferences
-    assert kept.isdisjoint(pair.prompt_ids for pair in trainer.stages.phase.fitter.preferences)
+    assert trainer.stages.phase.learner.fitter.preferences
+    assert kept.isdisjoint(pair.prompt_ids for pair in trainer.stages.phase.learner.fitter.preferences)
 
 
 def test_a_preference_dataset_that_nobody_loads_is_an_error(training):

@@ -83,7 +83,7 @@ def assert_same(resumed, whole):
     assert resumed.state.global_step == whole.state.global_step == 6
     assert_equal(weights(resumed), weights(whole))
     assert_equal(resumed.reward.parameters, whole.reward.parameters)
-    assert_equal(resumed.stages.phase.fitter.state_dict(), whole.stages.phase.fitter.state_dict())
+    assert_equal(resumed.stages.phase.learner.fitter.state_dict(), whole.stages.phase.learner.fitter.state_dict())
     assert resumed.stages.phase.selection == whole.stages.phase.selection
     assert resumed.costs.state_dict()["tokens"] == whole.costs.state_dict()["tokens"]
     for stage in range(3):
@@ -155,7 +155,7 @@ def test_killed_in_the_reward_phase(training, whole, stage, step, checkpoint):
         if done.count(stage) == step:
             raise Killed
 
-    killed.stages.phase.fitter.optimizer.register_step_post_hook(strike)
+    killed.stages.phase.learner.fitter.optimizer.register_step_post_hook(strike)
     with pytest.raises(Killed):
         killed.train()
     resumed = resume(training, settings, checkpoint)

@@ -1,7 +1,5 @@
 """RFT on tiny models: what the reward learns from."""
 
-import copy
-
 import pytest
 import torch
 from datasets import Dataset
@@ -11,8 +9,6 @@ from rft_runs import make, over_samples, phases, plant, run, trained_on
 from training_runs import SGD, Snapshots, assert_same_weights, distance, history
 from tutelage.errors import UserError
 from tutelage.groups import Role
-from tutelage.sampling import TransformersSampler
-from tutelage.training.reward_phase import INITIAL_POLICY
 
 PAIRS = [{"prompt": f"Is {i}?", "chosen": f" Yes, {i}.", "rejected": f" No, {i}."} for i in range(6)]
 
@@ -20,9 +16,9 @@ PAIRS = [{"prompt": f"Is {i}?", "chosen": f" Yes, {i}.", "rejected": f" No, {i}.
 def test_preference_pairs_teach_the_reward(training):
     options = {"preference_dataset": Dataset.from_list(PAIRS)}
     trainer = run(training, options=options, demonstration_weight=0.0, num_train_epochs=2, reward_epochs=4)
-    assert len(trainer.stages.phase.fitter.preferences) == 6
+    assert len(trainer.stages.phase.learner.fitter.preferences) == 6
     assert history(trainer, "preference/accuracy")[-1] == 1.0
-    groups = trainer.stages.phase.fitter.preferences
+    groups = trainer.stages.phase.learner.fitter.preferences
     assert {group.completions[0].role for group in groups} == {Role.PREFERRED}
     without = run(training, name="without", reward_epochs=4)
     assert not history(without, "preference/accuracy")
@@ -35,33 +31,6 @@ def test_preference_data_without_a_pair(training):
     options = {"preference_dataset": training.rows(4), "preference_source": "pairs.jsonl"}
     with pytest.raises(UserError, match=r"pairs.jsonl, field 'preference_dataset': there is no preference pair in it"):
         make(training, options=options)
-
-
-@pytest.mark.parametrize("adapter", [False, True])
-def test_the_reward_may_learn_from_samples_of_the_start(training, adapter):
-    """They are what sampling the start gives, once the policy is another; and they are counted."""
-    trainer = make(training, adapter=adapter, reward_pairs="demonstration_vs_sample+initial")
-    plant(trainer, over_samples)
-    start = copy.deepcopy(trainer.policy)
-    _, reward = trained_on(trainer)
-    trainer.train()
-    assert not (trainer.stages.store.path(0) / "initial.jsonl").exists(), "the policy was the start"
-    groups = trainer.stages.store.groups(1)
-    drawn = TransformersSampler(start, pad_token_id=trainer.tokenization.pad_id).sample(
-        [group.prompt_ids for group in groups],
-        trainer.stages.rollout.params,
-        num_samples=2,
-        rows=[group.row for group in groups],
-        stage=INITIAL_POLICY + 1,
-    )
-    found = trainer.stages.store.groups(1, "initial")
-    assert [g.completions[1:] for g in found] == [tuple(sample.completion for sample in row) for row in drawn]
-    assert [g.completions[0] for g in found] == [g.completions[0] for g in groups]
-    assert len(reward) == 8 + 8 + 8
-    assert {g.completions for g in found} < {g.completions for g in reward}
-    sampled = [*trainer.stages.store.groups(0), *groups, *found]
-    sampled += [g for stage in (0, 1, 2) for g in trainer.stages.store.groups(stage, "validation")]
-    assert trainer.costs.sampled_tokens == sum(len(c.token_ids) for g in sampled for c in g.completions[1:])
 
 
 def test_the_reward_may_learn_again_from_earlier_samples(training):

@@ -6,9 +6,10 @@ Algorithm 1 of Li et al., "Getting More Juice Out of the SFT Data" (NeurIPS 2024
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -19,28 +20,41 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from tutelage.algorithms.registry import Algorithm
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
 from tutelage.errors import UserError
-from tutelage.groups import Group
+from tutelage.groups import Group, Role
 from tutelage.losses import (
     group_normalized_advantages,
     importance_ratio,
     kl_loss,
     leave_one_out_advantages,
     policy_gradient_loss,
+    sft_loss,
 )
 from tutelage.progress import Progress
 from tutelage.results import AlgorithmInfo
-from tutelage.rewards.comparisons import TruncatedSamples
-from tutelage.rewards.explicit import ExplicitReward
+from tutelage.rewards.base import Reward
+from tutelage.rewards.comparisons import best_of_n, graded
 from tutelage.sampling import Sampler
 from tutelage.scoring.logps import TokenLogps
+from tutelage.training.config import SFT_LEARNING_RATES
 from tutelage.training.objective import Step
 from tutelage.training.reward_config import RewardStageConfig
 from tutelage.training.reward_phase import RewardPhase
-from tutelage.training.reward_setup import make_candidates, make_fitter, make_reward, read_preferences
+from tutelage.training.reward_setup import (
+    known_demonstrations,
+    make_candidates,
+    make_learner,
+    make_negatives,
+    phase_settings,
+    read_preferences,
+    refusal,
+    with_prompts,
+)
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["ALGORITHM", "RFTConfig", "RFTObjective", "RFTTrainer"]
+__all__ = ["ALGORITHM", "BestOfNObjective", "RFTConfig", "RFTObjective", "RFTTrainer"]
+
+logger = logging.getLogger(__name__)
 
 RFT = AlgorithmInfo(
     "rft",
@@ -55,8 +69,20 @@ RFT = AlgorithmInfo(
 class RFTConfig(RewardStageConfig):
     """Settings of RFT's policy phase; those of the reward phase are in ``RewardStageConfig``."""
 
-    adapter_learning_rate: ClassVar[float] = 5e-6
-    full_learning_rate: ClassVar[float] = 2e-7
+    # A sixth of SFT's.
+    adapter_learning_rate: ClassVar[float] = SFT_LEARNING_RATES["adapter"] / 6
+    full_learning_rate: ClassVar[float] = SFT_LEARNING_RATES["full"] / 6
+
+    policy_update: str = field(
+        default="gradient",
+        metadata={
+            "help": (
+                "How the reward moves the policy: gradient (policy gradient on all samples), or best_of_n (SFT on the "
+                "best sample of each prompt, and on the demonstration where there is one)."
+            ),
+            "choices": ["gradient", "best_of_n"],
+        },
+    )
 
     advantages: str = field(
         default="leave_one_out",
@@ -146,13 +172,40 @@ class RFTObjective:
         return losses_C.sum() / max(1, step.counts["samples"])
 
 
+class BestOfNObjective:
+    """Maximum likelihood of the completions that were picked, averaged over their tokens (RAFT, arXiv 2304.06767)."""
+
+    uses_dropout = False
+
+    def __init__(self, beta: float):
+        self._beta = beta
+
+    def beta(self, stage: int) -> float:
+        """The weight of the KL in the choice among policies."""
+        return self._beta
+
+    def counts(self, groups: Sequence[Group]) -> dict[str, int]:
+        """Tokens of what was picked."""
+        return {"tokens": sum(len(c.token_ids) for group in groups for c in group.completions)}
+
+    def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
+        """The mean loss per token."""
+        step.track("logps/picked", tokens.sums())
+        picked = [value for group in tokens.groups for c in group.samples for value in (c.values["reward"],)]
+        if picked:
+            step.track("policy/reward", picked)
+        return sft_loss(tokens.logps_of(Role)).sum() / max(1, step.counts["tokens"])
+
+
 class RFTTrainer(DemonstrationTrainer):
-    """Fits a reward stage by stage and trains on ``RFTObjective`` with the stage's samples, scored by it.
+    """Fits a reward stage by stage and trains the policy with samples that it scored.
 
     Args:
         sampler: draws the samples; by default from the model in memory.
-        preference_dataset: preference pairs for the reward.
-        preference_source: what errors about them call them.
+        prompt_dataset: prompts without demonstrations, to sample for too.
+        validation_dataset: validation rows; by default some of the training data.
+        preference_dataset: preference pairs for a neural reward.
+        prompt_source, validation_source, preference_source: what errors about these data call them.
         others: see ``DemonstrationTrainer``.
     """
 
@@ -170,10 +223,14 @@ class RFTTrainer(DemonstrationTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         *,
         sampler: Sampler | None = None,
+        prompt_dataset: Dataset | None = None,
+        validation_dataset: Dataset | None = None,
         preference_dataset: Dataset | None = None,
         progress: Progress | None = None,
         source: str = "training data",
         eval_source: str = "held-out data",
+        prompt_source: str = "prompts",
+        validation_source: str = "validation data",
         preference_source: str = "preference data",
     ):
         reward_peft_config = copy.deepcopy(peft_config)  # peft writes the policy's modules and name into it
@@ -190,58 +247,71 @@ class RFTTrainer(DemonstrationTrainer):
             source=source,
             eval_source=eval_source,
             info=RFT,
-            objective=RFTObjective(
-                beta=args.beta,
-                advantages=_ADVANTAGES[args.advantages],
-                kl_in_reward=args.kl == "reward",
-                clip_range=args.clip_range,
-                samples_are_plain=args.sampling_params(frozenset()).is_plain,
-            ),
+            objective=_objective(args),
         )
         if reward_peft_config is None and isinstance(self.policy, PeftModel):
             reward_peft_config = copy.deepcopy(self.policy.active_peft_config)
             reward_peft_config.base_model_name_or_path = None
         store = make_store(self)
         rollout = make_rollout(self, sampler, reference_is_initial=True, keep_old=True)
-        candidates, validation_prompts = None, set()
+        candidates, demonstrations = None, []
         if train_dataset is not None:
-            candidates, self.train_dataset = make_candidates(self, train_dataset, rollout, store)
-            validation_prompts = {group.prompt_ids for group in candidates.rows.groups}
-        self.reward: ExplicitReward = make_reward(
-            self.policy,
-            args,
-            self.tokenization,
-            layout=self.layout,
-            autocast=self.compute_loss_context_manager,
-            peft_config=reward_peft_config,
-        )
+            candidates, self.train_dataset = make_candidates(
+                self, train_dataset, validation_dataset, rollout, store, source=validation_source
+            )
+            demonstrations = known_demonstrations(self)
+            validation_prompts = [] if candidates is None else candidates.rows.groups
+            self.train_dataset = with_prompts(
+                self, prompt_dataset, {g.prompt_ids: "validation rows" for g in validation_prompts}, prompt_source
+            )
         preferences = read_preferences(preference_dataset, args, self.tokenization, preference_source)
+        held_out = {group.prompt_ids for group in candidates.rows.groups} if candidates else set()
+        preferences = [pair for pair in preferences if pair.prompt_ids not in held_out]
+        negatives = make_negatives(self, demonstrations, rollout, store)
+        learner = make_learner(
+            self, negatives, peft_config=reward_peft_config, preferences=preferences, tell=logger.info
+        )
         phase = RewardPhase(
             rollout,
             store,
-            self.reward,
-            make_fitter(
-                self.reward,
-                args,
-                [pair for pair in preferences if pair.prompt_ids not in validation_prompts],
-                self.policy,
-            ),
+            learner,
             candidates,
-            beta=args.beta,
-            epochs=args.reward_epochs,
-            steps=args.reward_steps,
-            replay_stages=args.reward_replay_stages,
-            warmup_stages=args.reward_warmup_stages,
-            initial_negatives=args.reward_pairs == "demonstration_vs_sample+initial",
-            truncated_samples=cast(TruncatedSamples, args.truncated_samples),
+            negatives,
+            for_policy=_FOR_POLICY[args.policy_update],
+            settings=phase_settings(args),
+            refuse=refusal(learner),
+            preferences=preferences,
             tokenization=self.tokenization,
-            seed=args.seed,
             costs=self.costs,
             progress=self.progress,
         )
-        self.train_in_stages(make_stages(self, rollout, store, phase, epochs=args.policy_epochs))
+        self.train_in_stages(
+            make_stages(
+                self, rollout, store, phase, draws_per_stage=args.samplings_per_stage, epochs=args.policy_epochs
+            )
+        )
+
+    @property
+    def reward(self) -> Reward:
+        """The reward as it stands."""
+        assert self.stages is not None
+        assert self.stages.phase.reward is not None
+        return self.stages.phase.reward
 
 
+def _objective(args: RFTConfig) -> RFTObjective | BestOfNObjective:
+    if args.policy_update == "best_of_n":
+        return BestOfNObjective(args.beta)
+    return RFTObjective(
+        beta=args.beta,
+        advantages=_ADVANTAGES[args.advantages],
+        kl_in_reward=args.kl == "reward",
+        clip_range=args.clip_range,
+        samples_are_plain=args.sampling_params(frozenset()).is_plain,
+    )
+
+
+_FOR_POLICY = {"gradient": graded, "best_of_n": best_of_n}
 _ADVANTAGES = {"leave_one_out": leave_one_out_advantages, "group_normalized": group_normalized_advantages}
 
 

@@ -17,7 +17,7 @@ from tutelage.losses import dft_loss, sft_loss
 from tutelage.progress import Progress
 from tutelage.results import AlgorithmInfo
 from tutelage.scoring.logps import TokenLogps
-from tutelage.training.config import DemonstrationConfig
+from tutelage.training.config import SFT_LEARNING_RATES, DemonstrationConfig
 from tutelage.training.objective import Step
 from tutelage.training.trainer import DemonstrationTrainer
 
@@ -30,8 +30,8 @@ SFT = AlgorithmInfo("sft", "maximum likelihood of the demonstrations", "sft.md")
 class SFTConfig(DemonstrationConfig):
     """Settings of SFT."""
 
-    adapter_learning_rate: ClassVar[float] = 2e-4
-    full_learning_rate: ClassVar[float] = 2e-5
+    adapter_learning_rate: ClassVar[float] = SFT_LEARNING_RATES["adapter"]
+    full_learning_rate: ClassVar[float] = SFT_LEARNING_RATES["full"]
 
     loss_kind: str = field(
         default="nll",

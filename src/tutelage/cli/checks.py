@@ -9,7 +9,7 @@ import yaml
 
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import CommandParser, take_config
-from tutelage.data.columns import check_demonstrations
+from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
 
@@ -30,8 +30,9 @@ def check_training(command: str, args: Sequence[str]) -> None:
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
         return
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
-    paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "preference_dataset", "retention_dataset")
-    for name in (*paths, "retention_verifier", "output_dir"):
+    paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "retention_dataset", "output_dir")
+    others = ("preference_dataset", "validation_dataset", "prompt_dataset", "base_model_name_or_path")
+    for name in (*paths, *others, "retention_verifier"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--dataset_train_split", default="train", help="")
     parser.add_argument("--turns", default="last", help="")
@@ -39,8 +40,9 @@ def check_training(command: str, args: Sequence[str]) -> None:
     for name in ("resume", "overwrite_output_dir", "dataset_streaming"):
         parser.add_argument(f"--{name}", nargs="?", const="true", default="false", help="")
     found, _ = parser.parse_known_args([_underscored(arg) for arg in args])
-    if found.model_name_or_path:
-        require_model(found.model_name_or_path)
+    for name in (found.model_name_or_path, found.base_model_name_or_path):
+        if name:
+            require_model(name)
     if found.output_dir:
         OutputFolder(found.output_dir, resume=_is(found.resume), overwrite=_is(found.overwrite_output_dir))
     if found.retention_verifier and not found.retention_dataset:
@@ -56,10 +58,13 @@ def check_training(command: str, args: Sequence[str]) -> None:
     for source, limit in (
         (found.eval_dataset_name, found.eval_rows),
         (found.preference_dataset, None),
+        (found.validation_dataset, None),
         (found.retention_dataset, found.eval_rows),
     ):
         if source:
             check_demonstrations(source, turns=found.turns, limit=limit)
+    if found.prompt_dataset:
+        check_prompts(found.prompt_dataset, turns=found.turns)
 
 
 def _simple_values(path: str | None) -> list[str]:

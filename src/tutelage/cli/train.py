@@ -120,7 +120,7 @@ def train(
 
 
 def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[str, Any]:
-    """What the trainer is told of its data: to train on, to evaluate, and preference pairs where the algorithm takes them."""
+    """What the trainer is told of its data: to train on, to evaluate, and what else the algorithm takes."""
     load = partial(load_dataset, config_name=data.dataset_config)
     source = str(data.dataset_name)
     eval_source = str(data.eval_dataset_name or source)
@@ -135,8 +135,9 @@ def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[s
         loaded["eval_dataset"] = _load_whole(eval_source, config_name=config, split=split)
     elif training.eval_strategy != "no":
         loaded["eval_dataset"] = load(eval_source, split=data.dataset_test_split)
-    if preferences := getattr(training, "preference_dataset", None):
-        loaded |= {"preference_dataset": load(preferences, split="train"), "preference_source": preferences}
+    for kind in ("prompt", "validation", "preference"):
+        if name := getattr(training, f"{kind}_dataset", None):
+            loaded |= {f"{kind}_dataset": load(name, split="train"), f"{kind}_source": name}
     return loaded
 
 

@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tutelage.data.demonstrations import Turns, read_rows
+from tutelage.data.demonstrations import Turns, holds_prompts_alone, read_prompts, read_rows
 from tutelage.data.readers import extension, looks_like_path, missing, read_file, require_readable
 from tutelage.errors import UserError
 
-__all__ = ["NUM_ROWS", "Peek", "check_demonstrations", "peek"]
+__all__ = ["NUM_ROWS", "Peek", "check_demonstrations", "check_prompts", "peek"]
 
 NUM_ROWS = 1000
 
@@ -72,3 +72,20 @@ def check_demonstrations(
     if found is not None and split == "train":
         for _ in read_rows(found, turns=turns, source=source):
             pass
+
+
+def check_prompts(source: str, *, turns: Turns = "last") -> None:
+    """Refuse a file whose first rows hold no prompts, with the error that reading all of it would give.
+
+    Raises:
+        UserError: as ``peek``, ``read_prompts`` and ``read_rows``.
+    """
+    found = peek(source)
+    if found is None:
+        return
+    for _ in (
+        read_prompts(found, source=source)
+        if holds_prompts_alone(found)
+        else read_rows(found, turns=turns, source=source)
+    ):
+        pass

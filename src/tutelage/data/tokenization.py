@@ -18,12 +18,14 @@ from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
 
 __all__ = [
+    "FEATURES",
     "DataSummary",
     "Tokenization",
     "TokenizedPrompt",
     "TokenizedRow",
     "group_from_row",
     "preference_group_from_row",
+    "row_of_group",
     "tokenize_dataset",
     "tokenized_prompts",
     "tokenized_rows",
@@ -403,7 +405,7 @@ def tokenized_prompts(
             yield TokenizedPrompt(Group(prompt_ids, row=number - 1), isinstance(prompt, list))
 
 
-_FEATURES = Features(
+FEATURES = Features(  # of what is tokenized; without a demonstration its tokens are an empty list
     {
         "row": Value("int64"),
         "prompt_ids": List(Value("int32")),
@@ -448,10 +450,10 @@ def tokenize_dataset(
     }
     if isinstance(dataset, IterableDataset):
         # One generator, hence one shard: numbering rows in shards would give two rows the same number.
-        return IterableDataset.from_generator(_columns, features=_FEATURES, gen_kwargs=arguments)
+        return IterableDataset.from_generator(_columns, features=FEATURES, gen_kwargs=arguments)
     rows = _columns(**arguments)
     chunks = iter(lambda: list(islice(rows, 1000)), [])  # Python's lists of tokens are large: not all at once
-    tokenized = concatenate_datasets([Dataset.from_list(chunk, features=_FEATURES) for chunk in chunks])
+    tokenized = concatenate_datasets([Dataset.from_list(chunk, features=FEATURES) for chunk in chunks])
     for reason, count in arguments["summary"].dropped.items():
         logger.warning("%s: left out %d of %d: %s", source, count, arguments["summary"].rows, reason)
     return tokenized
@@ -463,7 +465,7 @@ def _columns(
     any_left = False
     for row in tokenized_rows(dataset, tokenization, turns=turns, source=source, summary=summary):
         any_left = True
-        yield _row(row.group, row.pair)
+        yield row_of_group(row.group, row.pair)
     if not any_left:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in summary.dropped.items())
         raise UserError(
@@ -473,21 +475,24 @@ def _columns(
         )
 
 
-def _row(group: Group, pair: Group | None) -> dict[str, Any]:
-    (demonstration,) = group.completions
+def row_of_group(group: Group, pair: Group | None = None) -> dict[str, Any]:
+    """The columns of a prompt with its demonstration, if it has one, and with its rejected answer, if it has one."""
+    demonstration = group.completions[0] if group.completions else None
     rejected = pair.completions[1] if pair else None
     return {
         "row": group.row,
         "prompt_ids": list(group.prompt_ids),
-        "demonstration_ids": list(demonstration.token_ids),
-        "demonstration_finished": demonstration.finished,
+        "demonstration_ids": list(demonstration.token_ids) if demonstration else [],
+        "demonstration_finished": demonstration.finished if demonstration else False,
         "rejected_ids": list(rejected.token_ids) if rejected else [],
         "rejected_finished": rejected.finished if rejected else False,
     }
 
 
 def group_from_row(row: Mapping[str, Any]) -> Group:
-    """The prompt with its demonstration, from a row of ``tokenize_dataset``."""
+    """The prompt with its demonstration, if it has one, from a row of ``tokenize_dataset`` or ``tokenize_prompts``."""
+    if not row["demonstration_ids"]:
+        return Group(tuple(row["prompt_ids"]), row=row["row"])
     demonstration = Completion(tuple(row["demonstration_ids"]), Role.DEMONSTRATION, row["demonstration_finished"])
     return Group(tuple(row["prompt_ids"]), (demonstration,), row=row["row"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from tutelage.data.demonstrations import Turns
 from tutelage.data.tokenization import Tokenization, tokenized_rows
 from tutelage.errors import UserError
 
-__all__ = ["split_validation"]
+__all__ = ["split_validation", "without_prompts"]
 
 
 def split_validation(
@@ -56,12 +56,22 @@ def split_validation(
         raw = dataset.select(sorted(order[:wanted]))
     prompts = {row.group.prompt_ids for row in tokenized_rows(raw, tokenization, turns=turns, source=source)}
 
+    return raw, without_prompts(tokenized, prompts, source=source)
+
+
+def without_prompts(tokenized: Any, prompts: Collection[tuple[int, ...]], *, source: str = "dataset") -> Any:
+    """Tokenized data without the rows of some prompts.
+
+    Raises:
+        UserError: nothing would remain of map-style data.
+    """
+
     def trains(row: Mapping[str, Any]) -> bool:  # by content: a stream may repeat, a prompt may have several answers
         return tuple(row["prompt_ids"]) not in prompts
 
-    if isinstance(dataset, IterableDataset):
-        return raw, tokenized.filter(trains)
+    if isinstance(tokenized, IterableDataset):
+        return tokenized.filter(trains)
     left = tokenized.select([place for place, row in enumerate(tokenized) if trains(row)])
     if not len(left):
         raise UserError("every row is also a validation row.", remedy="Give more different rows.", file=source)
-    return raw, left
+    return left

@@ -7,9 +7,12 @@ from typing import Literal
 
 from tutelage.errors import UserError
 
-__all__ = ["first_line", "require_exists", "require_model", "run_part"]
+__all__ = ["FEATURE_REWARD", "first_line", "require_exists", "require_model", "run_part"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
+
+FEATURE_REWARD = "feature_reward.json"
+"""By this file, a folder with a feature reward is known."""
 
 
 def require_exists(name_or_path: str, field: str = "model_name_or_path") -> None:
@@ -34,6 +37,8 @@ def require_model(
     """
     require_exists(name_or_path, field)
     folder = Path(run_part(name_or_path, part))
+    if part == "reward" and (folder / FEATURE_REWARD).is_file():
+        return
     if folder.exists() and not any((folder / name).is_file() for name in _CONFIGS):
         raise UserError(
             "holds no model: there is neither config.json nor adapter_config.json.",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tutelage.groups import Group
 
-__all__ = ["Reward"]
+__all__ = ["Reward", "scores_by_group"]
 
 
 class Reward(Protocol):
@@ -25,3 +25,9 @@ class Reward(Protocol):
             [C] float32 on the CPU, groups in order and completions in order within each.
         """
         ...
+
+
+def scores_by_group(reward: Reward, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+    """Rewards of the completions, one tuple per group."""
+    values = iter(reward.score(groups).tolist())
+    return [tuple(next(values) for _ in group.completions) for group in groups]

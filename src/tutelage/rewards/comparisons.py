@@ -2,22 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import random
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
-from tutelage.groups import Group, drop_copies
+from tutelage.groups import Group, Role, drop_copies
 
 __all__ = [
+    "Comparisons",
+    "NegativeKind",
     "TruncatedSamples",
+    "best_of_n",
     "contrast",
+    "graded",
+    "hardest_kind",
     "policy_rewards",
     "reward_scale",
 ]
 
 
 TruncatedSamples = Literal["floor", "score", "drop"]
+
+NegativeKind = Literal["initial", "own", "out_of_fold"]
+"""Whose samples stand beside the demonstrations: the policy's that trained on these prompts, the initial model's, or those of a
+policy that trained on other prompts. From easy to hard."""
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What a reward learns from.
+
+    Attributes:
+        paired: by kind of negative, groups with demonstrations (or preferred completions) and samples of the same prompt.
+        unpaired: prompts without demonstration, with samples alone. What holds for each demonstration and for no such
+            sample tells them apart, if features compare across prompts.
+    """
+
+    paired: Mapping[str, Sequence[Group]]
+    unpaired: Sequence[Group] = field(default_factory=tuple)
+
+    @property
+    def paired_groups(self) -> list[Group]:
+        """The paired groups of all kinds."""
+        return [group for groups in self.paired.values() for group in groups]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The different prompts of the paired groups, in the order in which they first appear."""
+        return list(dict.fromkeys(group.prompt_ids for group in self.paired_groups))
+
+    def resampled(self, seed: int) -> Comparisons:
+        """As many prompts drawn with replacement, for a bootstrap: the groups of a prompt drawn twice are there twice."""
+        generator = random.Random(seed)
+        times = Counter(
+            prompt
+            for prompts in (self.prompts, list(dict.fromkeys(group.prompt_ids for group in self.unpaired)))
+            for prompt in generator.choices(prompts, k=len(prompts))
+        )
+
+        def drawn(groups: Sequence[Group]) -> list[Group]:
+            return [group for group in groups for _ in range(times[group.prompt_ids])]
+
+        return Comparisons({kind: drawn(groups) for kind, groups in self.paired.items()}, drawn(self.unpaired))
+
+
+def hardest_kind(kinds: Collection[str]) -> str | None:
+    """The kind of negatives on which to judge a reward, of those that are there.
+
+    Telling demonstrations from what an untrained model writes is easy and says little of telling good answers of a trained
+    one from bad ones; and on its training prompts, a trained policy repeats demonstrations.
+    """
+    return next((kind for kind in (*get_args(NegativeKind)[::-1], *kinds) if kind in kinds), None)
 
 
 def contrast(group: Group, truncated_samples: TruncatedSamples) -> list[Group]:
@@ -60,17 +119,49 @@ def policy_rewards(group: Group, truncated_samples: TruncatedSamples) -> list[fl
     return [None if worst is None else reward if finished else min(reward, worst) for reward, finished in found]
 
 
-def reward_scale(rewards: Sequence[Sequence[float | None]]) -> float:
-    """The divisor of the rewards: their standard deviation within a prompt if that is above 1, else 1.
+def reward_scale(rewards: Sequence[Sequence[float | None]], *, down_only: bool = False) -> float:
+    """The divisor of the rewards: their standard deviation within a prompt; 1 where they do not vary.
 
-    Rewards are scaled down, never up: while a reward can hardly separate samples, its noise is not amplified.
+    Divided by it, rewards have the same spread whatever the reward's own unit, and the weight of the KL means the same.
 
     Args:
         rewards: of the samples of each prompt; None for one that is left out.
+        down_only: never scale rewards up: while a reward can hardly separate samples, its noise is not amplified.
 
     Returns:
-        max(1, root of the mean variance within a prompt).
+        root of the mean variance within a prompt; at least 1 with ``down_only``.
     """
     told = ([reward for reward in row if reward is not None] for row in rewards)
     variances = [torch.tensor(row).var().item() for row in told if len(row) > 1]
-    return max(1.0, (sum(variances) / len(variances)) ** 0.5) if variances else 1.0
+    spread = (sum(variances) / len(variances)) ** 0.5 if variances else 0.0
+    return max(1.0, spread) if down_only else spread or 1.0
+
+
+def graded(group: Group, truncated_samples: TruncatedSamples, scale: float) -> list[Group]:
+    """The samples of a scored group with their rewards as a policy gradient sees them: ``scaled_reward``.
+
+    Nothing where too few are left to compare.
+    """
+    rewards = policy_rewards(group, truncated_samples)
+    scaled = [None if reward is None else reward / scale for reward in rewards]
+    group = group.select(group.places(Role.SAMPLE)).with_values("scaled_reward", scaled)
+    kept = [place for place, reward in enumerate(scaled) if reward is not None]
+    return [group.select(kept)] if len(kept) > 1 else []
+
+
+def best_of_n(group: Group, truncated_samples: TruncatedSamples, scale: float) -> list[Group]:
+    """What a scored group has that is worth imitating: its demonstrations, and without one the best of its samples.
+
+    A truncated sample is never the best. Nothing where all are, or where all samples have the same reward.
+    """
+    if group.demonstrations:
+        return [group.select(group.places(Role.DEMONSTRATION))]
+    places = group.places(Role.SAMPLE)
+    rewards = [
+        (reward, place)
+        for reward, place in zip(policy_rewards(group, truncated_samples), places, strict=True)
+        if reward is not None and (group.completions[place].finished or truncated_samples == "score")
+    ]
+    if not rewards or len({reward for reward, _ in rewards}) < min(2, len(rewards)):
+        return []
+    return [group.select([max(rewards, key=lambda found: found[0])[1]])]

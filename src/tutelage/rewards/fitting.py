@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tutelage.errors import NonFiniteLossError
-from tutelage.groups import Group, pair_indices
+from tutelage.groups import Group, Role, pair_indices
 from tutelage.losses import RewardLossKind, reward_loss
 from tutelage.rewards.explicit import ExplicitReward
 
@@ -95,6 +96,7 @@ class RewardFitter:
         phase: int,
         epochs: int = 1,
         steps: int | None = None,
+        unpaired: Sequence[Group] = (),
         on_step: Callable[[int, dict[str, float]], None] = lambda done, facts: None,
     ) -> dict[str, float]:
         """One reward phase.
@@ -103,6 +105,8 @@ class RewardFitter:
             groups: with at least one pair each (see ``contrast``).
             phase: its number, which decides the order of the groups.
             epochs: over the groups. ``steps`` in optimizer steps goes before it.
+            unpaired: prompts without a demonstration, with samples: every step also holds the demonstrations of its
+                groups against samples of as many of these.
             on_step: called after each step with the number of steps done and the metrics of the step.
 
         Returns:
@@ -116,9 +120,10 @@ class RewardFitter:
         seen: list[dict[str, float]] = []
         saturated = False
         batches = self._batches(groups, phase)
+        others = self._batches(unpaired, phase) if unpaired else None
         self.reward.model.train()
         for _ in range(wanted):
-            seen.append(self._step(next(batches), phase))
+            seen.append(self._step(next(batches), phase, next(others) if others else []))
             self.steps_done += 1
             on_step(len(seen), seen[-1])
             if self.saturation is not None and len(seen) < wanted and self._accuracy_of_late(seen) >= self.saturation:
@@ -160,7 +165,7 @@ class RewardFitter:
         first = self.steps_done * self.batch_size
         return [self.preferences[index % len(self.preferences)] for index in range(first, first + self.batch_size)]
 
-    def _step(self, batch: list[Group], phase: int) -> dict[str, float]:
+    def _step(self, batch: list[Group], phase: int, unpaired: list[Group]) -> dict[str, float]:
         """One optimizer step; its metrics cover only demonstrations and samples."""
         sums = dict.fromkeys(("loss", "accuracy", "demonstrations", "samples"), 0.0)
         pairs = sum(len(group.pairs) for group in batch)
@@ -175,6 +180,9 @@ class RewardFitter:
                 sums["accuracy"] += ((first_P - others_P).detach().sign() + 1).sum().item() / 2
                 sums["demonstrations"] += first_P.detach().sum().item()
                 sums["samples"] += others_P.detach().sum().item()
+            for first_P, others_P in self._rewards_across(batch, unpaired):
+                loss = self.objective.of_pairs(first_P, others_P).sum() / len(batch)
+                self._backward(self.objective.demonstration_weight * loss, phase)
             for first_P, others_P, weights_P in self._rewards(preferences):
                 losses_P = self.objective.of_pairs(first_P, others_P)
                 loss = (losses_P * weights_P).sum() / len(preferences)
@@ -201,6 +209,24 @@ class RewardFitter:
             first, others = pair_indices(batch)
             weights = [1 / len(group.pairs) for group in batch for _ in group.pairs]
             yield rewards_C[first], rewards_C[others], torch.tensor(weights).to(rewards_C)
+
+    def _rewards_across(self, batch: Sequence[Group], unpaired: Sequence[Group]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rewards of demonstrations and of samples of other prompts, in pairs that both ended or both did not."""
+        pairs = []
+        for group, other in zip(batch, unpaired, strict=False):
+            for (place, better), (elsewhere, worse) in product(
+                enumerate(group.completions), enumerate(other.completions)
+            ):
+                if better.role is Role.DEMONSTRATION and better.finished == worse.finished:
+                    pairs.append((group.select([place]), other.select([elsewhere])))
+                    break
+        for start in range(0, len(pairs), self.micro_batch_size):
+            part = pairs[start : start + self.micro_batch_size]
+            both = [side for pair in part for side in pair]
+            with self.reward.autocast():
+                rewards_C = self.reward.rewards(both)
+            self.tokens_done += sum(len(c.token_ids) for group in both for c in group.completions)
+            yield rewards_C[0::2], rewards_C[1::2]
 
     def _backward(self, loss: Tensor, phase: int) -> None:
         if not torch.isfinite(loss):

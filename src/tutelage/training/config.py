@@ -13,7 +13,10 @@ from tutelage.errors import UserError
 from tutelage.models.precision import choose_precision
 from tutelage.training.arguments import check_arguments
 
-__all__ = ["DemonstrationConfig"]
+__all__ = ["SFT_LEARNING_RATES", "DemonstrationConfig"]
+
+SFT_LEARNING_RATES = {"adapter": 2e-4, "full": 2e-5}
+"""Of SFT on an adapter and on all parameters: the unit of other algorithms' rates."""
 
 _AT_LEAST_ONE = (
     "max_prompt_length",

@@ -9,15 +9,16 @@ has no gradients of its own, the backward pass takes less.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tutelage.models.loading import base_causal_lm
 
-__all__ = ["FORWARD", "FORWARD_AND_BACKWARD", "counted", "parameters_per_token"]
+__all__ = ["FORWARD", "FORWARD_AND_BACKWARD", "count_passes", "counted", "parameters_per_token"]
 
 FORWARD, FORWARD_AND_BACKWARD = 2, 6
 
@@ -30,24 +31,32 @@ def parameters_per_token(model: nn.Module) -> int:
     return base.num_parameters(exclude_embeddings=True) + (head.weight.numel() if tied else 0)  # type: ignore[union-attr]
 
 
-@contextmanager
-def counted(models: list[nn.Module], count: Callable[..., None]) -> Iterator[None]:
-    """Within, what passes through the bodies of the models is counted, padding included.
+def count_passes(model: nn.Module, count: Callable[..., None]) -> RemovableHandle:
+    """From now on, what passes through the body of a model is counted, padding included.
 
     Args:
-        models: the policy, and a reward with a body of its own.
+        model: with a head of any kind.
         count: called with the operations of each forward pass, and whether it ``trains``.
+
+    Returns:
+        what ends it.
     """
-    with ExitStack() as stack:
-        for model in models:
-            body = base_causal_lm(model).base_model
-            handle = body.register_forward_pre_hook(_Counter(parameters_per_token(model), count), with_kwargs=True)
-            stack.callback(handle.remove)
+    body = base_causal_lm(model).base_model
+    return body.register_forward_pre_hook(_Counter(parameters_per_token(model), count), with_kwargs=True)
+
+
+@contextmanager
+def counted(model: nn.Module, count: Callable[..., None]) -> Iterator[None]:
+    """The same, within: for a model that others use too."""
+    handle = count_passes(model, count)
+    try:
         yield
+    finally:
+        handle.remove()
 
 
 class _Counter:
-    """A hook that counts a forward pass. A copy of the model, which the count is none of the run's, counts nothing."""
+    """A hook that counts a forward pass. In a copy of the model, whose work is none of the run's, it counts nothing."""
 
     def __init__(self, parameters: int, count: Callable[..., None]):
         self.parameters, self.count = parameters, count

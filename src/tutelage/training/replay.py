@@ -9,6 +9,7 @@ from tutelage.groups import Group, drop_copies
 from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
 from tutelage.training.rollout import Rollout
+from tutelage.training.schedule import Draw
 from tutelage.training.store import StageStore
 
 __all__ = ["Replay", "spread"]
@@ -32,9 +33,10 @@ class Replay:
         self.selection: list[CandidateRecord] = []
 
     def prepare(
-        self, stage: int, recorded: dict[int, Group], *, policy: str | None
+        self, draw: Draw, recorded: dict[int, Group], *, policy: str | None
     ) -> tuple[dict[int, list[Group]], Mapping[str, float]]:
         """See ``Phase.prepare``."""
+        stage = draw.stage
         trained: dict[int, list[Group]] = {row: [group] for row, group in recorded.items()}
         for earlier in range(max(0, stage - self.stages), stage):
             name = f"replayed-{earlier:04d}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tutelage.errors import UserError
+from tutelage.training.negatives import parse_negatives
 from tutelage.training.stage_config import StageConfig
 
 __all__ = ["RewardStageConfig"]
@@ -19,16 +20,44 @@ class RewardStageConfig(StageConfig):
         default="initial",
         metadata={"help": "Always the initial policy, π_0, to which the KL is measured.", "choices": ["initial"]},
     )
-    lr_scheduler_type: str = field(  # type: ignore[assignment]
-        default="constant",
-        metadata={"help": "linear, cosine, constant, constant_with_warmup, … (SchedulerType of transformers)."},
+    warmup_steps: float = field(
+        default=0.1,
+        metadata={
+            "help": "Steps over which the learning rate rises; below 1, their share of all steps. A fresh optimizer at the "
+            "full rate can undo what any reward would gain."
+        },
     )
     per_device_train_batch_size: int = field(
-        default=2,
+        default=4,
+        metadata={"help": "Prompts per micro-batch of the policy phase, each with all its samples."},
+    )
+    gradient_accumulation_steps: int = field(
+        default=2, metadata={"help": "Micro-batches per optimizer step of the policy phase."}
+    )
+    samplings_per_stage: int | None = field(
+        default=None,
         metadata={
             "help": (
-                "Prompts per micro-batch of the policy phase, each with all its samples. Small by default: at a low "
-                "learning rate, many noisy steps learn more from the samples of a stage than a few exact ones."
+                "How often the policy phase of a stage samples anew. By default at every optimizer step, so that each is "
+                "on-policy; 1 samples for the whole stage at once."
+            )
+        },
+    )
+    prompt_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Prompts without demonstrations, for the policy phase and for the reward: a hub name, a folder or a file "
+                "in any of the formats; answers in it are not read."
+            )
+        },
+    )
+    prompt_mix: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Share of prompts without demonstrations among those that the policy samples for, above 0 and at most 1. By "
+                "default every row of both kinds comes once per epoch."
             )
         },
     )
@@ -42,9 +71,105 @@ class RewardStageConfig(StageConfig):
         },
     )
     beta: float = field(
-        default=0.1,
+        default=0.3,
         metadata={
-            "help": "Weight of the KL to π_0, in units of reward per nat. Larger values keep the policy closer to π_0."
+            "help": "Weight of the KL to π_0, in units of scaled reward per nat (see --reward_scaling). Larger values keep the "
+            "policy closer to π_0."
+        },
+    )
+    reward: str = field(
+        default="features",
+        metadata={
+            "help": (
+                "What kind of reward is learned: features (logistic regression on features of the answers; see "
+                "--reward_features), model (a body with a scalar head), likelihood (the mean log-prob of out-of-fold "
+                "policies), or auto (fits the kinds that are cheap, and takes the one that ranks the validation rows best)."
+            ),
+            "choices": ["features", "model", "likelihood", "auto"],
+        },
+    )
+    reward_features: str = field(
+        default="text",
+        metadata={
+            "help": (
+                "Sets of features, separated by commas: text (n-grams, copies of the prompt, coverage, length, repeats), "
+                "hidden (hidden states of the base model), logp (the policy's own log-prob), module:function."
+            )
+        },
+    )
+    reward_negatives: str = field(
+        default="own,initial,out_of_fold",
+        metadata={
+            "help": (
+                "What demonstrations are put above, separated by commas: own (samples of the policy), initial (samples of "
+                "the model before SFT), out_of_fold (samples of policies that did not train on the row)."
+            )
+        },
+    )
+    num_folds: int = field(
+        default=2, metadata={"help": "K: number of folds, and of the policies trained for out_of_fold."}
+    )
+    fold_epochs: float = field(
+        default=3.0, metadata={"help": "Passes of the SFT of an out-of-fold policy over its demonstrations."}
+    )
+    fold_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of that SFT; by default that of tutelage sft."}
+    )
+    fold_batch_size: int = field(default=8, metadata={"help": "Demonstrations per optimizer step of that SFT."})
+    base_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The model before SFT, for the negatives initial and out_of_fold when all parameters are trained. By "
+                "default the start. With an adapter it is always the adapter's base."
+            )
+        },
+    )
+    reward_ensemble: int = field(
+        default=1, metadata={"help": "Number of rewards, each fitted to its own resample of the prompts."}
+    )
+    reward_combine: str = field(
+        default="mean_minus_std",
+        metadata={
+            "help": "How the rewards of an ensemble are combined.",
+            "choices": ["mean", "mean_minus_std", "min"],
+        },
+    )
+    reward_gate: str = field(
+        default="yardsticks",
+        metadata={
+            "help": (
+                "What a reward must do on the validation rows before it may move the policy: yardsticks (rank "
+                "demonstrations over samples better than chance, the policy's own log-prob and the length do), chance "
+                "(better than chance), or off."
+            ),
+            "choices": ["yardsticks", "chance", "off"],
+        },
+    )
+    reward_scaling: str = field(
+        default="spread",
+        metadata={
+            "help": (
+                "Rewards are divided by their standard deviation within a prompt (spread), or only where that is above 1 "
+                "(down_only)."
+            ),
+            "choices": ["spread", "down_only"],
+        },
+    )
+    drop_below: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Leave out prompts whose best sample has a reward under this quantile of the demonstrations' own rewards, "
+                "such as 0.05. Only for rewards that compare across prompts."
+            )
+        },
+    )
+    keep_policy: str = field(
+        default="best",
+        metadata={
+            "help": "Which policy is kept at the end: the best on the validation rows by reward and KL, or the last.",
+            "choices": ["best", "last"],
         },
     )
     reward_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the reward; constant."})
@@ -91,21 +216,12 @@ class RewardStageConfig(StageConfig):
     reward_steps: int | None = field(
         default=None, metadata={"help": "K, as optimizer steps of a reward phase; overrides --reward_epochs."}
     )
-    reward_replay_stages: int = field(
-        default=0, metadata={"help": "Also fit the reward on the samples of this many previous stages."}
-    )
-    reward_pairs: str = field(
-        default="demonstration_vs_sample",
-        metadata={
-            "help": (
-                "What the reward compares demonstrations with: samples of the current policy, or also fresh samples "
-                "of the initial policy."
-            ),
-            "choices": ["demonstration_vs_sample", "demonstration_vs_sample+initial"],
-        },
+    reward_replay_stages: int | None = field(
+        default=None,
+        metadata={"help": "Also fit the reward on the samples of this many previous stages; by default of all."},
     )
     reward_warmup_stages: int = field(
-        default=1,
+        default=0,
         metadata={
             "help": "Number of stages at the start of a run that fit the reward and leave the policy unchanged."
         },
@@ -152,6 +268,15 @@ class RewardStageConfig(StageConfig):
     init_reward_from: str | None = field(
         default=None, metadata={"help": "Start from the reward of an earlier run (the path of its reward folder)."}
     )
+    validation_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Validation rows, in any of the formats, instead of rows held out from training. Best are rows that the "
+                "start was not trained on either."
+            )
+        },
+    )
     validation_rows: int | None = field(
         default=None,
         metadata={
@@ -178,7 +303,16 @@ class RewardStageConfig(StageConfig):
             )
         if self.fp16:
             raise UserError("the reward phase has no loss scaling.", remedy="Use --bf16.", field="fp16")
-        for name in ("policy_epochs", "reward_epochs", "reward_steps", "reward_batch_size", "validation_rows"):
+        for name in (
+            "policy_epochs",
+            "reward_epochs",
+            "reward_steps",
+            "reward_batch_size",
+            "validation_rows",
+            "samplings_per_stage",
+            "fold_batch_size",
+            "reward_ensemble",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
         for name in (
@@ -190,12 +324,43 @@ class RewardStageConfig(StageConfig):
             "reward_margin",
             "reward_centering",
         ):
-            if getattr(self, name) < 0:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"must be at least 0, not {getattr(self, name):g}.", field=name)
-        for name in ("reward_learning_rate", "reward_regularization"):
-            if getattr(self, name) <= 0:
+        for name in ("reward_learning_rate", "reward_regularization", "fold_epochs", "fold_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"must be above 0, not {getattr(self, name):g}.", field=name)
         if not 0 <= self.reward_label_smoothing < 0.5:
             raise UserError("must be at least 0 and below 0.5.", field="reward_label_smoothing")
+        if self.num_folds < 2:
+            raise UserError(f"must be at least 2, not {self.num_folds}.", field="num_folds")
+        if self.prompt_mix is not None and not 0 < self.prompt_mix <= 1:
+            raise UserError(f"must be above 0 and at most 1, not {self.prompt_mix:g}.", field="prompt_mix")
+        if self.drop_below is not None and not 0 <= self.drop_below < 1:
+            raise UserError(f"must be at least 0 and below 1, not {self.drop_below:g}.", field="drop_below")
+        if self.validation_dataset is not None and self.validation_rows is not None:
+            raise UserError(
+                "the validation rows are given by --validation_dataset.",
+                remedy="Leave --validation_rows out.",
+                field="validation_rows",
+            )
+        parse_negatives(self.reward_negatives)
+        if self.reward_ensemble > 1 and self.reward not in ("features", "model"):
+            raise UserError(
+                f"there is no ensemble of the reward '{self.reward}'.",
+                remedy="Use --reward features or --reward model.",
+                field="reward_ensemble",
+            )
+        if self.reward != "model":
+            self._refuse_model_settings()
         if not 0.5 < self.saturation <= 1:
             raise UserError("must be above 0.5 and at most 1.", field="saturation")
+
+    def _refuse_model_settings(self) -> None:
+        """Settings that only a neural reward has."""
+        for name in ("preference_dataset", "reward_model_name_or_path", "init_reward_from"):
+            if getattr(self, name) is not None and self.reward != "auto":
+                raise UserError(
+                    f"only a neural reward takes it, and the reward is '{self.reward}'.",
+                    remedy="Add --reward model, or leave it out.",
+                    field=name,
+                )

@@ -4,59 +4,86 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import ranking
 from tutelage.files import read_json, write_json, write_json_lines
 from tutelage.groups import Group, Role
-from tutelage.models.weights import load_weights, save_weights
 from tutelage.progress import Progress
 from tutelage.results import CandidateRecord
-from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
-from tutelage.rewards.explicit import ExplicitReward
-from tutelage.rewards.fitting import RewardFitter
+from tutelage.rewards.base import Reward, scores_by_group
+from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, policy_rewards, reward_scale
+from tutelage.training.gate import Gate, obstacle, own_logp, yardsticks
+from tutelage.training.learners import Learner
 from tutelage.training.metrics import Costs
+from tutelage.training.negatives import Negatives
 from tutelage.training.rollout import Rollout
+from tutelage.training.schedule import Draw
 from tutelage.training.selection import Candidates, CandidateScore
 from tutelage.training.store import StageStore
 
-__all__ = ["INITIAL_POLICY", "VALIDATION_ROWS", "RewardPhase"]
+__all__ = ["VALIDATION_ROWS", "ForPolicy", "RewardPhase", "RewardPhaseSettings"]
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_ROWS, INITIAL_POLICY = 1 << 20, 1 << 21
-"""Names in the random stream of what is sampled besides a stage's own samples. Validation rows get the same random
+VALIDATION_ROWS = 1 << 20
+"""Name in the random stream of what is sampled besides a stage's own samples. Validation rows get the same random
 numbers at every stage, so that policies differ by less chance."""
+
+ForPolicy = Callable[[Group, TruncatedSamples, float], list[Group]]
+"""From a scored group to what the policy trains on; see ``graded`` and ``best_of_n``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardPhaseSettings:
+    """Settings of a reward phase.
+
+    Attributes:
+        beta: weight of the KL in the choice among candidates, in units of scaled reward per nat.
+        down_only: as for ``reward_scale``.
+        replay_stages: fit also to the samples of so many stages before; None for all of them.
+        warmup_stages: so many stages leave the policy as it is.
+        truncated_samples: how truncated completions are treated.
+        gate: what a reward must beat on the validation rows before it may move the policy.
+        keep_best: set the policy back to the best candidate at the end.
+        drop_below: leave out prompts whose best sample lies under this quantile of the demonstrations' own rewards.
+    """
+
+    beta: float
+    down_only: bool = False
+    replay_stages: int | None = None
+    warmup_stages: int = 0
+    truncated_samples: TruncatedSamples = "floor"
+    gate: Gate = "yardsticks"
+    keep_best: bool = True
+    drop_below: float | None = None
 
 
 class RewardPhase:
     """The phase of an algorithm that learns a reward; see ``tutelage.training.stages.Phase``.
 
-    The reward goes on from where the last stage left it, is fitted to the stage's samples, and scores them. The policy
-    is left alone in the first ``warmup_stages``, and in every stage whose reward does not rank the demonstrations of the
-    validation rows over fresh samples better than chance. After the last stage the policy is set back to the candidate
-    that does best on the validation rows by the last reward and the KL.
+    At the first draw of a stage the reward is fitted to what the run has sampled and to other negatives. It scores the
+    samples of all draws. The policy is left alone in the first ``warmup_stages``, and in every stage whose reward does
+    not pass the gate. After the last stage the policy may be set back to the candidate that does best on the validation
+    rows by the last reward and the KL.
 
     Args:
-        rollout: draws samples, for initial-policy negatives too.
+        rollout: draws samples.
         store: the run's stages.
-        reward: what is learned.
-        fitter: learns it.
-        candidates: the policies that the run passes through, seen on the validation rows.
-        beta: weight of the KL in the choice among candidates, in units of scaled reward per nat.
-        epochs, steps: of a reward phase over its groups; ``steps`` in optimizer steps goes before ``epochs``.
-        replay_stages: fit also to the samples of so many stages before.
-        warmup_stages: so many stages leave the policy as it is.
-        initial_negatives: fit also to samples of the policy that training started with.
-        truncated_samples: how truncated completions are treated.
+        learner: fits the reward.
+        candidates: the policies that the run passes through, seen on the validation rows; None without any.
+        negatives: samples that are not the policy's own.
+        for_policy: what the policy trains on.
+        settings: of the phase.
+        refuse: says of scored groups which ones the reward is too unsure of; None refuses nothing.
+        preferences: pairs on which the reward is reported too.
         tokenization: of the policy; the reward is saved with its tokenizer.
-        seed: of dropout.
         costs, progress: as in the trainer.
     """
 
@@ -64,136 +91,118 @@ class RewardPhase:
         self,
         rollout: Rollout,
         store: StageStore,
-        reward: ExplicitReward,
-        fitter: RewardFitter,
+        learner: Learner,
         candidates: Candidates | None,
+        negatives: Negatives,
         *,
-        beta: float,
-        epochs: int,
-        steps: int | None,
-        replay_stages: int,
-        warmup_stages: int,
-        initial_negatives: bool,
-        truncated_samples: TruncatedSamples,
+        for_policy: ForPolicy,
+        settings: RewardPhaseSettings,
+        refuse: Callable[[Sequence[Group]], list[bool]] | None = None,
+        preferences: Sequence[Group] = (),
         tokenization: Tokenization,
-        seed: int,
         costs: Costs,
         progress: Progress,
     ):
-        self.rollout, self.store, self.fitter = rollout, store, fitter
-        self.reward: ExplicitReward = reward
-        self._candidates = candidates
-        self.beta, self.epochs, self.steps = beta, epochs, steps
-        self.replay_stages, self.warmup_stages = replay_stages, warmup_stages
-        self.initial_negatives = initial_negatives
-        self.truncated_samples: TruncatedSamples = truncated_samples
-        self.tokenization, self.seed, self.costs, self.progress = tokenization, seed, costs, progress
+        self.rollout, self.store, self.learner, self.negatives = rollout, store, learner, negatives
+        self.candidates, self.for_policy, self.settings, self.refuse = candidates, for_policy, settings, refuse
+        self.preferences = preferences
+        self.tokenization, self.costs, self.progress = tokenization, costs, progress
         self.selection: list[CandidateRecord] = []
         self._fitted = -1
 
     @property
-    def candidates(self) -> Candidates:
-        """The policies that the run passed through; there are none without training data."""
-        assert self._candidates is not None
-        return self._candidates
+    def reward(self) -> Reward:
+        """As it stands."""
+        return self.learner.reward
 
     def prepare(
-        self, stage: int, recorded: dict[int, Group], *, policy: str | None
+        self, draw: Draw, recorded: dict[int, Group], *, policy: str | None
     ) -> tuple[dict[int, list[Group]], Mapping[str, float]]:
         """See ``Phase.prepare``. The policy trains on the samples of each row, or on nothing where it is to stay."""
+        stage, groups = draw.stage, list(recorded.values())
         path = self.store.path(stage) / "reward.json"
         facts: dict[str, float] = {}
-        groups = list(recorded.values())
-        if policy is None:
-            self._load_reward(stage)
-            self.candidates.read(stage)
+        if policy is None or draw.index:
+            if self._fitted != stage:  # resumed inside the stage
+                self._load_reward(stage)
+                if self.candidates:
+                    self.candidates.read(stage)
             found = read_json(path)
-            scored = self._with_rewards(groups, self._read_rewards(stage))
+            scored = groups
+            if policy is None:
+                scored = self._with_rewards(groups, self._read_rewards(draw))
+            elif found["policy/phase"]:
+                with self.costs.timed("reward"):
+                    scored = self._scored(stage, groups)
+                self._write_rewards(draw, scored)
         else:
             self._look(stage, policy)
+            comparisons = self._comparisons(stage, groups)
             with self.progress.phase(f"stage {stage}: reward", 0) as advance, self.costs.timed("reward"):
-                fit = self._fit(stage, groups, advance)
+                fit = self._fit(stage, comparisons, advance)
                 scored = self._scored(stage, groups)
                 if fit:
-                    self._save_reward(stage)
-            self._write_rewards(stage, scored)
+                    self.learner.save(self.store.path(stage))
+            self._write_rewards(draw, scored)
             with self.costs.timed("validation"):
-                found = self._judge(stage, scored, fit)
+                found = self._judge(stage, scored, comparisons, fit)
             write_json(path, found)
             facts = {name: value for name, value in found.items() if isinstance(value, (int, float))}
         if not found["policy/phase"]:
             return {row: [] for row in recorded}, facts
-        return {group.row: self._for_policy(group, found["scale"]) for group in scored}, facts
+        return self._for_policy(scored, found), facts
 
     def finish(self, stage: int) -> None:
-        """Set the policy to the candidate that does best on the validation rows by the last reward and the KL."""
+        """Look at the last policy, and set the policy back to the best candidate if that is wanted."""
         if self._fitted < 0:  # resumed where training had ended
             self._load_reward(stage)
+        if self.candidates is None:
+            return
         self._look(stage + 1, self.rollout.begin())
-        scores = self._scores()
-        best = self.candidates.best(scores)
-        self.candidates.restore(best)
-        self.selection = [score.record(chosen=stage == best) for stage, score in scores.items()]
+        scores = self._scores(self.candidates)
+        chosen = max(scores)
+        if self.settings.keep_best:
+            chosen = self.candidates.best(scores)
+            self.candidates.restore(chosen)
+        self.selection = [score.record(chosen=stage == chosen) for stage, score in scores.items()]
 
     def export(self, folder: Path) -> None:
         """``reward``, as it is at the end."""
-        self.reward.save_pretrained(
-            folder / "reward",
-            self.tokenization.tokenizer,
-            max_prompt_length=self.tokenization.max_prompt_length,
-            max_completion_length=self.tokenization.max_completion_length,
-        )
+        self.learner.export(folder / "reward", self.tokenization)
 
     # --- fitting ----------------------------------------------------------------------------------------------------
 
-    def _fit(self, stage: int, groups: list[Group], advance: Callable[[int], None]) -> dict[str, float]:
+    def _comparisons(self, stage: int, groups: list[Group]) -> Comparisons:
+        """The stage's first samples, those of earlier stages, and the negatives that are not the policy's own."""
+        replay = self.settings.replay_stages
+        sampled = list(groups)
+        for earlier in range(0 if replay is None else max(0, stage - replay), stage):
+            sampled += self.store.sampled(earlier)
+        paired: dict[str, list[Group]] = {}
+        if "own" in self.negatives.kinds:
+            paired["own"] = [group for group in sampled if group.demonstrations]
+        return Comparisons(paired | self.negatives.groups(), [group for group in sampled if not group.demonstrations])
+
+    def _fit(self, stage: int, comparisons: Comparisons, advance: Callable[[int], None]) -> dict[str, float]:
         """The reward phase of the stage; empty if there was nothing to compare."""
         if self._fitted != stage - 1:  # a resumed run: the reward as the last stage left it
             self._load_reward(stage - 1)
         self._fitted = stage
-        fitted = groups + self._initial_policy_negatives(stage, groups)
-        for earlier in range(max(0, stage - self.replay_stages), stage):
-            fitted += self.store.groups(earlier)
-        pairs = [pair for group in fitted for pair in contrast(group, self.truncated_samples)]
-        if not pairs:
-            return {}
-        tokens = self.fitter.tokens_done
-        with torch.random.fork_rng():  # dropout draws the same numbers in a resumed run
-            torch.manual_seed(self.seed + stage)
-            facts = self.fitter.fit(
-                pairs,
-                phase=stage,
-                epochs=self.epochs,
-                steps=self.steps,
-                on_step=lambda done, facts: advance(done),
-            )
-        if facts["saturated"]:
+        tokens = self.learner.tokens_done
+        seen = self.candidates.latest.groups if self.candidates else ()
+        facts = self.learner.fit(comparisons, stage=stage, validation=seen, on_step=advance)
+        if facts.get("saturated"):
             logger.warning(
                 "stage %d: the reward phase ended after %d steps, its training accuracy at %.2f",
                 stage,
                 facts["steps"],
-                self.fitter.saturation,
+                facts["accuracy"],
             )
-        self.costs.reward_tokens += self.fitter.tokens_done - tokens
+        self.costs.reward_tokens += self.learner.tokens_done - tokens
         return facts
 
-    def _initial_policy_negatives(self, stage: int, groups: list[Group]) -> list[Group]:
-        """Samples of π_0 for the stage's rows, where they are asked for and the policy is another by now."""
-        if not self.initial_negatives or not self.rollout.has_moved:
-            return []
-        bare = [group.select(group.places(Role.DEMONSTRATION)) for group in groups]
-        drawn = self.rollout.draw(bare, stage=INITIAL_POLICY + stage, initial=True)
-        self.store.write_groups(stage, "initial", drawn)
-        self._count_samples(drawn)
-        return drawn
-
-    def _save_reward(self, stage: int) -> None:
-        folder = self.store.path(stage)
-        torch.save(self.fitter.state_dict(), folder / "reward-optimizer.pt")
-        save_weights(self.reward.parameters, folder / "reward.safetensors")
-
     def _load_reward(self, stage: int) -> None:
-        """The reward and its optimizer as a stage left them; before the first stage they are fresh."""
+        """The reward as a stage left it; before the first stage it is fresh."""
         self._fitted = stage
         if stage >= 0 and not (self.store.path(stage) / "reward.json").exists():
             raise UserError(
@@ -201,18 +210,13 @@ class RewardPhase:
                 remedy="Keep the run's stages folder until the run is over.",
                 file=str(self.store.path(stage)),
             )
-        while stage >= 0 and not (self.store.path(stage) / "reward.safetensors").exists():
+        while stage >= 0 and not self.learner.load(self.store.path(stage)):
             stage -= 1  # a stage without a pair fits nothing
-        if stage >= 0:
-            folder = self.store.path(stage)
-            load_weights(self.reward.parameters, folder / "reward.safetensors")
-            state = torch.load(folder / "reward-optimizer.pt", weights_only=True, map_location="cpu")
-            self.fitter.load_state_dict(state)
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     def _scored(self, stage: int, groups: list[Group]) -> list[Group]:
-        scores = self.reward.scores(groups)
+        scores = scores_by_group(self.reward, groups)
         if not np.isfinite(np.concatenate(scores)).all():
             raise NonFiniteLossError(
                 f"the reward of a completion is not finite after the reward phase of stage {stage}.",
@@ -224,82 +228,132 @@ class RewardPhase:
     def _with_rewards(groups: list[Group], rewards: Sequence[Sequence[float]]) -> list[Group]:
         return [group.with_values("reward", values) for group, values in zip(groups, rewards, strict=True)]
 
-    def _write_rewards(self, stage: int, scored: list[Group]) -> None:
+    def _write_rewards(self, draw: Draw, scored: list[Group]) -> None:
         """One line per prompt, in the order of samples.jsonl: the reward of each completion, in its order."""
         lines = ({"row": group.row, "rewards": group.values("reward")} for group in scored)
-        write_json_lines(self.store.path(stage) / "rewards.jsonl", lines)
+        write_json_lines(self.store.path(draw.stage, draw.index) / "rewards.jsonl", lines)
 
-    def _read_rewards(self, stage: int) -> list[list[float]]:
-        return [line["rewards"] for line in self.store.lines(stage, "rewards")]
+    def _read_rewards(self, draw: Draw) -> list[list[float]]:
+        """What ``_write_rewards`` wrote; nothing is written of a later draw of a stage that leaves the policy alone."""
+        if draw.index and not read_json(self.store.path(draw.stage) / "reward.json")["policy/phase"]:
+            groups = self.store.groups(draw.stage, draw=draw.index)
+            return [[0.0] * len(group.completions) for group in groups]
+        return [line["rewards"] for line in self.store.lines(draw.stage, "rewards", draw.index)]
 
-    def _for_policy(self, group: Group, scale: float) -> list[Group]:
-        """The samples with their rewards as the policy phase sees them; nothing where too few are left to compare."""
-        rewards = policy_rewards(group, self.truncated_samples)
-        scaled = [None if reward is None else reward / scale for reward in rewards]
-        group = group.select(group.places(Role.SAMPLE)).with_values("scaled_reward", scaled)
-        kept = [place for place, reward in enumerate(scaled) if reward is not None]
-        return [group.select(kept)] if len(kept) > 1 else []
+    def _for_policy(self, scored: list[Group], found: Mapping[str, Any]) -> dict[int, list[Group]]:
+        """What the policy trains on, by row: nothing where a prompt is left out."""
+        refused = self.refuse(scored) if self.refuse else [False] * len(scored)
+        prepared: dict[int, list[Group]] = {}
+        for group, unsure in zip(scored, refused, strict=True):
+            best = max(c.values["reward"] for c in group.samples)
+            dropped = unsure or (found["drop_below"] is not None and best < found["drop_below"])
+            treat = self.settings.truncated_samples
+            prepared[group.row] = [] if dropped else self.for_policy(group, treat, found["scale"])
+        return prepared
 
     # --- the validation rows ----------------------------------------------------------------------------------------
 
     def _look(self, stage: int, policy: str) -> None:
         """Record the current policy as a candidate if it has changed."""
-        with self.costs.timed("validation"):
-            self._count_samples(self.candidates.look(stage, policy))
+        if self.candidates:
+            with self.costs.timed("validation"):
+                groups = self.candidates.look(stage, policy)
+            self.costs.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.samples)
 
-    def _scores(self) -> dict[int, CandidateScore]:
+    def _scores(self, candidates: Candidates) -> dict[int, CandidateScore]:
         """Every candidate through the reward as it is now."""
-        return self.candidates.scores(
+        return candidates.scores(
             self.reward,
             version=self._fitted,
-            beta=self.beta,
-            truncated_samples=self.truncated_samples,
+            beta=self.settings.beta,
+            truncated_samples=self.settings.truncated_samples,
+            down_only=self.settings.down_only,
         )
 
-    def _count_samples(self, groups: Sequence[Group]) -> None:
-        self.costs.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.samples)
-
-    def _judge(self, stage: int, scored: list[Group], fit: dict[str, float]) -> dict[str, Any]:
+    def _judge(
+        self, stage: int, scored: list[Group], comparisons: Comparisons, fit: dict[str, float]
+    ) -> dict[str, Any]:
         """Metrics of the reward phase, and whether the policy phase may follow."""
-        demonstrations = [c.values["reward"] for group in scored for c in group.demonstrations]
+        found: dict[str, Any] = {f"reward/{name}": value for name, value in fit.items()}
+        found |= self._facts_of_samples(scored) | self._facts_of_demonstrations(stage, scored, comparisons)
+        reason = self._obstacle(stage, scored, fit)
+        if self.candidates:
+            scores = self._scores(self.candidates)
+            facts, refusal = self._facts_of_validation(scores[max(scores)])
+            found |= facts
+            reason = reason or refusal
+            self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
+        if self.preferences:
+            found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.preferences[:256])))
+        if reason and stage >= self.settings.warmup_stages:
+            logger.warning("stage %d: the policy stays as it is: %s", stage, reason)
+        return found | {"policy/phase": int(reason is None), "reason": reason}
+
+    def _facts_of_samples(self, scored: list[Group]) -> dict[str, Any]:
         samples = [c for group in scored for c in group.samples]
         rewards = [c.values["reward"] for c in samples]
-        seen = [policy_rewards(group, self.truncated_samples) for group in scored]
-        scores = self._scores()
-        score = scores[max(scores)]
-        candidate = score.candidate
-        found: dict[str, Any] = {f"reward/{name}": value for name, value in fit.items()}
-        found |= {
-            "reward/demonstrations": float(np.mean(demonstrations)),
+        seen = [policy_rewards(group, self.settings.truncated_samples) for group in scored]
+        found: dict[str, Any] = {
             "reward/samples": float(np.mean(rewards)),
-            "reward/gap": float(np.mean(demonstrations) - np.mean(rewards)),
             "reward/length_correlation": _correlation(rewards, [len(c.token_ids) for c in samples]),
+            "reward/logp_correlation": _correlation(rewards, [own_logp(c) for c in samples]),
+            "scale": reward_scale(seen, down_only=self.settings.down_only),
+            "samples/left_out": float(np.mean([reward is None for row in seen for reward in row])),
+        }
+        if self.refuse:
+            found["reward/refused"] = float(np.mean(self.refuse(scored)))
+        if self.rollout.params.is_plain:  # else the samples are not the policy's own
+            found["policy/entropy"] = _entropy(samples)
+        return found
+
+    def _facts_of_demonstrations(self, stage: int, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
+        """Of the demonstrations that the stage sampled beside; where there are none, of all that are paired."""
+        rewards = [c.values["reward"] for group in scored for c in group.demonstrations]
+        if not rewards:
+            groups = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in comparisons.paired_groups}
+            rewards = [value for values in scores_by_group(self.reward, list(groups.values())) for value in values]
+        found: dict[str, Any] = {"drop_below": None}
+        if rewards:
+            samples = [c.values["reward"] for group in scored for c in group.samples]
+            found |= {
+                "reward/demonstrations": float(np.mean(rewards)),
+                "reward/gap": float(np.mean(rewards) - np.mean(samples)),
+            }
+        if self.settings.drop_below is not None:
+            if not self.learner.compares_across_prompts:
+                raise UserError(
+                    "this reward compares only the answers to one prompt, so no prompt's best can be called too low.",
+                    remedy="Leave --drop_below out, or use a reward that compares across prompts (--reward_features text).",
+                    field="drop_below",
+                )
+            if self.candidates:  # rows that the reward has not seen
+                held_out = [g.select(g.places(Role.DEMONSTRATION)) for g in self.candidates.rows.groups]
+                rewards = [value for values in scores_by_group(self.reward, held_out) for value in values]
+            found["drop_below"] = float(np.quantile(rewards, self.settings.drop_below))
+        return found
+
+    def _facts_of_validation(self, score: CandidateScore) -> tuple[dict[str, Any], str | None]:
+        """Metrics of the policy and the reward on the validation rows, and what speaks against the reward."""
+        candidate = score.candidate
+        found: dict[str, Any] = {
             "validation/reward": score.reward.mean,
             "validation/kl": candidate.kl,
             "validation/demonstration_logp": candidate.demonstration_logp,
-            "scale": reward_scale(seen),
-            "samples/left_out": float(np.mean([reward is None for row in seen for reward in row])),
         }
-        if self.rollout.params.is_plain:  # else the samples are not the policy's own
-            found["policy/entropy"] = _entropy(scored)
         if score.accuracy is not None:
             found |= {"validation/accuracy": score.accuracy.mean, "validation/accuracy_low": score.accuracy.low}
+        measures = yardsticks(candidate.groups, self.settings.truncated_samples)
+        if measures is not None:
+            found |= {"validation/accuracy_logp": measures.logp, "validation/accuracy_length": measures.length}
         if candidate.verifier_scores is not None:
             found["validation/verifier_score"] = float(np.mean([s for row in candidate.verifier_scores for s in row]))
         if score.verifier_gap is not None:
             found["validation/verifier_gap"] = score.verifier_gap
-        if self.fitter.preferences:
-            found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.fitter.preferences[:256])))
-        spread = max(float(np.ptp([c.values["reward"] for c in group.samples])) for group in scored)
-        reason = self.obstacle(stage, fit, score, spread)
-        if reason and stage >= self.warmup_stages:
-            logger.warning("stage %d: the policy stays as it is: %s", stage, reason)
-        self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
-        return found | {"policy/phase": int(reason is None), "reason": reason}
+        return found, obstacle(self.settings.gate, score.accuracy, measures)
 
-    def obstacle(self, stage: int, fit: dict[str, float], score: CandidateScore, spread: float) -> str | None:
-        """Why the policy phase should not run; None if it should."""
-        if stage < self.warmup_stages:
+    def _obstacle(self, stage: int, scored: list[Group], fit: dict[str, float]) -> str | None:
+        """Why the policy phase should not run, whatever the validation rows say; None if nothing speaks against it."""
+        if stage < self.settings.warmup_stages:
             return "reward warm-up"
         if not fit:
             return (
@@ -307,19 +361,14 @@ class RewardPhase:
                 "differ from it by being truncated; then start from an SFT checkpoint, raise --max_completion_length or "
                 "use --truncated_samples score"
             )
-        if spread < 1e-6:
+        if max(float(np.ptp([c.values["reward"] for c in group.samples])) for group in scored) < 1e-6:
             return "the reward is the same for all samples of each prompt"
-        accuracy = score.accuracy
-        if accuracy is None or accuracy.low <= 0.5:
-            shown = f"{accuracy.mean:.2f} ({accuracy.low:.2f} to {accuracy.high:.2f})" if accuracy else "unknown"
-            return f"the reward does not beat chance on the validation rows: accuracy {shown}"
         return None
 
 
-def _entropy(groups: Sequence[Group]) -> float:
+def _entropy(samples: Sequence[Any]) -> float:
     """Entropy of the policy by its own samples: mean of −log π (nats per token)."""
-    samples = [completion for group in groups for completion in group.samples]
-    return -sum(c.sum("old_logps") for c in samples) / sum(len(c.token_ids) for c in samples)
+    return -sum(own_logp(c) for c in samples) / sum(len(c.token_ids) for c in samples)
 
 
 def _correlation(a: Sequence[float], b: Sequence[float]) -> float:

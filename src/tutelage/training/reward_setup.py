@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer
 
 from tutelage.data.demonstrations import Turns
-from tutelage.data.tokenization import Tokenization, preference_group_from_row, tokenize_dataset
-from tutelage.data.validation import split_validation
+from tutelage.data.prompts import mix_prompts, tokenize_prompts
+from tutelage.data.tokenization import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
+from tutelage.data.validation import split_validation, without_prompts
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
-from tutelage.groups import Group
+from tutelage.groups import Group, Role
 from tutelage.losses import RewardLossKind
-from tutelage.models.loading import add_adapter, check_vocabulary, load_model, load_tokenizer
+from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
+from tutelage.models.weights import WeightSet
+from tutelage.rewards.base import Reward, scores_by_group
 from tutelage.rewards.comparisons import TruncatedSamples, contrast
+from tutelage.rewards.ensemble import Combine, LikelihoodReward
 from tutelage.rewards.explicit import ExplicitReward
+from tutelage.rewards.feature_sets import FeatureParts
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
 from tutelage.scoring.logps import Layout
+from tutelage.training.config import SFT_LEARNING_RATES
+from tutelage.training.flops import count_passes
+from tutelage.training.folds import Folds, FoldSettings, base_weights
+from tutelage.training.gate import Gate, pair_accuracy
+from tutelage.training.learners import (
+    AutoLearner,
+    EnsembleLearner,
+    FeatureLearner,
+    FixedLearner,
+    Learner,
+    ModelLearner,
+)
+from tutelage.training.negatives import Negatives, parse_negatives
 from tutelage.training.reward_config import RewardStageConfig
-from tutelage.training.reward_phase import VALIDATION_ROWS
+from tutelage.training.reward_phase import VALIDATION_ROWS, RewardPhaseSettings
 from tutelage.training.rollout import Rollout
 from tutelage.training.selection import Candidates
 from tutelage.training.store import StageStore
@@ -34,7 +55,19 @@ from tutelage.training.store import StageStore
 if TYPE_CHECKING:
     from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["make_candidates", "make_fitter", "make_reward", "read_preferences"]
+__all__ = [
+    "known_demonstrations",
+    "make_candidates",
+    "make_fitter",
+    "make_folds",
+    "make_learner",
+    "make_negatives",
+    "make_reward",
+    "phase_settings",
+    "read_preferences",
+    "refusal",
+    "with_prompts",
+]
 
 
 def make_reward(
@@ -85,28 +118,45 @@ def make_reward(
 
 
 def make_candidates(
-    trainer: DemonstrationTrainer, dataset: Dataset | IterableDataset, rollout: Rollout, store: StageStore
-) -> tuple[Candidates, Any]:
+    trainer: DemonstrationTrainer,
+    dataset: Dataset | IterableDataset,
+    validation: Dataset | None,
+    rollout: Rollout,
+    store: StageStore,
+    *,
+    source: str,
+) -> tuple[Candidates | None, Any]:
     """Validation rows, on which the policies of the run are looked at, and the training data without them.
 
     Args:
         dataset: the training data as they were read; the trainer has them tokenized.
+        validation: rows for the purpose; None takes some of the training data, if the run looks at any.
+        source: what errors about ``validation`` call it.
 
     Raises:
         UserError: too few rows.
     """
     args = cast(RewardStageConfig, trainer.args)
     turns = cast(Turns, args.turns)
-    raw, left = split_validation(
-        dataset,
-        trainer.train_dataset,
-        trainer.tokenization,
-        rows=args.validation_rows,
-        seed=args.seed,
-        turns=turns,
-        source=trainer.source,
-    )
-    rows = EvaluationSet.of(raw, trainer.tokenization, verifier=args.verifier, turns=turns, source=trainer.source)
+    looks = args.reward_gate != "off" or args.keep_policy == "best" or args.reward == "auto"
+    if validation is not None:
+        rows = EvaluationSet.of(validation, trainer.tokenization, verifier=args.verifier, turns=turns, source=source)
+        left = without_prompts(
+            trainer.train_dataset, {group.prompt_ids for group in rows.groups}, source=trainer.source
+        )
+    elif looks:
+        raw, left = split_validation(
+            dataset,
+            trainer.train_dataset,
+            trainer.tokenization,
+            rows=args.validation_rows,
+            seed=args.seed,
+            turns=turns,
+            source=trainer.source,
+        )
+        rows = EvaluationSet.of(raw, trainer.tokenization, verifier=args.verifier, turns=turns, source=trainer.source)
+    else:
+        return None, trainer.train_dataset
     # Of the policy itself, however the stages sample: their mean log-ratio is to be the KL.
     plain = replace(rollout.params, temperature=1.0, top_k=0, top_p=1.0)
 
@@ -117,14 +167,271 @@ def make_candidates(
     return Candidates(store, rows, trainer.policy, draw), left
 
 
+def known_demonstrations(trainer: DemonstrationTrainer) -> list[Group]:
+    """The demonstrations that negatives are drawn for; none where only the policy's own samples are compared.
+
+    Raises:
+        UserError: negatives of streamed data.
+    """
+    args = cast(RewardStageConfig, trainer.args)
+    if parse_negatives(args.reward_negatives) == ("own",) and args.reward != "likelihood":
+        return []
+    if isinstance(trainer.train_dataset, IterableDataset):
+        raise UserError(
+            "of streamed data the demonstrations are not known beforehand, so no negatives can be drawn for them.",
+            remedy="Use --reward_negatives own with --reward model, or leave --dataset_streaming out.",
+            field="reward_negatives",
+        )
+    return [group_from_row(cast(dict, row)) for row in cast(Dataset, trainer.train_dataset)]
+
+
+def with_prompts(
+    trainer: DemonstrationTrainer,
+    prompts: Dataset | None,
+    held_out: Mapping[tuple[int, ...], str],
+    source: str,
+) -> Any:
+    """The training data with prompts that have no demonstration.
+
+    Args:
+        held_out: prompts that are not for training, with what they are called; those of the evaluation are added.
+
+    Raises:
+        UserError: the settings name prompts and none are given; streamed demonstrations; or as ``tokenize_prompts``.
+    """
+    args = cast(RewardStageConfig, trainer.args)
+    demonstrations = trainer.train_dataset
+    if prompts is None:
+        if args.prompt_dataset or args.prompt_mix is not None:
+            raise UserError(
+                "the trainer was given no prompts.",
+                remedy="Give --prompt_dataset, or hand them over as prompt_dataset.",
+                field="prompt_dataset",
+            )
+        return demonstrations
+    if isinstance(demonstrations, IterableDataset) or isinstance(prompts, IterableDataset):
+        raise UserError(
+            "streamed data cannot be mixed with prompts.",
+            remedy="Leave --dataset_streaming out.",
+            field="prompt_dataset",
+        )
+    evaluated = trainer.evaluation_set.groups if trainer.evaluation_set else []
+    found = tokenize_prompts(
+        prompts,
+        trainer.tokenization,
+        first_row=1 + max(cast(Dataset, demonstrations)["row"]),
+        conversational=trainer.conversational,
+        held_out={**held_out, **{group.prompt_ids: "evaluation rows" for group in evaluated}},
+        source=source,
+    )
+    return mix_prompts(cast(Dataset, demonstrations), found, share=args.prompt_mix, seed=args.seed)
+
+
+def phase_settings(args: RewardStageConfig) -> RewardPhaseSettings:
+    """The settings of a reward phase among those of a run."""
+    return RewardPhaseSettings(
+        beta=args.beta,
+        down_only=args.reward_scaling == "down_only",
+        replay_stages=args.reward_replay_stages,
+        warmup_stages=args.reward_warmup_stages,
+        truncated_samples=cast(TruncatedSamples, args.truncated_samples),
+        gate=cast(Gate, args.reward_gate),
+        keep_best=args.keep_policy == "best",
+        drop_below=args.drop_below,
+    )
+
+
+def refusal(learner: Learner) -> Callable[[Sequence[Group]], list[bool]] | None:
+    """Says of prompts whether the members of an ensemble disagree on their samples by more than the samples differ."""
+    if not isinstance(learner, EnsembleLearner):
+        return None
+
+    def refused(groups: Sequence[Group]) -> list[bool]:
+        samples = [group.select(group.places(Role.SAMPLE)) for group in groups]
+        disagreement = iter(learner.reward.disagreement(samples).tolist())
+        rewards = scores_by_group(learner.reward, samples)
+        return [
+            float(np.mean([next(disagreement) for _ in values])) > float(np.std(values, ddof=1)) for values in rewards
+        ]
+
+    return refused
+
+
+def make_folds(
+    trainer: DemonstrationTrainer, groups: Sequence[Group], base: Callable[[], WeightSet], folder: Path
+) -> Folds:
+    """The out-of-fold policies of a run.
+
+    Args:
+        groups: the demonstrations.
+        base: gives the weights of the model before SFT.
+        folder: keeps them.
+    """
+    args = cast(RewardStageConfig, trainer.args)
+    rate = SFT_LEARNING_RATES["adapter" if isinstance(trainer.policy, PeftModel) else "full"]
+    settings = FoldSettings(
+        num_folds=args.num_folds,
+        epochs=args.fold_epochs,
+        learning_rate=args.fold_learning_rate or rate,
+        batch_size=args.fold_batch_size,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+    )
+    return Folds(
+        trainer.policy,
+        base,
+        groups,
+        folder,
+        settings,
+        layout=trainer.layout,
+        pad_token_id=trainer.tokenization.pad_id,
+        autocast=trainer.compute_loss_context_manager,
+    )
+
+
+def make_negatives(
+    trainer: DemonstrationTrainer, groups: Sequence[Group], rollout: Rollout, store: StageStore
+) -> Negatives:
+    """The negatives that are not the policy's own, and what draws them.
+
+    Args:
+        groups: the demonstrations that the reward learns from.
+    """
+    args = cast(RewardStageConfig, trainer.args)
+
+    @cache
+    def base() -> WeightSet:
+        return base_weights(trainer.policy, args.base_model_name_or_path, seed=args.seed)
+
+    @cache
+    def folds() -> Folds:
+        return make_folds(trainer, groups, base, store.folder / "negatives")
+
+    return Negatives(
+        parse_negatives(args.reward_negatives),
+        groups,
+        rollout,
+        store,
+        base,
+        folds,
+        costs=trainer.costs,
+        progress=trainer.progress,
+    )
+
+
+def make_learner(
+    trainer: DemonstrationTrainer,
+    negatives: Negatives,
+    *,
+    peft_config: PeftConfig | None,
+    preferences: list[Group],
+    tell: Callable[[str], None],
+) -> Learner:
+    """What fits the reward that the settings name.
+
+    Args:
+        negatives: its folds give the reward of likelihoods.
+        peft_config: of the adapter on a reward model of its own.
+        preferences: preference pairs that a neural reward learns from too.
+        tell: gets a sentence about a choice that is made.
+    """
+    args = cast(RewardStageConfig, trainer.args)
+    treat = cast(TruncatedSamples, args.truncated_samples)
+    parts = FeatureParts(
+        text=trainer.tokenization.text,
+        base=lambda: _base_model(trainer),
+        logps=trainer.scorer.token_logps,
+        layout=trainer.layout,
+        batch_size=args.per_device_eval_batch_size,
+        pad_token_id=trainer.tokenization.pad_id,
+        autocast=trainer.compute_loss_context_manager,
+    )
+    facts = {
+        "max_prompt_length": args.max_prompt_length,
+        "max_completion_length": args.max_completion_length,
+        "base_model": str(args.base_model_name_or_path or base_causal_lm(trainer.policy).name_or_path),
+    }
+
+    def features(names: str) -> Learner:
+        return FeatureLearner(names, parts, truncated_samples=treat, seed=args.seed, facts=facts)
+
+    def model(seed: int) -> Learner:
+        reward = make_reward(
+            trainer.policy,
+            args,
+            trainer.tokenization,
+            layout=trainer.layout,
+            autocast=trainer.compute_loss_context_manager,
+            peft_config=peft_config,
+        )
+        if reward.weights is None:  # its body is not the policy's
+            count_passes(reward.model, trainer.costs.count_flops)
+        fitter = make_fitter(reward, args, preferences, trainer.policy, seed=seed)
+        return ModelLearner(
+            fitter, epochs=args.reward_epochs, steps=args.reward_steps, truncated_samples=treat, seed=seed
+        )
+
+    if args.reward == "likelihood":
+        return FixedLearner(lambda: _likelihood(trainer, negatives))
+    if args.reward == "auto":
+        names = ("text", "hidden", "text,logp", "hidden,logp")
+        return AutoLearner(
+            {f"features:{name}": features(name) for name in names},
+            lambda reward, groups: _accuracy(reward, groups, treat),
+            tell,
+        )
+    if args.reward_ensemble == 1:
+        return features(args.reward_features) if args.reward == "features" else model(args.seed)
+    members = [
+        features(args.reward_features) if args.reward == "features" else model(args.seed + place)
+        for place in range(args.reward_ensemble)
+    ]
+    return EnsembleLearner(members, cast(Combine, args.reward_combine), seed=args.seed)
+
+
+def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
+    """The frozen model whose hidden states are features: under an adapter, the policy's own base."""
+    name = cast(RewardStageConfig, trainer.args).base_model_name_or_path
+    if isinstance(trainer.policy, PeftModel):
+        return trainer.policy
+    model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
+    count_passes(model, trainer.costs.count_flops)
+    return cast(nn.Module, model.to(trainer.args.device)).requires_grad_(False)
+
+
+def _likelihood(trainer: DemonstrationTrainer, negatives: Negatives) -> LikelihoodReward:
+    """The mean log-prob of an answer under the out-of-fold policies."""
+    folds = negatives.folds()
+
+    def under(weights: WeightSet) -> Callable[[Sequence[Group]], Any]:
+        def logps(groups: Sequence[Group]) -> Any:
+            with weights.active():
+                return trainer.scorer.token_logps(groups)
+
+        return logps
+
+    return LikelihoodReward([under(folds.weights(fold)) for fold in range(folds.settings.num_folds)])
+
+
+def _accuracy(reward: Reward, groups: Sequence[Group], truncated_samples: TruncatedSamples) -> float:
+    """How often the reward puts a demonstration over a sample of its prompt; 0 where nothing can be compared."""
+    scored = [
+        group.with_values("reward", values)
+        for group, values in zip(groups, scores_by_group(reward, groups), strict=True)
+    ]
+    found = pair_accuracy(scored, lambda completion: completion.values["reward"], truncated_samples)
+    return found.mean if found else 0.0
+
+
 def make_fitter(
-    reward: ExplicitReward, args: RewardStageConfig, preferences: list[Group], policy: nn.Module
+    reward: ExplicitReward, args: RewardStageConfig, preferences: list[Group], policy: nn.Module, *, seed: int
 ) -> RewardFitter:
     """What fits the reward, with an optimizer of the policy's kind.
 
     Args:
         preferences: preference pairs to learn from too.
         policy: for optimizers that are chosen by the model.
+        seed: of the order of the groups.
     """
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, policy))
     settings = {**settings, "lr": args.reward_learning_rate, "weight_decay": args.weight_decay}
@@ -145,7 +452,7 @@ def make_fitter(
         preferences=preferences,
         max_grad_norm=args.max_grad_norm,
         saturation=args.saturation if args.early_stopping == "saturated" else None,
-        seed=args.seed,
+        seed=seed,
     )
 
 

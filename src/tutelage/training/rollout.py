@@ -104,18 +104,22 @@ class Rollout:
         return fingerprint((n, p) for n, p in self.scorer.policy.named_parameters() if p.requires_grad)
 
     def draw(
-        self, groups: Sequence[Group], *, stage: int, params: SamplingParams | None = None, initial: bool = False
+        self,
+        groups: Sequence[Group],
+        *,
+        stage: int,
+        params: SamplingParams | None = None,
+        weights: WeightSet | None = None,
     ) -> list[Group]:
         """The groups with completions added, which know the log-probs of their tokens under the sampler.
 
         Args:
             stage: names the samples in the random stream.
             params: instead of those of the stages.
-            initial: draw from the policy that training started with.
+            weights: draw from the policy with these weights instead of its own.
         """
-        assert not initial or self.initial is not None
-        with self.initial.active() if initial and self.initial else nullcontext(), self.scorer.autocast():
-            if initial:
+        with weights.active() if weights else nullcontext(), self.scorer.autocast():
+            if weights:
                 self.sampler.take_weights(self.scorer.policy)
             drawn = self.sampler.sample(
                 [group.prompt_ids for group in groups],
@@ -124,7 +128,7 @@ class Rollout:
                 rows=[group.row for group in groups],
                 stage=stage,
             )
-        if initial:
+        if weights:
             self.sampler.take_weights(self.scorer.policy)
         return [
             group.add(sample.completion for sample in samples) for group, samples in zip(groups, drawn, strict=True)

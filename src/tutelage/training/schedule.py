@@ -10,6 +10,7 @@ from typing import Any, cast
 from tutelage.errors import UserError
 
 __all__ = [
+    "Draw",
     "StageEpochs",
     "StageSchedule",
 ]
@@ -50,6 +51,28 @@ class StageSchedule:
                 field="stages_per_epoch",
             )
 
+    def of_draws(self, per_stage: int | None) -> StageSchedule:
+        """The stages, each divided further: at the first step of every part the policy samples anew.
+
+        Args:
+            per_stage: parts of a stage; None for as many as it has optimizer steps.
+
+        Raises:
+            UserError: more parts than steps.
+
+        >>> [StageSchedule(10, 2).of_draws(2).bounds(draw) for draw in range(4)]
+        [(0, 2), (2, 5), (5, 7), (7, 10)]
+        """
+        parts = self.steps_per_epoch if per_stage is None else self.stages_per_epoch * per_stage
+        if parts > self.steps_per_epoch:
+            raise UserError(
+                f"{self.stages_per_epoch} stages of {per_stage} samplings do not fit into an epoch of "
+                f"{self.steps_per_epoch} optimizer steps.",
+                remedy="Lower --samplings_per_stage or --stages_per_epoch, or give more prompts.",
+                field="samplings_per_stage",
+            )
+        return replace(self, stages_per_epoch=parts)
+
     def bounds(self, stage: int) -> tuple[int, int]:
         """First optimizer step of the stage, and the first step after it; steps count from 0 over all epochs."""
         epoch, index = divmod(stage, self.stages_per_epoch)
@@ -67,6 +90,21 @@ class StageSchedule:
         return epoch * self.stages_per_epoch + index
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sampling from the policy as it stands.
+
+    Attributes:
+        number: from 0, over the whole run; names the samples in the random stream.
+        stage: that it belongs to.
+        index: its place among the draws of the stage.
+    """
+
+    number: int
+    stage: int
+    index: int = 0
+
+
 class StageEpochs:
     """A batch sampler that gives the batches of each stage several times over.
 
@@ -76,7 +114,7 @@ class StageEpochs:
     Args:
         batches: the batch sampler inside: lists of row numbers, those of one epoch at each iteration.
         accumulation: micro-batches per optimizer step.
-        stages_per_epoch, epochs: as for ``StageSchedule``.
+        stages_per_epoch, epochs: as for ``StageSchedule``; where stages have several draws, of the draws.
 
     >>> list(StageEpochs([[0, 1], [2, 3], [4]], accumulation=2, stages_per_epoch=2, epochs=2))
     [[0, 1], [2, 3], [0, 1], [2, 3], [4], [], [4], []]

@@ -11,13 +11,14 @@ from torch import nn
 
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
-from tutelage.evaluation.statistics import Interval, bounded_interval, mean_interval
+from tutelage.evaluation.statistics import Interval, mean_interval
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import load_weights, save_weights
 from tutelage.results import CandidateRecord
-from tutelage.rewards.base import Reward
-from tutelage.rewards.comparisons import TruncatedSamples, contrast, policy_rewards, reward_scale
+from tutelage.rewards.base import Reward, scores_by_group
+from tutelage.rewards.comparisons import TruncatedSamples, policy_rewards, reward_scale
+from tutelage.training.gate import pair_accuracy
 from tutelage.training.store import StageStore
 
 __all__ = ["Candidate", "CandidateScore", "Candidates", "compare"]
@@ -63,8 +64,8 @@ class Candidate:
 
     def scored(self, reward: Reward) -> list[Group]:
         """The groups with the ``reward`` of each completion."""
-        values = iter(reward.score(self.groups).tolist())
-        return [group.with_values("reward", [next(values) for _ in group.completions]) for group in self.groups]
+        rewards = scores_by_group(reward, self.groups)
+        return [group.with_values("reward", values) for group, values in zip(self.groups, rewards, strict=True)]
 
     def verifier_gap(self, rewards: Sequence[Sequence[float]]) -> float | None:
         """Mean reward of right samples minus that of wrong ones."""
@@ -77,20 +78,6 @@ class Candidate:
         ]
         right, wrong = [r for r, good in told if good], [r for r, good in told if not good]
         return float(np.mean(right) - np.mean(wrong)) if right and wrong else None
-
-
-def _accuracy(scored: Sequence[Group], truncated_samples: TruncatedSamples) -> Interval | None:
-    """How often a demonstration is over a sample, a row counting once; a tie counts half."""
-    rows = []
-    for group in scored:
-        gaps = [
-            part.completions[better].values["reward"] - part.completions[worse].values["reward"]
-            for part in contrast(group, truncated_samples)
-            for better, worse in part.pairs
-        ]
-        if gaps:
-            rows.append(float(np.mean((np.sign(gaps) + 1) / 2)))
-    return bounded_interval(rows) if rows else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +117,7 @@ def compare(
     *,
     beta: float,
     truncated_samples: TruncatedSamples,
+    down_only: bool = False,
 ) -> list[CandidateScore]:
     """Evaluate all candidates with the same reward and scale, because only differences of a reward are meaningful.
 
@@ -138,9 +126,10 @@ def compare(
         scored: what ``Candidate.scored`` gives of each.
         beta: weight of the KL, in units of scaled reward per nat.
         truncated_samples: as the reward phase treats them.
+        down_only: as for ``reward_scale``.
     """
     samples = [[policy_rewards(group, truncated_samples) for group in groups] for groups in scored]
-    scale = reward_scale([row for rows in samples for row in rows])
+    scale = reward_scale([row for rows in samples for row in rows], down_only=down_only)
     told = [reward for rows in samples for row in rows for reward in row if reward is not None]
     # A sample that is left out is a truncated one: a policy must not gain by truncating more.
     lowest = min(told, default=0.0)
@@ -149,7 +138,7 @@ def compare(
         CandidateScore(
             candidate=candidate,
             reward=mean_interval([float(np.mean(row)) for row in rows]),
-            accuracy=_accuracy(groups, truncated_samples),
+            accuracy=pair_accuracy(groups, lambda c: c.values["reward"], truncated_samples),
             objective=float(np.mean(rows)) / scale - beta * candidate.kl,
             verifier_gap=candidate.verifier_gap(rows),
         )
@@ -187,6 +176,11 @@ class Candidates:
         self._last = ""
         self._scored: dict[int, list[Group]] = {}
         self._scored_by: int | None = None
+
+    @property
+    def latest(self) -> Candidate:
+        """The one that was recorded last."""
+        return self.by_stage[max(self.by_stage)]
 
     def look(self, stage: int, policy: str) -> list[Group]:
         """Record the current policy, unless it is unchanged since the last record.
@@ -235,7 +229,13 @@ class Candidates:
             self._last = read_json(path)["policy"]
 
     def scores(
-        self, reward: Reward, *, version: int, beta: float, truncated_samples: TruncatedSamples
+        self,
+        reward: Reward,
+        *,
+        version: int,
+        beta: float,
+        truncated_samples: TruncatedSamples,
+        down_only: bool = False,
     ) -> dict[int, CandidateScore]:
         """All candidates evaluated with a reward, by stage in order.
 
@@ -253,6 +253,7 @@ class Candidates:
             [self._scored[stage] for stage in stages],
             beta=beta,
             truncated_samples=truncated_samples,
+            down_only=down_only,
         )
         return dict(zip(stages, found, strict=True))
 

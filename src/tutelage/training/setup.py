@@ -57,12 +57,18 @@ def make_rollout(
 
 
 def make_stages(
-    trainer: DemonstrationTrainer, rollout: Rollout, store: StageStore, phase: Phase, *, epochs: int = 1
+    trainer: DemonstrationTrainer,
+    rollout: Rollout,
+    store: StageStore,
+    phase: Phase,
+    *,
+    draws_per_stage: int | None = 1,
+    epochs: int = 1,
 ) -> Stages:
     """The stages, with a phase of the algorithm's.
 
     Args:
-        epochs: how often the steps of a stage go over its samples.
+        draws_per_stage, epochs: as for ``Stages``.
     """
     args = _settings(trainer)
     return Stages(
@@ -70,6 +76,7 @@ def make_stages(
         store,
         phase,
         stages_per_epoch=args.stages_per_epoch,
+        draws_per_stage=draws_per_stage,
         epochs=epochs,
         piece=max(1, 4 * args.sampling_batch_size // args.num_samples),
         save_each_stage=args.save_each_stage,

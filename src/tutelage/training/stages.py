@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
-from tutelage.training.schedule import StageSchedule
+from tutelage.training.schedule import Draw, StageEpochs, StageSchedule
 from tutelage.training.store import StageStore
 
 __all__ = ["Phase", "Stages", "distinct_n"]
@@ -34,14 +34,14 @@ class Phase(Protocol):
         ...
 
     def prepare(
-        self, stage: int, recorded: dict[int, Group], *, policy: str | None
+        self, draw: Draw, recorded: dict[int, Group], *, policy: str | None
     ) -> tuple[dict[int, list[Group]], Mapping[str, float]]:
-        """What the optimizer steps of a stage train on.
+        """What the optimizer steps of a draw train on; a stage has one draw or several.
 
         Args:
-            stage: its number.
-            recorded: all groups of the stage by row, with samples and reference log-probs, in the order of the record.
-            policy: fingerprint of the policy where the stage begins; None for a run resumed inside the stage.
+            draw: its numbers.
+            recorded: all its groups by row, with samples and reference log-probs, in the order of the record.
+            policy: fingerprint of the policy where it begins; None for a run resumed inside it.
 
         Returns:
             for each row the groups to train on, and what there is to log.
@@ -58,9 +58,9 @@ class Phase(Protocol):
 
 
 class Stages:
-    """The stages of a run. Each owns consecutive optimizer steps.
+    """The stages of a run. Each owns consecutive optimizer steps and samples once, or several times: in draws.
 
-    At a stage's first step the prompts of all its steps are drawn from the data loader; the policy samples for them;
+    At a draw's first step the prompts of all its steps are taken from the data loader; the policy samples for them;
     reference log-probs are computed once and kept; the phase prepares what is trained on; then the steps are handed
     out. Everything sampled lies in the store, and a killed run goes on from there.
 
@@ -69,7 +69,8 @@ class Stages:
         store: keeps them.
         phase: what the algorithm does with them.
         stages_per_epoch: T.
-        epochs: how often the steps of a stage go over its samples.
+        draws_per_stage: how often a stage samples; None for once per optimizer step.
+        epochs: how often the steps of a draw go over its samples.
         piece: prompts that are sampled and written at a time.
         save_each_stage: ask for a checkpoint where a stage ends.
         check: raises if the policy's weights are not finite: nothing can be sampled from them.
@@ -84,6 +85,7 @@ class Stages:
         phase: Phase,
         *,
         stages_per_epoch: int,
+        draws_per_stage: int | None = 1,
         epochs: int = 1,
         piece: int,
         save_each_stage: bool = True,
@@ -93,10 +95,12 @@ class Stages:
         progress: Progress,
     ):
         self.rollout, self.store, self.phase = rollout, store, phase
-        self.stages_per_epoch, self.epochs, self.piece = stages_per_epoch, epochs, piece
+        self.stages_per_epoch, self.draws_per_stage = stages_per_epoch, draws_per_stage
+        self.epochs, self.piece = epochs, piece
         self.save_each_stage = save_each_stage
         self._check, self._log, self.costs, self.progress = check, log, costs, progress
         self.schedule: StageSchedule | None = None
+        self.draws: StageSchedule | None = None
         self.stage = -1
         self._steps: deque[list[list[Group]]] = deque()
 
@@ -107,10 +111,16 @@ class Stages:
             UserError: they do not fit.
         """
         self.schedule = StageSchedule(steps_per_epoch // self.epochs, self.stages_per_epoch, self.epochs)
+        self.draws = self.schedule.of_draws(self.draws_per_stage)
         self._steps.clear()
 
+    def repeated(self, batches: Collection[list[int]], accumulation: int) -> StageEpochs:
+        """The batches of an epoch, those of each draw as often as the steps go over them."""
+        once = StageSchedule(-(-len(batches) // accumulation), self.stages_per_epoch)
+        return StageEpochs(batches, accumulation, once.of_draws(self.draws_per_stage).stages_per_epoch, self.epochs)
+
     def next_step(self, step: int, max_steps: int, take: Callable[[], list[list[Group]]]) -> list[list[Group]]:
-        """The micro-batches of an optimizer step; begins a stage when no step is left of the last one.
+        """The micro-batches of an optimizer step; begins a draw when no step is left of the last one.
 
         Args:
             step: how many optimizer steps have been taken.
@@ -136,9 +146,10 @@ class Stages:
     # --- a stage ----------------------------------------------------------------------------------------------------
 
     def _begin(self, step: int, max_steps: int, take: Callable[[], list[list[Group]]]) -> None:
-        assert self.schedule is not None
-        self.stage = self.schedule.stage_of(step)
-        first, end = self.schedule.bounds(self.stage)
+        draw = self._draw_of(step)
+        self.stage = draw.stage
+        assert self.draws is not None
+        first, end = self.draws.bounds(draw.number)
         end = min(end, max_steps)
         steps = [take() for _ in range(step, end)]
         if not all(steps):
@@ -152,26 +163,32 @@ class Stages:
         if step == first:
             self._check()
             policy = self.rollout.begin()
-        recorded = self._recorded(list(demonstrations.values()), policy, step)
-        if policy is not None:
+        recorded = self._recorded(list(demonstrations.values()), policy, step, draw)
+        if policy is not None and draw.index == 0:
             self._log(sample_facts([recorded[row] for row in demonstrations]) | self._gap())
-        prepared, facts = self.phase.prepare(self.stage, recorded, policy=policy)
+        prepared, facts = self.phase.prepare(draw, recorded, policy=policy)
         if facts:
             self._log(dict(facts))
         for batches in steps:
             self._steps.append([[group for entry in batch for group in prepared[entry.row]] for batch in batches])
 
-    def _recorded(self, demonstrations: list[Group], policy: str | None, step: int) -> dict[int, Group]:
-        """Samples and reference log-probs of the stage's rows: from disk if they are there, else computed now."""
-        recorded = self.store.read(self.stage, policy)
+    def _draw_of(self, step: int) -> Draw:
+        assert self.schedule is not None
+        assert self.draws is not None
+        number, stage = self.draws.stage_of(step), self.schedule.stage_of(step)
+        return Draw(number, stage, number - self.draws.stage_of(self.schedule.bounds(stage)[0]))
+
+    def _recorded(self, demonstrations: list[Group], policy: str | None, step: int, draw: Draw) -> dict[int, Group]:
+        """Samples and reference log-probs of the draw's rows: from disk if they are there, else computed now."""
+        recorded = self.store.read(draw.stage, policy, draw.index)
         # A record of other data, or of the same data in another template, is none.
         missing = [group for group in demonstrations if not _is_record(recorded.get(group.row), group)]
         if policy is None:
             if missing:
                 raise UserError(
-                    f"stage {self.stage} has no samples for row {missing[0].row}: the data differ from the first run's.",
+                    f"stage {draw.stage} has no samples for row {missing[0].row}: the data differ from the first run's.",
                     remedy="Resume with the same data, seed and batch size.",
-                    file=str(self.store.path(self.stage)),
+                    file=str(self.store.path(draw.stage, draw.index)),
                 )
             return recorded
         kept = [recorded[group.row] for group in demonstrations if _is_record(recorded.get(group.row), group)]
@@ -185,7 +202,8 @@ class Stages:
             }
             return facts | seconds | self._gap()
 
-        recorded = self.store.write(self.stage, policy, kept, self._sampled(missing, kept), all_facts)
+        sampled = self._sampled(missing, kept, draw)
+        recorded = self.store.write(draw.stage, policy, kept, sampled, all_facts, draw.index)
         self.costs.sampled_tokens += sum(len(c.token_ids) for group in recorded.values() for c in group.samples)
         return recorded
 
@@ -193,16 +211,16 @@ class Stages:
         gap = self.rollout.gap
         return {} if gap is None else {"samples/logp_gap": gap}
 
-    def _sampled(self, missing: list[Group], kept: list[Group]) -> Iterator[list[Group]]:
+    def _sampled(self, missing: list[Group], kept: list[Group], draw: Draw) -> Iterator[list[Group]]:
         """Samples and scores some prompts at a time; each piece is on disk before the next begins."""
         if kept and (len(kept) >= self.piece or not missing):  # a killed run measured on the same groups
             self.rollout.measure_if_asked(kept[: self.piece])
         done = len(kept)
-        with self.progress.phase(f"stage {self.stage}: sampling", done + len(missing)) as advance:
+        with self.progress.phase(f"stage {draw.stage}: sampling", done + len(missing)) as advance:
             for start in range(0, len(missing), self.piece):
                 groups = missing[start : start + self.piece]
                 with self.costs.timed("sampling"):
-                    sampled = self.rollout.draw(groups, stage=self.stage)
+                    sampled = self.rollout.draw(groups, stage=draw.number)
                 with self.costs.timed("reference"):
                     scored = self.rollout.score(sampled)
                 yield scored

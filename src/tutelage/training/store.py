@@ -13,7 +13,7 @@ from tutelage.errors import UserError
 from tutelage.files import append_json_lines, read_json, write_json, write_json_lines
 from tutelage.groups import Group
 
-__all__ = ["StageStore"]
+__all__ = ["FORMAT", "StageStore"]
 
 FORMAT = 2
 """Of the files of a stage. The first one knew completions by their place and kept log-probs per sequence."""
@@ -22,6 +22,7 @@ FORMAT = 2
 class StageStore:
     """What each stage sampled, one folder per stage, in files that people can read.
 
+    A stage that samples several times has a folder for each further draw inside its own: ``stage-0003/draw-0001``.
     ``stage-0003/samples.jsonl`` has a line for each prompt: row, text and tokens of the prompt and of each completion
     with its role, and what is known of it. ``manifest.json`` says from which policy, with which settings. While a
     stage is being sampled the file ends in ``.part``; it is renamed when whole, so a killed run is known by it and
@@ -44,7 +45,7 @@ class StageStore:
         Raises:
             UserError: the stages are of another version of tutelage.
         """
-        for manifest in sorted(self.folder.glob("stage-*/manifest.json")):
+        for manifest in sorted(self.folder.glob("**/manifest.json")):
             found = read_json(manifest).get("format", 1)
             if found != FORMAT:
                 raise UserError(
@@ -56,22 +57,33 @@ class StageStore:
                     field="format",
                 )
 
-    def path(self, stage: int) -> Path:
-        """The stage's folder."""
-        return self.folder / f"stage-{stage:04d}"
+    def path(self, stage: int, draw: int = 0) -> Path:
+        """The stage's folder, or that of one of its further draws."""
+        folder = self.folder / f"stage-{stage:04d}"
+        return folder / f"draw-{draw:04d}" if draw else folder
 
-    def read(self, stage: int, policy: str | None) -> dict[int, Group]:
+    def sampled(self, stage: int) -> list[Group]:
+        """All groups that the draws of a whole stage recorded, in order.
+
+        Raises:
+            UserError: the first is missing.
+        """
+        draws = len(list(self.path(stage).glob("draw-*/samples.jsonl")))
+        return [group for draw in range(draws + 1) for group in self.groups(stage, draw=draw)]
+
+    def read(self, stage: int, policy: str | None, draw: int = 0) -> dict[int, Group]:
         """Groups that the stage recorded, by row, with samples and reference log-probs.
 
         Args:
             policy: fingerprint of the policy at the stage's start. A record of another policy, or of a run killed
                 before its first line, is ignored and the result is empty. None when the policy has already moved
                 on inside the stage: then the record must be whole.
+            draw: which draw of the stage.
 
         Raises:
             UserError: ``policy`` is None and there is no whole record, or it was made under other settings.
         """
-        folder = self.path(stage)
+        folder = self.path(stage, draw)
         path = folder / "manifest.json"
         manifest = read_json(path) if path.exists() else {}
         whole = folder / "samples.jsonl"
@@ -88,25 +100,33 @@ class StageStore:
         part = whole if whole.exists() else whole.with_suffix(".jsonl.part")
         return {group.row: group for group in read_groups(part)} if part.exists() else {}
 
-    def groups(self, stage: int, name: str = "samples") -> list[Group]:
+    def groups(self, stage: int, name: str = "samples", draw: int = 0) -> list[Group]:
         """Groups of a whole file of a stage, in the order they were written.
 
         Raises:
             UserError: the file is missing.
         """
-        return list(read_groups(self._existing(stage, name)))
+        return list(read_groups(self._existing(stage, name, draw)))
 
-    def lines(self, stage: int, name: str) -> list[Any]:
+    def write_file(self, path: Path, groups: Iterable[Group]) -> None:
+        """Groups in a file that belongs to no stage, at once; ``read_file`` reads it."""
+        write_json_lines(path, self._records(groups))
+
+    def read_file(self, path: Path) -> list[Group]:
+        """The groups of a file that ``write_file`` wrote."""
+        return list(read_groups(path))
+
+    def lines(self, stage: int, name: str, draw: int = 0) -> list[Any]:
         """The values of a whole file of JSON lines of a stage.
 
         Raises:
             UserError: the file is missing.
         """
-        with self._existing(stage, name).open(encoding="utf-8") as file:
+        with self._existing(stage, name, draw).open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
-    def _existing(self, stage: int, name: str) -> Path:
-        path = self.path(stage) / f"{name}.jsonl"
+    def _existing(self, stage: int, name: str, draw: int) -> Path:
+        path = self.path(stage, draw) / f"{name}.jsonl"
         if not path.exists():
             raise UserError(
                 f"the {name} of stage {stage} are missing.",
@@ -119,7 +139,7 @@ class StageStore:
         """Add a file to a stage, at once; ``groups`` reads it."""
         path = self.path(stage) / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_lines(path, self._records(groups))
+        self.write_file(path, groups)
 
     def write(
         self,
@@ -128,6 +148,7 @@ class StageStore:
         kept: Iterable[Group],
         batches: Iterable[list[Group]],
         facts: Callable[[], dict[str, Any]],
+        draw: int = 0,
     ) -> dict[int, Group]:
         """Record a stage, batch by batch as it is made.
 
@@ -135,11 +156,12 @@ class StageStore:
             kept: groups that a killed run had already recorded; written again first, without its torn last line.
             batches: groups with samples and reference log-probs; lazily made, each on disk before the next is asked.
             facts: what the manifest says besides, asked for when the stage is whole.
+            draw: which draw of the stage.
 
         Returns:
             all groups by row.
         """
-        folder = self.path(stage)
+        folder = self.path(stage, draw)
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / "samples.jsonl"
         part = whole.with_suffix(".jsonl.part")

@@ -34,7 +34,6 @@ from tutelage.models.modes import without_dropout
 from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, model_card, run_id
-from tutelage.rewards.explicit import ExplicitReward
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
@@ -45,7 +44,6 @@ from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.retention import Retention
 from tutelage.training.rollout import PolicyScorer
-from tutelage.training.schedule import StageEpochs
 from tutelage.training.stages import Stages
 
 __all__ = ["DemonstrationTrainer"]
@@ -218,12 +216,7 @@ class DemonstrationTrainer(Trainer):
             raise UserError(
                 "streamed data allows only one pass.", remedy="Leave --policy_epochs at 1.", field="policy_epochs"
             )
-        batches = StageEpochs(
-            cast(Any, loader.batch_sampler),
-            self.args.gradient_accumulation_steps,
-            self.stages.stages_per_epoch,
-            self.stages.epochs,
-        )
+        batches = self.stages.repeated(cast(Any, loader.batch_sampler), self.args.gradient_accumulation_steps)
         kept = (
             "collate_fn",
             "num_workers",
@@ -362,16 +355,11 @@ class DemonstrationTrainer(Trainer):
                 self._remember_start(self.evaluation_set)
         if self.retention is not None:
             self.retention.measure_start(self._measured_retention)
-        with counted([self.policy, *self._other_bodies()], self.costs.count_flops):
+        with counted(self.policy, self.costs.count_flops):
             output = super().train(*args, **kwargs)
             if self.stages is not None:
                 self.stages.finish(self.state.global_step)
         return output
-
-    def _other_bodies(self) -> list[nn.Module]:
-        """A reward's model, where it is not the policy's."""
-        reward = self.stages.phase.reward if self.stages else None
-        return [reward.model] if isinstance(reward, ExplicitReward) and reward.weights is None else []
 
     def watch_retention(
         self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data"

@@ -1,0 +1,126 @@
+"""Rewards of several members: their mean, or less where they disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tutelage.groups import Group
+from tutelage.rewards.base import Reward
+from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
+from tutelage.rewards.feature_reward import FeatureReward
+
+__all__ = ["Combine", "LikelihoodReward", "RewardEnsemble", "fit_members"]
+
+Combine = Literal["mean", "mean_minus_std", "min"]
+
+
+class RewardEnsemble:
+    """The mean of members' rewards, the mean minus their standard deviation, or the least.
+
+    Members must agree in their units. Feature rewards do: each is in units of its deviation within a prompt. So do
+    reward models trained alike. ``standardize`` is for others. Before "mean_minus_std" and "min", the mean of each
+    member's rewards within a prompt is taken off (and the mean of all members put back), because members that compare
+    within a prompt each add a constant of their own to it, which is no disagreement.
+
+    Args:
+        members: any rewards, two at least.
+        combine: how.
+        standardize: divide each member's rewards by their standard deviation within a prompt, over the groups of the
+            call; scores then depend on what is scored together.
+    """
+
+    def __init__(self, members: Sequence[Reward], combine: Combine = "mean", *, standardize: bool = False):
+        if len(members) < 2:
+            raise ValueError(f"an ensemble needs two members, not {len(members)}")
+        if combine not in ("mean", "mean_minus_std", "min"):
+            raise ValueError(f"combine is {combine!r}, not 'mean', 'mean_minus_std' or 'min'")
+        self.members, self.combine, self.standardize = list(members), combine, standardize
+
+    def score(self, groups: Sequence[Group]) -> Tensor:
+        """[C] rewards; see ``Reward``."""
+        rewards_MC = self._members(groups)
+        if self.combine == "mean":
+            return rewards_MC.mean(dim=0)
+        aligned_MC = _aligned(rewards_MC, groups)
+        if self.combine == "min":
+            return aligned_MC.min(dim=0).values
+        return aligned_MC.mean(dim=0) - aligned_MC.std(dim=0)
+
+    def scores(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """As ``score``, one tuple per group."""
+        return [tuple(part.tolist()) for part in self.score(groups).split([len(g.completions) for g in groups])]
+
+    def disagreement(self, groups: Sequence[Group]) -> Tensor:
+        """[C] standard deviation of the members' rewards, each less its mean within the prompt; 0 for a lone completion."""
+        return _aligned(self._members(groups), groups).std(dim=0)
+
+    def _members(self, groups: Sequence[Group]) -> Tensor:
+        rewards_MC = torch.stack([member.score(groups) for member in self.members])
+        if not self.standardize:
+            return rewards_MC
+        deviations_MC = rewards_MC - _means(rewards_MC, groups)
+        spread_M = deviations_MC.square().mean(dim=1).sqrt()
+        return rewards_MC / torch.where(spread_M > 1e-9, spread_M, 1.0)[:, None]
+
+
+def _means(rewards_MC: Tensor, groups: Sequence[Group]) -> Tensor:
+    """[M, C] each member's mean within the prompt."""
+    parts = rewards_MC.split([len(group.completions) for group in groups], dim=1)
+    return torch.cat([part.mean(dim=1, keepdim=True).expand_as(part) for part in parts], dim=1)
+
+
+def _aligned(rewards_MC: Tensor, groups: Sequence[Group]) -> Tensor:
+    """[M, C] the members' rewards with the same mean within each prompt."""
+    means_MC = _means(rewards_MC, groups)
+    return rewards_MC - means_MC + means_MC.mean(dim=0)
+
+
+def fit_members(
+    members: Sequence[FeatureReward],
+    comparisons: Comparisons,
+    *,
+    truncated_samples: TruncatedSamples = "floor",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Fit each feature reward on a bootstrap of the prompts of its own.
+
+    Returns:
+        the members' facts (see ``FeatureReward.fit``), means over members; those that all have.
+    """
+    facts = [
+        member.fit(
+            comparisons.resampled(seed * len(members) + number),
+            truncated_samples=truncated_samples,
+            seed=seed * len(members) + number,
+        )
+        for number, member in enumerate(members)
+    ]
+    return {name: fmean(fact[name] for fact in facts) for name in facts[0] if all(name in fact for fact in facts)}
+
+
+class LikelihoodReward:
+    """The mean log-prob of an answer over models (nats per sequence), such as those fine-tuned on folds of demonstrations.
+
+    Args:
+        scorers: each gives the log-probs of the tokens of each completion of groups, one list per group, as
+            ``cached_token_logps`` of a model does.
+    """
+
+    def __init__(self, scorers: Sequence[Callable[[Sequence[Group]], Sequence[Sequence[Sequence[float]]]]]):
+        if not scorers:
+            raise ValueError("needs at least one scorer")
+        self.scorers = list(scorers)
+
+    def score(self, groups: Sequence[Group]) -> Tensor:
+        """[C] rewards; see ``Reward``."""
+        sums = [[sum(logps) for found in scorer(groups) for logps in found] for scorer in self.scorers]
+        return torch.tensor(sums, dtype=torch.float32).mean(dim=0)
+
+    def scores(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """As ``score``, one tuple per group."""
+        return [tuple(part.tolist()) for part in self.score(groups).split([len(g.completions) for g in groups])]

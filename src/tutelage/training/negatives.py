@@ -1,0 +1,142 @@
+"""Samples for the demonstrated prompts that are not the policy's own, drawn once per run and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from tutelage.errors import UserError
+from tutelage.files import read_json, write_json
+from tutelage.groups import Group
+from tutelage.models.weights import WeightSet
+from tutelage.progress import Progress
+from tutelage.training.folds import Folds
+from tutelage.training.metrics import Costs
+from tutelage.training.rollout import Rollout
+from tutelage.training.store import FORMAT, StageStore
+
+__all__ = ["NEGATIVES", "Kind", "Negatives", "parse_negatives"]
+
+Kind = Literal["own", "initial", "out_of_fold"]
+
+NEGATIVES: tuple[Kind, ...] = ("own", "initial", "out_of_fold")
+"""Where samples come from that a reward puts demonstrations above: the policy of the stage, the model before SFT, and
+policies that were trained on other folds of the demonstrations."""
+
+_DRAW = 1 << 22  # names these samples in the random stream; those of the stages count from 0
+
+
+def parse_negatives(text: str) -> tuple[Kind, ...]:
+    """Names separated by commas, in the order of ``NEGATIVES``.
+
+    Raises:
+        UserError: an unknown name, or none.
+
+    >>> parse_negatives("out_of_fold, own")
+    ('own', 'out_of_fold')
+    """
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    unknown = sorted(names - set(NEGATIVES))
+    if unknown or not names:
+        raise UserError(
+            f"must be one or several of {', '.join(NEGATIVES)}, separated by commas, not {text!r}.",
+            field="reward_negatives",
+        )
+    return tuple(kind for kind in NEGATIVES if kind in names)
+
+
+class Negatives:
+    """Samples of the initial model and of out-of-fold policies for the demonstrated prompts.
+
+    They lie in ``stages/negatives``. What a killed run had finished is not made again.
+
+    Args:
+        kinds: which of ``NEGATIVES``; ``own`` is not drawn here, because every stage has its own.
+        groups: the demonstrations.
+        rollout: draws.
+        store: of the run.
+        base: the weights of the initial model; asked for only when something is drawn.
+        folds: of the out-of-fold policies, likewise.
+        costs, progress: as in the trainer.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[Kind],
+        groups: Sequence[Group],
+        rollout: Rollout,
+        store: StageStore,
+        base: Callable[[], WeightSet],
+        folds: Callable[[], Folds],
+        *,
+        costs: Costs,
+        progress: Progress,
+    ):
+        self.kinds, self._groups, self.rollout, self.store = tuple(kinds), list(groups), rollout, store
+        self._base, self.folds = base, folds
+        self.costs, self.progress = costs, progress
+        self._found: dict[str, list[Group]] | None = None
+
+    def groups(self) -> dict[str, list[Group]]:
+        """By kind, the demonstrations with their negatives; drawn at the first call of a run.
+
+        Raises:
+            UserError: those on disk are of other demonstrations or settings.
+        """
+        if self._found is None:
+            found: dict[str, list[Group]] = {}
+            if "initial" in self.kinds:
+                found["initial"] = self._kept("initial", self._initial)
+            if "out_of_fold" in self.kinds:
+                found["out_of_fold"] = [
+                    group
+                    for fold in range(self.folds().settings.num_folds)
+                    for group in self._kept(f"out_of_fold-{fold}", lambda fold=fold: self._of_fold(fold))
+                ]
+            self._found = found
+        return self._found
+
+    def _initial(self) -> list[Group]:
+        with self.progress.phase("sampling from the initial model"):
+            return self.rollout.draw(self._groups, stage=_DRAW, weights=self._base())
+
+    def _of_fold(self, fold: int) -> list[Group]:
+        folds = self.folds()
+        members = folds.members(fold)
+        label = f"SFT without fold {fold}"
+        before = folds.tokens_done
+        with self.progress.phase(label, folds.steps(len(folds.groups) - len(members))) as advance:
+            weights = folds.weights(fold, advance)
+        self.costs.policy_tokens += folds.tokens_done - before
+        with self.progress.phase(f"sampling for fold {fold}"):
+            return self.rollout.draw(members, stage=_DRAW + 1 + fold, weights=weights)
+
+    def _kept(self, name: str, draw: Callable[[], list[Group]]) -> list[Group]:
+        """The groups of a file of the run's, which is written first if it is not there."""
+        manifest = {"format": FORMAT, "settings": self.store.settings}
+        folder = self.store.folder / "negatives"
+        path = folder / "manifest.json"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, manifest)
+        elif read_json(path) != manifest:
+            raise UserError(
+                "the negatives were drawn under other settings.",
+                remedy="Resume with the settings of the first run.",
+                file=str(path),
+            )
+        if not (folder / f"{name}.jsonl").exists():
+            with self.costs.timed("negatives"):
+                drawn = draw()
+            self.costs.sampled_tokens += sum(len(c.token_ids) for group in drawn for c in group.samples)
+            self.store.write_file(folder / f"{name}.jsonl", drawn)
+        found = self.store.read_file(folder / f"{name}.jsonl")
+        known = {(group.row, group.prompt_ids, group.demonstrations) for group in self._groups}
+        for group in found:
+            if (group.row, group.prompt_ids, group.demonstrations) not in known:
+                raise UserError(
+                    f"row {group.row} is none of this run's demonstrations.",
+                    remedy="Resume with the data of the first run.",
+                    file=str(folder / f"{name}.jsonl"),
+                )
+        return found
