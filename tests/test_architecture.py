@@ -12,6 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("lab",),
     ("algorithms", "report"),
     ("training",),
     ("evaluation",),

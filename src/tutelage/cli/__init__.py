@@ -22,6 +22,7 @@ tutelage: alignment from demonstrations alone.
   tutelage report RUN [RUN …]      one page that compares runs
   tutelage data DATA               what the model will see of a dataset
   tutelage clean DATA              rank demonstrations, and write the better ones
+  tutelage lab run | list          algorithms in planted worlds, seconds a run, to one table and a page
 
 tutelage COMMAND --help lists the arguments of a command; --debug shows the traceback of an error."""
 
@@ -36,6 +37,7 @@ _COMMANDS = {
     "report": "report",
     "data": "data",
     "clean": "clean",
+    "lab": "lab",
 }
 
 

@@ -143,6 +143,8 @@ class RewardPhase:
                 scored = self._scored(stage, groups)
                 if fit:
                     self.learner.save(self.store.path(stage))
+            if stage == 0:
+                self.negatives.count()
             self._write_rewards(draw, scored)
             with self.costs.timed("validation"):
                 found = self._judge(stage, scored, comparisons, fit)

@@ -32,6 +32,7 @@ from tutelage.rewards.ensemble import Combine, LikelihoodReward
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
+from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.scoring.logps import Layout
 from tutelage.training.config import SFT_LEARNING_RATES
 from tutelage.training.flops import count_passes
@@ -339,12 +340,14 @@ def make_learner(
     treat = cast(TruncatedSamples, args.truncated_samples)
     parts = FeatureParts(
         text=trainer.tokenization.text,
-        base=lambda: _base_model(trainer),
+        hidden=HiddenSource(
+            cache(lambda: _base_model(trainer)),
+            layout=trainer.layout,
+            batch_size=args.per_device_eval_batch_size,
+            pad_token_id=trainer.tokenization.pad_id,
+            autocast=trainer.compute_loss_context_manager,
+        ),
         logps=trainer.scorer.token_logps,
-        layout=trainer.layout,
-        batch_size=args.per_device_eval_batch_size,
-        pad_token_id=trainer.tokenization.pad_id,
-        autocast=trainer.compute_loss_context_manager,
     )
     facts = {
         "max_prompt_length": args.max_prompt_length,
