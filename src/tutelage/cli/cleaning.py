@@ -180,7 +180,7 @@ class _OutOfFold(_Answering):
     def _as(self, fold: int) -> AbstractContextManager[None]:
         members = self.folds.members(fold)
         steps = self.folds.steps(len(self.rows) - len(members))
-        with self.progress.phase(f"SFT without fold {fold}", steps) as advance:
+        with self.progress.phase(f"adapter for fold {fold}", steps) as advance:
             return self.folds.weights(fold, advance).active()
 
 
