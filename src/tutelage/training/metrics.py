@@ -41,7 +41,8 @@ class Costs:
     """Seconds by kind of work, floating-point operations, and tokens.
 
     Attributes:
-        seconds: by kind: ``sampling``, ``reference``, ``reward``, ``validation``, ``training``, ``evaluation``.
+        seconds: by kind: ``negatives``, ``sampling``, ``reference``, ``reward``, ``validation``, ``training``,
+            ``evaluation``.
         flops: by the same kinds, without ``evaluation``: see ``tutelage.training.flops``. None where a part of the run
             is not known, because a checkpoint does not tell.
         policy_tokens: completion tokens that the policy's optimizer steps trained on.

@@ -379,7 +379,7 @@ class DemonstrationTrainer(Trainer):
         """
         rows = self._evaluation_rows(dataset, verifier=verifier, source=source)
         rows.require_answers(self.policy)
-        self.retention = Retention(rows, Path(str(self.args.output_dir)), self.model_name, self.args)
+        self.retention = Retention(rows, Path(str(self.args.output_dir)), str(self.model_name), self.args)
 
     def _measured_retention(self, rows: EvaluationSet) -> EvaluationRecord:
         answers = rows.verifier is not None
