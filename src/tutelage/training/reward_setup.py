@@ -399,7 +399,7 @@ def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
         return trainer.policy
     model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
     count_passes(model, trainer.costs.count_flops)
-    return cast(nn.Module, model.to(trainer.args.device)).requires_grad_(False)
+    return cast(nn.Module, model).to(trainer.args.device).requires_grad_(False)
 
 
 def _likelihood(trainer: DemonstrationTrainer, negatives: Negatives) -> LikelihoodReward:
