@@ -83,9 +83,11 @@ class RewardStageConfig(StageConfig):
             "help": (
                 "What kind of reward is learned: features (logistic regression on features of the answers; see "
                 "--reward_features), model (a body with a scalar head), likelihood (the mean log-prob of out-of-fold "
-                "policies), or auto (fits the kinds that are cheap, and takes the one that ranks the validation rows best)."
+                "policies), logp (the policy's own log-prob: nothing is learned, and with --policy_update best_of_n it is "
+                "self-training, a control), or auto (fits the kinds that are cheap, and takes the one that ranks the "
+                "validation rows best)."
             ),
-            "choices": ["features", "model", "likelihood", "auto"],
+            "choices": ["features", "model", "likelihood", "logp", "auto"],
         },
     )
     reward_features: str = field(

@@ -28,7 +28,7 @@ from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabular
 from tutelage.models.weights import WeightSet
 from tutelage.rewards.base import Reward, scores_by_group
 from tutelage.rewards.comparisons import TruncatedSamples, contrast
-from tutelage.rewards.ensemble import Combine, LikelihoodReward
+from tutelage.rewards.ensemble import Combine, LikelihoodReward, OwnLogpReward
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
@@ -46,7 +46,7 @@ from tutelage.training.learners import (
     Learner,
     ModelLearner,
 )
-from tutelage.training.negatives import Negatives, parse_negatives
+from tutelage.training.negatives import Kind, Negatives, parse_negatives
 from tutelage.training.reward_config import RewardStageConfig
 from tutelage.training.reward_phase import VALIDATION_ROWS, RewardPhaseSettings
 from tutelage.training.rollout import Rollout
@@ -175,7 +175,7 @@ def known_demonstrations(trainer: DemonstrationTrainer) -> list[Group]:
         UserError: negatives of streamed data.
     """
     args = cast(RewardStageConfig, trainer.args)
-    if parse_negatives(args.reward_negatives) == ("own",) and args.reward != "likelihood":
+    if _kinds(args) == ("own",) and args.reward != "likelihood":
         return []
     if isinstance(trainer.train_dataset, IterableDataset):
         raise UserError(
@@ -309,7 +309,7 @@ def make_negatives(
         return make_folds(trainer, groups, base, store.folder / "negatives")
 
     return Negatives(
-        parse_negatives(args.reward_negatives),
+        _kinds(args),
         groups,
         rollout,
         store,
@@ -318,6 +318,11 @@ def make_negatives(
         costs=trainer.costs,
         progress=trainer.progress,
     )
+
+
+def _kinds(args: RewardStageConfig) -> tuple[Kind, ...]:
+    """The negatives that the reward is fitted to; one that learns nothing needs none."""
+    return ("own",) if args.reward in ("likelihood", "logp") else parse_negatives(args.reward_negatives)
 
 
 def make_learner(
@@ -376,6 +381,8 @@ def make_learner(
 
     if args.reward == "likelihood":
         return FixedLearner(lambda: _likelihood(trainer, negatives))
+    if args.reward == "logp":
+        return FixedLearner(lambda: OwnLogpReward(trainer.scorer.token_logps))
     if args.reward == "auto":
         names = ("text", "hidden", "text,logp", "hidden,logp")
         return AutoLearner(
