@@ -353,6 +353,7 @@ def make_learner(
             autocast=trainer.compute_loss_context_manager,
         ),
         logps=trainer.scorer.token_logps,
+        settings={"hidden": {"depths": tuple(args.hidden_depths), "pooling": args.hidden_pooling}},
     )
     facts = {
         "max_prompt_length": args.max_prompt_length,
