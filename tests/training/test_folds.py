@@ -190,7 +190,7 @@ def test_a_fresh_adapter_is_the_base_and_leaves_the_policy_alone(training, confi
             expected = cached_logps(policy, groups)
         moved = cached_logps(policy, groups)
     state = torch.random.get_rng_state()
-    weights = base_weights(policy, None, start=WeightSet(policy), seed=0)
+    weights = base_weights(policy, None, seed=0)
     assert torch.equal(torch.random.get_rng_state(), state)
     with weights.active():
         found = cached_logps(policy, groups)
@@ -200,8 +200,8 @@ def test_a_fresh_adapter_is_the_base_and_leaves_the_policy_alone(training, confi
     assert policy.active_adapter == "default"
     assert list(policy.peft_config) == ["default"]
     assert [name for name, parameter in policy.named_parameters() if parameter.requires_grad] == trained
-    assert_equal(weights, base_weights(policy, None, start=WeightSet(policy), seed=0))
-    assert differ(weights, base_weights(policy, None, start=WeightSet(policy), seed=1))
+    assert_equal(weights, base_weights(policy, None, seed=0))
+    assert differ(weights, base_weights(policy, None, seed=1))
 
 
 def test_without_a_name_the_base_of_a_whole_model_is_the_start(training):
@@ -231,6 +231,8 @@ def test_a_named_base_of_a_whole_model(training):
 def test_bases_that_cannot_be_had(training):
     plain = trained_adapter(training)
     check_base(plain, None, needed=True)
+    with pytest.raises(ValueError, match="neither a start"):
+        base_weights(training.model(), None, seed=0)
     check_base(training.model(), "someone/somewhere", needed=True)
     with pytest.raises(UserError, match=r"nothing, field 'base_model_name_or_path': no such folder"):
         check_base(training.model(), str(training.folder / "nothing"), needed=True)
@@ -238,5 +240,5 @@ def test_bases_that_cannot_be_had(training):
         check_base(plain, "somewhere", needed=False)
     pissa = get_peft_model(training.model(), training.lora(init_lora_weights="pissa"))
     check_base(pissa, None, needed=False)
-    with pytest.raises(UserError, match=r"'reward_negatives': an adapter that begins as 'pissa' does not leave"):
+    with pytest.raises(UserError, match=r"an adapter that begins as 'pissa' does not leave"):
         check_base(pissa, None, needed=True)

@@ -34,7 +34,7 @@ BAD_SETTINGS = {
     "cut samples": ({"truncated_samples": "keep"}, r"'truncated_samples': must be one of floor, score, drop"),
     "advantages": ({"advantages": "none"}, r"'advantages': must be one of"),
     "kl": ({"kl": "none"}, r"'kl': must be one of reward, loss"),
-    "reward": ({"reward": "human"}, r"'reward': must be one of features, model, likelihood, auto"),
+    "reward": ({"reward": "human"}, r"'reward': must be one of features, model, likelihood, logp, auto"),
     "gate": ({"reward_gate": "on"}, r"'reward_gate': must be one of yardsticks, chance, off"),
     "scaling": ({"reward_scaling": "up"}, r"'reward_scaling': must be one of spread, down_only"),
     "combine": ({"reward_combine": "max"}, r"'reward_combine': must be one of mean, mean_minus_std, min"),

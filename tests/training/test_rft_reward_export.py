@@ -117,7 +117,7 @@ def test_of_likelihoods_nothing_is_exported_and_that_is_said(training, score):
     assert sorted(path.name for path in folder.iterdir()) == ["policy"]
     code, _, said = score("--reward", folder)
     assert code != 0
-    assert "the run has exported no reward: that of --reward likelihood" in said
+    assert "the run has exported no reward: those of --reward likelihood" in said
     assert "--policy" in said
     assert not (training.folder / "scored.jsonl").exists()
 

@@ -14,6 +14,8 @@ __all__ = ["OutputFolder"]
 _OUTPUTS = (
     "checkpoint-*",
     "stages",
+    "controls",
+    "retention-start",
     "policy",
     "reward",
     "results.json",

@@ -44,7 +44,7 @@ def require_model(
         return
     if part == "reward" and (folder / "policy").is_dir():
         raise UserError(
-            "the run has exported no reward: that of --reward likelihood is the log-prob of its out-of-fold policies.",
+            "the run has exported no reward: those of --reward likelihood and logp are log-probs of its policies.",
             remedy="Score with the policy (--policy), or give the run of another reward.",
             file=name_or_path,
             field=field,

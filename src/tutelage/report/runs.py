@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tutelage.errors import UserError
-from tutelage.results import CandidateRecord, RunRecord
+from tutelage.results import CandidateRecord, EvaluationRecord, RunRecord
 
 __all__ = [
     "candidates",
     "controls_of",
     "has_verifier_score",
+    "is_control",
     "is_graded",
     "is_method",
     "is_plain_sft",
@@ -45,20 +46,32 @@ def has_verifier_score(run: RunRecord) -> bool:
     return any(candidate.verifier_score is not None for candidate in run.selection)
 
 
-def is_graded(runs: Sequence[RunRecord], score: str) -> bool:
-    """Whether a verifier gave part of a point (or more than one) in any of the runs.
+def is_graded(evaluations: Iterable[EvaluationRecord | None], kind: str) -> bool:
+    """Whether a verifier gave part of a point (or more than one) in any of the evaluations.
+
+    Then the mean score of a row is not the share of its answers that are right.
 
     Args:
-        score: ``sampled_score`` or ``greedy_score``.
+        kind: ``sampled`` or ``greedy``.
     """
     return any(
-        value not in (0, 1, None) for run in runs if run.evaluation for value in run.evaluation.per_row.get(score, ())
+        score != right
+        for found in evaluations
+        if found
+        for score, right in zip(
+            found.per_row.get(f"{kind}_score", ()), found.per_row.get(f"{kind}_right", ()), strict=True
+        )
     )
 
 
 def is_method(run: RunRecord) -> bool:
-    """Whether the run has something to prove: neither a model as it was found nor SFT, the baseline of all."""
-    return run.algorithm != "base" and not is_plain_sft(run)
+    """Whether the run has something to prove: neither a model as it was found nor a control."""
+    return run.algorithm != "base" and not is_control(run)
+
+
+def is_control(run: RunRecord) -> bool:
+    """Whether the run is there to be beaten: SFT, the baseline of all, or self-training, which learns no reward."""
+    return is_plain_sft(run) or (run.algorithm == "rft" and run.settings.get("reward") == "logp")
 
 
 def is_plain_sft(run: RunRecord) -> bool:
@@ -74,10 +87,10 @@ def starts_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def controls_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Continued SFT, by whatever name: runs of ``sft`` with the ordinary loss from the same start."""
+    """By whatever name: runs of ``sft`` with the ordinary loss, and of self-training, from the same start."""
     starts = starts_of(run, runs)
     others = [other for other in runs if other is not run and other not in starts]
-    return [other for other in others if is_plain_sft(other) and _same_start(other, run)]
+    return [other for other in others if is_control(other) and _same_start(other, run)]
 
 
 def same_place(a: str, b: str) -> bool:

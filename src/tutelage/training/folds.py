@@ -102,25 +102,26 @@ def check_base(policy: nn.Module, name: str | None, *, needed: bool) -> None:
     if needed and start not in _LEAVES_BASE:
         raise UserError(
             f"an adapter that begins as '{start}' does not leave its base as the model before SFT was.",
-            remedy="Use --reward_negatives own, or an adapter that begins as zero.",
-            field="reward_negatives",
+            remedy="Use an adapter that begins as zero, or --reward_negatives own.",
         )
 
 
-def base_weights(policy: nn.Module, name: str | None, *, start: WeightSet, seed: int) -> WeightSet:
+def base_weights(policy: nn.Module, name: str | None, *, start: WeightSet | None = None, seed: int) -> WeightSet:
     """The trainable weights of the model before any SFT.
 
     Of a policy with an adapter: a fresh adapter, which leaves the frozen base as it is. Else those of the model
     ``name``, or ``start`` where no name is given.
 
     Args:
-        start: the weights that training started with.
+        start: the weights that training started with; needed without an adapter and a name.
         seed: of the fresh adapter.
 
     Raises:
         UserError: the named model has other weights than the policy.
     """
     if not isinstance(policy, PeftModel) and name is None:
+        if start is None:
+            raise ValueError("neither a start nor the name of a base")
         return start
     weights = WeightSet(policy)
     slots = [slot for slot, parameter in policy.named_parameters() if parameter.requires_grad]
