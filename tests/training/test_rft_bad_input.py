@@ -29,7 +29,7 @@ BAD_SETTINGS = {
     "clip range": ({"clip_range": 0.0}, r"'clip_range': must be above 0"),
     "reference": ({"reference": "stage"}, r"'reference': must be one of initial"),
     "reward loss": ({"reward_loss": "hinge"}, r"'reward_loss': must be one of logistic, linear"),
-    "reward pairs": ({"reward_pairs": "all"}, r"'reward_pairs': must be one of"),
+    "reward negatives": ({"reward_negatives": "all"}, r"'reward_negatives': must be one or several of"),
     "early stopping": ({"early_stopping": "yes"}, r"'early_stopping': must be one of"),
     "cut samples": ({"truncated_samples": "keep"}, r"'truncated_samples': must be one of floor, score, drop"),
     "advantages": ({"advantages": "none"}, r"'advantages': must be one of"),

@@ -9,6 +9,7 @@ from datasets import Dataset
 from test_resume import CountingSampler, KillAt, Killed, weights
 from transformers.trainer_utils import get_last_checkpoint
 
+from rft_runs import NEURAL
 from training_runs import Training
 from tutelage.errors import UserError
 from tutelage.training.reward_phase import VALIDATION_ROWS
@@ -22,6 +23,7 @@ SETTINGS = {
     "save_strategy": "steps",
     "save_steps": 3,
     "save_total_limit": 3,
+    **NEURAL,
     "sampling_batch_size": 2,  # a record grows by four rows
     "num_samples": 2,
     "validation_rows": KEPT,
@@ -38,7 +40,7 @@ POLICIES = {
     "adapter, all that a stage may use": {
         "adapter": True,
         "reward_replay_stages": 1,
-        "reward_pairs": "demonstration_vs_sample+initial",
+        "reward_negatives": "own,initial,out_of_fold",
         "preferences": True,
     },
 }

@@ -20,7 +20,9 @@ def main(args: Sequence[str], console: Console) -> None:
     """Try algorithms in planted worlds, seconds a run, and see paired differences over seeds."""
     parser = CommandParser(prog="tutelage lab", description=main.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | list")
-    run = commands.add_parser("run", help="Run what is missing of a grid; write the table and the page.", allow_abbrev=False)
+    run = commands.add_parser(
+        "run", help="Run what is missing of a grid; write the table and the page.", allow_abbrev=False
+    )
     run.add_argument("grid", metavar="GRID.yaml", help="A file, or a grid that comes with the package.")
     run.add_argument("--output_dir", required=True, help="Where runs, table and page go; run again to resume.")
     run.add_argument("--jobs", type=int, help="Processes; by default one per core.")

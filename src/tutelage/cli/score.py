@@ -18,7 +18,7 @@ from tutelage.cli.parser import (
 )
 from tutelage.data.columns import check_demonstrations, peek
 from tutelage.errors import UserError
-from tutelage.models.paths import require_model, run_part
+from tutelage.models.paths import FEATURE_REWARD, require_model, run_part
 
 __all__ = ["main"]
 
@@ -57,6 +57,19 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
         "--reference",
         help="π_0, the model that the training of --policy started from. By default the base of its adapter.",
     )
+    parser.add_argument(
+        "--base_model",
+        help="The base model that a feature reward reads, if it is not where it was when it was learned.",
+    )
+    parser.add_argument("--logp_model", help="The policy, for a feature reward with logp; by default the run's.")
+    parser.add_argument(
+        "--explain",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="N",
+        help="Tell which N features (8 where none is given) spoke for and against each answer; for a feature reward.",
+    )
     parser.add_argument("--beta", type=float, help="β, temperature of the implicit reward; 0.1 by default.")
     for length, unless in (("prompt", 512), ("completion", 256)):
         parser.add_argument(
@@ -70,20 +83,29 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
     for field in ("reference", "beta"):
         if options.reward and getattr(options, field) is not None:
             raise UserError("applies only to --policy.", remedy="Leave it out, or use --policy.", field=field)
+    _check_feature_options(options)
     options.beta = 0.1 if options.beta is None else options.beta
     if options.beta <= 0:
         raise UserError(f"must be above 0, not {options.beta:g}.", field="beta")
-    require_at_least_one(options, "batch_size", "max_prompt_length", "max_completion_length")
-    for field in ("reward", "policy", "reference"):
+    require_at_least_one(options, "batch_size", "max_prompt_length", "max_completion_length", "explain")
+    for field in ("reward", "policy", "reference", "base_model", "logp_model"):
         if getattr(options, field):
             require_model(getattr(options, field), field, "reward" if field == "reward" else "policy")
     return options
 
 
+def _check_feature_options(options: argparse.Namespace) -> None:
+    given = [field for field in ("explain", "base_model", "logp_model") if getattr(options, field) is not None]
+    if given and not (options.reward and (Path(run_part(options.reward, "reward")) / FEATURE_REWARD).exists()):
+        raise UserError(
+            "applies only to a feature reward.", remedy="Leave it out, or give one as --reward.", field=given[0]
+        )
+
+
 def _take_lengths(options: argparse.Namespace, folder: Path) -> None:
     """Limits that were not given are those the reward was trained with."""
-    facts = folder / "reward.json"
-    known = json.loads(facts.read_text(encoding="utf-8")) if options.reward and facts.exists() else {}
+    found = [path for name in ("reward.json", FEATURE_REWARD) if (path := folder / name).exists()]
+    known = json.loads(found[0].read_text(encoding="utf-8")) if options.reward and found else {}
     for field, default in (("max_prompt_length", 512), ("max_completion_length", 256)):
         if getattr(options, field) is None:
             setattr(options, field, known.get(field, default))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +21,7 @@ from tutelage.cli.common import (
     on_device,
     precision_of,
 )
+from tutelage.cli.explain import Explanation, feature_rewards, score_in_parts, show_explanations
 from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
 from tutelage.data.records import group_from_record
@@ -29,8 +31,9 @@ from tutelage.files import write_json_lines
 from tutelage.groups import Group, Role
 from tutelage.losses import implicit_reward
 from tutelage.models.loading import check_vocabulary, load_tokenizer
+from tutelage.models.paths import FEATURE_REWARD
 from tutelage.progress import Progress
-from tutelage.rewards import ExplicitReward, ImplicitReward, Reward
+from tutelage.rewards import ExplicitReward, ImplicitReward
 from tutelage.scoring.logps import cached_logps
 
 __all__ = ["score"]
@@ -49,16 +52,29 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
     """
     tokenization = load_tokenization(options, name)
     groups = _groups(load_data(options), tokenization, options.dataset_name)
-    with computing(options, name, console), TerminalProgress(console, "score") as progress:
-        rewards_of = _learned_rewards if options.reward else _implied_rewards
-        rewards_C = rewards_of(options, name, groups, tokenization, progress)
+    is_feature_reward = bool(options.reward) and (Path(name) / FEATURE_REWARD).exists()
+    explanations: list[list[Explanation]] | None = None
+    if is_feature_reward:
+        with TerminalProgress(console, "score") as progress:
+            rewards_C, explanations = feature_rewards(options, name, groups, tokenization, progress)
+    else:
+        with computing(options, name, console), TerminalProgress(console, "score") as progress:
+            rewards_of = _learned_rewards if options.reward else _implied_rewards
+            rewards_C = rewards_of(options, name, groups, tokenization, progress)
     if not rewards_C.isfinite().all():
         raise UserError("the rewards are NaN or infinite.", remedy="Check its weights.", file=name)
     rewards = iter(rewards_C.tolist())
     scored = [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
     summary = list(_summary(scored))
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json_lines(output, (_line(group, tokenization) for group in scored))
+    lines = [_line(group, tokenization) for group in scored]
+    if explanations:
+        for line, of_line in zip(lines, explanations, strict=True):
+            for answer, spoken in zip(line["completions"], of_line, strict=True):
+                answer["explanation"] = [asdict(said) for said in spoken]
+    write_json_lines(output, lines)
+    if explanations:
+        show_explanations(lines, console)
     console.print(f"{len(scored)} rows: {output}", highlight=False, markup=False)
     for line in summary:
         console.print(line, highlight=False, markup=False)
@@ -130,7 +146,7 @@ def _learned_rewards(
         )
         check_vocabulary(reward.model, tokenization.tokenizer)
         on_device(reward.model)
-    return _score(reward, groups, options.batch_size, progress)
+    return score_in_parts(reward, groups, options.batch_size, progress)
 
 
 def _implied_rewards(
@@ -140,7 +156,9 @@ def _implied_rewards(
     arguments = {"batch_size": options.batch_size, "pad_token_id": tokenization.pad_id}
     if options.reference is None:
         policy = load_policy(options, name, tokenization)
-        return _score(ImplicitReward(policy, beta=options.beta, **arguments), groups, options.batch_size, progress)
+        return score_in_parts(
+            ImplicitReward(policy, beta=options.beta, **arguments), groups, options.batch_size, progress
+        )
     tokenizer = load_tokenizer(options.reference, trust_remote_code=options.trust_remote_code)
     if tokenizer.get_vocab() != tokenization.tokenizer.get_vocab():
         raise UserError(
@@ -155,16 +173,6 @@ def _implied_rewards(
             found = cached_logps(load_policy(options, model, tokenization), groups, on_batch=advance, **arguments)
         logps.append(torch.tensor([logp for group in found for logp in group]))
     return implicit_reward(*logps, beta=options.beta)
-
-
-def _score(reward: Reward, groups: Sequence[Group], batch_size: int, progress: Progress) -> Tensor:
-    """[C] rewards, found some batches at a time to show how far it is."""
-    size, parts = 16 * batch_size, []
-    with progress.phase("scoring", len(groups)) as advance:
-        for start in range(0, len(groups), size):
-            parts.append(reward.score(groups[start : start + size]))
-            advance(min(start + size, len(groups)))
-    return torch.cat(parts)
 
 
 # --- what is told ------------------------------------------------------------------------------------------------------

@@ -128,11 +128,14 @@ class Grid:
         for world in worlds or ():
             if world not in names:
                 raise UserError(
-                    f"the grid has no world '{world}'.", remedy=f"Its worlds: {', '.join(sorted(names))}.", field="worlds"
+                    f"the grid has no world '{world}'.",
+                    remedy=f"Its worlds: {', '.join(sorted(names))}.",
+                    field="worlds",
                 )
         if seeds is not None and not 1 <= seeds <= len(self.report_seeds):
             raise UserError(
-                f"must be between 1 and {len(self.report_seeds)}, the grid's reporting seeds, not {seeds}.", field="seeds"
+                f"must be between 1 and {len(self.report_seeds)}, the grid's reporting seeds, not {seeds}.",
+                field="seeds",
             )
         cells = tuple(cell for cell in self.cells if not worlds or cell.world in worlds)
         return replace(self, cells=cells, report_seeds=self.report_seeds[:seeds])
@@ -223,7 +226,9 @@ def _cells(worlds: Any, vary: Any) -> tuple[Cell, ...]:
                 continue
             options = _made(base, varied, "vary")
             # What is varied is varied where settings are chosen too, up to what the smaller half of prompts has.
-            own = {name: min(varied[name], tuning[name]) if name in varied else value for name, value in tuning.items()}
+            own = {
+                name: min(varied[name], tuning[name]) if name in varied else value for name, value in tuning.items()
+            }
             cells.append(Cell(world, options, _made(options, own, f"{place}.tuning"), varied))
     return tuple(cells)
 

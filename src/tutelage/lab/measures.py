@@ -125,9 +125,7 @@ def _sample(
     policy: nn.Module, tokenization: Tokenization, groups: Sequence[Group], *, temperature: float, num_samples: int
 ) -> list[list[Sample]]:
     sampler = TransformersSampler(policy, batch_size=_BATCH, pad_token_id=tokenization.pad_id)
-    params = SamplingParams(
-        tokenization.max_completion_length, tokenization.stop_ids(False), temperature=temperature
-    )
+    params = SamplingParams(tokenization.max_completion_length, tokenization.stop_ids(False), temperature=temperature)
     prompts = [group.prompt_ids for group in groups]
     return sampler.sample(prompts, params, num_samples=num_samples, stage=_EVALUATION_STAGE)
 

@@ -40,9 +40,7 @@ class Difference:
 
 def table_rows(grid: Grid, plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The finished runs that the grid wants, in its order; the columns of all rows are the same."""
-    return [
-        _row(grid, wanted, results[wanted.run.name]) for wanted in plan.wanted if wanted.run.name in results
-    ]
+    return [_row(grid, wanted, results[wanted.run.name]) for wanted in plan.wanted if wanted.run.name in results]
 
 
 def _row(grid: Grid, wanted: Wanted, result: Mapping[str, Any]) -> dict[str, Any]:

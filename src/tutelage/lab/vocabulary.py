@@ -36,5 +36,9 @@ def lab_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=_PAD, eos_token=_EOS, unk_token=_UNKNOWN, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        pad_token=_PAD,
+        eos_token=_EOS,
+        unk_token=_UNKNOWN,
+        clean_up_tokenization_spaces=False,
     )

@@ -25,11 +25,11 @@ from tutelage.files import read_json, write_json
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.loading import base_causal_lm, load_model, load_tokenizer
 from tutelage.models.paths import FEATURE_REWARD, first_line, run_part
-from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
+from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, contrast
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts, FeatureSet, feature_set, feature_sets
 from tutelage.rewards.hidden_features import HiddenFeatures, HiddenSource
-from tutelage.rewards.linear import Design, accuracies, compare, fit_linear, spread_within
+from tutelage.rewards.linear import UNPAIRED, Design, accuracies, compare, fit_linear, spread_within
 from tutelage.scoring.logps import Layout, cached_token_logps
 
 __all__ = ["FeatureReward", "Spoken", "saved_facts"]
@@ -152,7 +152,7 @@ class FeatureReward:
         together = np.zeros(len(design.better))
         for term in self._terms:
             if not term.features.learned:
-                _standardize(term, design)
+                _standardize(term, design, comparisons, truncated_samples)
                 continue
             name = term.features.name
             margins, found = _learn(term, design, (strengths or {}).get(name), cross_validate, seed)
@@ -173,16 +173,23 @@ class FeatureReward:
         """What spoke for and against an answer: the features with the largest contributions, largest first.
 
         Where a set's features compare only within a prompt, values are relative to the mean of the group's completions.
-        Features that are read alike (the units of a layer) are one: its value is their sum, weighted, and its weight 1.
+        Features that are read alike (the units of a layer) are one: its value is their weighted sum, and its weight 1.
 
         Args:
             place: of the completion among the group's.
             text: decodes token ids.
         """
-        spoken: list[Spoken] = []
+        return self.explain_all(group, top=top, text=text)[place]
+
+    def explain_all(
+        self, group: Group, *, top: int = 10, text: Callable[[Sequence[int]], str] | None = None
+    ) -> list[list[Spoken]]:
+        """As ``explain``, for each completion of the group."""
+        spoken: list[list[Spoken]] = [[] for _ in group.completions]
         for term in self._terms if self.is_fitted else ():
-            spoken += _spoken(term, group, place, text)
-        return sorted(spoken, key=lambda said: -abs(said.contribution))[:top]
+            for found, of_term in zip(spoken, _spoken(term, group, text), strict=True):
+                found += of_term
+        return [sorted(found, key=lambda said: -abs(said.contribution))[:top] for found in spoken]
 
     # --- elsewhere ------------------------------------------------------------------------------------------------------
 
@@ -410,7 +417,7 @@ def _learn(
         cross_validate=cross_validate,
         seed=seed,
     )
-    places = np.concatenate([[], *design.judged_groups()]).astype(int)
+    places = np.concatenate([[], *design.judged_samples]).astype(int)
     term.weights, term.spread = fit.weights, spread_within(design, fit.scores)
     term.center = float(fit.scores[places].mean()) if len(places) else 0.0
     facts = {"features/SET": float(features.width), "strength/SET": fit.strength}
@@ -418,36 +425,42 @@ def _learn(
     return None if fit.margins is None else fit.margins / term.spread, facts
 
 
-def _standardize(term: _Term, design: Design) -> None:
-    """The spread and the center of a set that is not learned, over the samples of the judged kind.
+def _standardize(term: _Term, design: Design, comparisons: Comparisons, truncated_samples: TruncatedSamples) -> None:
+    """The spread and the center of a set that is not learned, over the same samples as those of the learned ones.
 
     Demonstrations are left out: of the policy's log-prob, theirs on its training prompts says only what it memorized.
     """
-    judged = [
-        samples
-        for group, kind in zip(design.groups, design.group_kinds, strict=True)
-        if kind == design.judged_kind
-        and (samples := group.select(group.places(Role.SAMPLE, Role.REJECTED))).completions
+    groups = [
+        group
+        for group in comparisons.paired.get(str(design.judged_kind), comparisons.unpaired)
+        if design.judged_kind == UNPAIRED or contrast(group, truncated_samples)
     ]
-    values = term.features.choose(judged)[:, 0]
+    samples = [group.select(group.places(Role.SAMPLE, Role.REJECTED)) for group in groups]
+    values = np.asarray(term.features.choose(samples))[:, 0]
+    parts = np.split(values, np.cumsum([len(group.completions) for group in samples])[:-1])
+    variances = [part.var(ddof=1) for part in parts if len(part) > 1] or [values.var()]
     term.weights = np.ones(1)
-    ends = np.cumsum([len(group.completions) for group in judged])[:-1]
-    variances = [part.var(ddof=1) for part in np.split(values, ends) if len(part) > 1] or [values.var()]
     term.center, term.spread = float(values.mean()), float(np.sqrt(np.mean(variances))) or 1.0
 
 
-def _spoken(term: _Term, group: Group, place: int, text: Callable[[Sequence[int]], str] | None) -> list[Spoken]:
+def _spoken(term: _Term, group: Group, text: Callable[[Sequence[int]], str] | None) -> list[list[Spoken]]:
+    """What a set says of each completion of a group."""
     features = term.features
     matrix = features.matrix([group])
-    dense = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
-    values = dense[place] if features.compares_across_prompts else dense[place] - dense.mean(axis=0)
+    values_CF = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
+    if not features.compares_across_prompts:
+        values_CF = values_CF - values_CF.mean(axis=0)
+    return [_said(term, values, text) for values in values_CF]
+
+
+def _said(term: _Term, values: np.ndarray, text: Callable[[Sequence[int]], str] | None) -> list[Spoken]:
     weights = term.weights / term.spread
     columns: dict[str, list[int]] = {}
     for column in np.flatnonzero(values * weights):
-        columns.setdefault(features.readable(int(column), text), []).append(int(column))
+        columns.setdefault(term.features.readable(int(column), text), []).append(int(column))
     found = []
     for name, alike in columns.items():
         contribution = float(values[alike] @ weights[alike])
         value, weight = (contribution, 1.0) if len(alike) > 1 else (float(values[alike[0]]), float(weights[alike[0]]))
-        found.append(Spoken(features.name, name, value, weight, contribution))
+        found.append(Spoken(term.features.name, name, value, weight, contribution))
     return found

@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -278,4 +278,4 @@ def _imported(name: str) -> Callable[[str, str], Mapping[str, float]]:
         raise UserError(
             f"'{name}' is not a function.", remedy="Name a function of (prompt, completion).", field=_FIELD
         )
-    return function
+    return cast(Callable[[str, str], Mapping[str, float]], function)

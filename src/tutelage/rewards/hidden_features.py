@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tutelage.errors import UserError
-from tutelage.groups import Completion, Group
+from tutelage.groups import Completion, Group, Role
 from tutelage.models.loading import base_causal_lm
 from tutelage.scoring.hidden import CompletionStates, completion_hidden_states, layers_at_depths
 from tutelage.scoring.logps import Layout, in_batches
@@ -131,7 +131,8 @@ class HiddenFeatures:
         probe: dict[str, Any] | None = None,
         width: int = 0,
     ):
-        self.source, self.depths, self.pooling = source, tuple(depths), cast(Pooling, pooling)
+        self.source, self.depths = source, tuple(depths)
+        self.pooling: Pooling = pooling
         self.probe, self.width = probe, width
         self._is_checked = probe is None
 
@@ -167,7 +168,7 @@ class HiddenFeatures:
 
     def _check(self) -> None:
         probe = self.probe or {}
-        completion = Completion(tuple(probe["token_ids"]), probe["role"], probe["finished"])
+        completion = Completion(tuple(probe["token_ids"]), Role(probe["role"]), probe["finished"])
         found = self._states([Group(tuple(probe["prompt_ids"]), (completion,))])[0]
         then = np.array(probe["values"])
         # A precision other than the fit's changes states by about a hundredth.

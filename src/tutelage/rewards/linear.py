@@ -51,6 +51,8 @@ class Design:
         folds_C: [C] the fold of a completion's prompt; -1 for unpaired ones.
         num_folds: below 2, nothing can be cross-validated.
         judged_kind: the kind of pairs on which strength is judged.
+        judged_samples: of each prompt of that kind with something to compare, which of the C completions its samples are;
+            where one equals a demonstration, that one.
     """
 
     groups: Sequence[Group]
@@ -63,6 +65,7 @@ class Design:
     folds_C: np.ndarray
     num_folds: int
     judged_kind: str | None
+    judged_samples: Sequence[np.ndarray]
 
     def only_paired(self) -> np.ndarray:
         """[P] which pairs are of one prompt."""
@@ -71,17 +74,6 @@ class Design:
     def differences(self, matrix: Any) -> Any:
         """[P, F] features of the better completion minus those of the worse one."""
         return matrix[self.better] - matrix[self.worse]
-
-    def judged_groups(self) -> list[np.ndarray]:
-        """For each group of the judged kind, which of the C completions are its samples (all where it has one sample)."""
-        found, start = [], 0
-        for group, kind in zip(self.groups, self.group_kinds, strict=True):
-            if kind == self.judged_kind:
-                places = group.places(Role.SAMPLE, Role.REJECTED)
-                places = places if len(places) > 1 else range(len(group.completions))
-                found.append(start + np.array(places))
-            start += len(group.completions)
-        return found
 
 
 def compare(
@@ -105,6 +97,7 @@ def compare(
             layout.add_paired(group, kind, fold_of[group.prompt_ids])
     for finished in (True, False):
         layout.add_unpaired(comparisons.unpaired, finished, generator, partners)
+    judged_kind = hardest_kind(dict.fromkeys(pair[3] for pair in layout.pairs))
     better, worse, weights, kinds, folds = zip(*layout.pairs, strict=True) if layout.pairs else ((),) * 5
     return Design(
         layout.groups,
@@ -116,7 +109,8 @@ def compare(
         np.array(folds, dtype=int),
         np.array(layout.folds_C, dtype=int),
         num_folds,
-        hardest_kind(dict.fromkeys(kinds)),
+        judged_kind,
+        [np.array(places) for kind, places in layout.samples if kind == judged_kind],
     )
 
 
@@ -129,17 +123,23 @@ class _Layout:
         self.group_kinds: list[str] = []
         self.folds_C: list[int] = []
         self.pairs: list[tuple[int, int, float, str, int]] = []
+        self.samples: list[tuple[str, list[int]]] = []  # of each paired prompt: the kind, and places
         # One demonstration of each prompt and manner of ending: its place and its fold.
         self.demonstrated: dict[tuple[tuple[int, ...], bool], tuple[int, int]] = {}
 
     def add_paired(self, group: Group, kind: str, fold: int) -> None:
         parts = contrast(group, self.truncated_samples)
         total = sum(len(part.pairs) for part in parts)
+        places: dict[tuple[int, ...], int] = {}
         for part in parts:
             start = self._add(part, kind, fold)
+            places |= {c.token_ids: start + place for place, c in enumerate(part.completions)}
             self.pairs += [(start + a, start + b, 1 / total, kind, fold) for a, b in part.pairs]
             for place in part.places(Role.DEMONSTRATION):
                 self.demonstrated.setdefault((part.prompt_ids, self._class(part, place)), (start + place, fold))
+        worse = group.of(Role.SAMPLE, Role.REJECTED)
+        if found := [places[c.token_ids] for c in worse if c.token_ids in places]:
+            self.samples.append((kind, found))
         for place in group.places(Role.DEMONSTRATION):  # those with no sample of their prompt to be compared with
             if (key := (group.prompt_ids, self._class(group, place))) not in self.demonstrated:
                 self.demonstrated[key] = (self._add(group.select([place]), kind, fold), fold)
@@ -162,6 +162,7 @@ class _Layout:
                 group, sample = fitting[index]
                 start = self._add(group.select([sample]), UNPAIRED, -1)
                 self.pairs.append((place, start, 1 / len(share), UNPAIRED, fold))
+                self.samples.append((UNPAIRED, [start]))
 
     def _class(self, group: Group, place: int) -> bool:
         """What may be compared is equal in this."""
@@ -330,9 +331,9 @@ def spread_within(design: Design, scores: np.ndarray) -> float:
     """Root of the mean variance of scores within a prompt, over the samples of the judged kind; 1 where all are equal.
 
     Over all of them where no prompt has two."""
-    groups = design.judged_groups()
-    variances = [scores[places].var(ddof=1) for places in groups if len(places) > 1]
-    if not variances and len(groups) > 1:
-        variances = [scores[np.concatenate(groups)].var(ddof=1)]
+    several = [scores[places] for places in design.judged_samples if len(places) > 1]
+    if not several and len(design.judged_samples) > 1:
+        several = [scores[np.concatenate(design.judged_samples)]]
+    variances = [found.var(ddof=1) for found in several]
     spread = float(np.sqrt(np.mean(variances))) if variances else 0.0
     return spread if spread > 1e-9 else 1.0

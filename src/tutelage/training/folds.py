@@ -126,7 +126,7 @@ class Folds:
         policy: the model whose trainable weights are swapped for those of a fold.
         base: gives the weights that SFT starts from.
         groups: the demonstrations.
-        folder: keeps ``fold-0.safetensors`` and so on, and ``folds.json``.
+        folder: keeps ``fold-0.safetensors``, ``fold-0.json`` (trained tokens) and so on, and ``folds.json``.
         settings: how they are trained.
         layout, pad_token_id: as for ``completion_token_logps``.
         autocast: makes a context for mixed precision.
@@ -148,7 +148,6 @@ class Folds:
         self.folder, self.settings, self.autocast = folder, settings, autocast
         self._options: dict[str, Any] = {"layout": layout, "pad_token_id": pad_token_id}
         self.of_group = fold_of_prompts(self.groups, settings.num_folds, settings.seed)
-        self.tokens_done = 0
 
     def members(self, fold: int) -> list[Group]:
         """The groups of a fold: those that its policy has not seen."""
@@ -170,7 +169,10 @@ class Folds:
         with torch.no_grad():
             for to, start in zip(own.parameters, self.base().parameters, strict=True):
                 to.copy_(start)
-        self._train(own, [g for g, f in zip(self.groups, self.of_group, strict=True) if f != fold], fold, on_step)
+        tokens = self._train(
+            own, [g for g, f in zip(self.groups, self.of_group, strict=True) if f != fold], fold, on_step
+        )
+        write_json(path.with_suffix(".json"), {"tokens": tokens})
         save_weights(own.parameters, path)
         return own
 
@@ -193,8 +195,9 @@ class Folds:
                 file=str(path),
             )
 
-    def _train(self, weights: WeightSet, groups: Sequence[Group], fold: int, on_step: Callable[[int], None]) -> None:
-        settings = self.settings
+    def _train(self, weights: WeightSet, groups: Sequence[Group], fold: int, on_step: Callable[[int], None]) -> int:
+        """Train, in place; gives the number of completion tokens that were trained on."""
+        settings, trained = self.settings, 0
         steps = self.steps(len(groups))
         optimizer = torch.optim.AdamW(weights.parameters, lr=settings.learning_rate, weight_decay=0.0)
         schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
@@ -218,5 +221,6 @@ class Folds:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            self.tokens_done += sum(len(c.token_ids) for group in batch for c in group.completions)
+            trained += sum(len(c.token_ids) for group in batch for c in group.completions)
             on_step(step + 1)
+        return trained

@@ -74,7 +74,7 @@ def yardsticks(groups: Sequence[Group], truncated_samples: TruncatedSamples) -> 
 def obstacle(gate: Gate, accuracy: Interval | None, found: Yardsticks | None) -> str | None:
     """Why the policy phase should not run, by what the validation rows show of the reward; None if it should.
 
-    >>> obstacle("yardsticks", Interval(0.7, 0.6, 0.8), Yardsticks(logp=0.2, length=0.75))
+    >>> obstacle("yardsticks", Interval(0.7, 0.6, 0.8, 9), Yardsticks(logp=0.2, length=0.75))
     'the reward (accuracy 0.70 on the validation rows) does not beat the length of an answer (0.75)'
     """
     if gate == "off":

@@ -27,13 +27,12 @@ OnStep = Callable[[int], None]
 
 
 class Learner(Protocol):
-    """Fits a reward, keeps what it needs to go on, and writes the reward for others.
+    """Fits a reward, keeps what it needs to go on, and writes the reward for others."""
 
-    Attributes:
-        tokens_done: completion tokens of all optimizer steps so far.
-    """
-
-    tokens_done: int
+    @property
+    def tokens_done(self) -> int:
+        """Completion tokens of all optimizer steps so far."""
+        ...
 
     @property
     def reward(self) -> Reward:

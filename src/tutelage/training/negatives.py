@@ -96,6 +96,14 @@ class Negatives:
             self._found = found
         return self._found
 
+    def count(self) -> None:
+        """Add what they cost to the costs of the run, whichever process drew them. Once per run."""
+        groups = [group for found in self.groups().values() for group in found]
+        self.costs.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.samples)
+        self.costs.policy_tokens += sum(
+            read_json(path)["tokens"] for path in sorted((self.store.folder / "negatives").glob("fold-*.json"))
+        )
+
     def _initial(self) -> list[Group]:
         with self.progress.phase("sampling from the initial model"):
             return self.rollout.draw(self._groups, stage=_DRAW, weights=self._base())
@@ -104,10 +112,8 @@ class Negatives:
         folds = self.folds()
         members = folds.members(fold)
         label = f"SFT without fold {fold}"
-        before = folds.tokens_done
         with self.progress.phase(label, folds.steps(len(folds.groups) - len(members))) as advance:
             weights = folds.weights(fold, advance)
-        self.costs.policy_tokens += folds.tokens_done - before
         with self.progress.phase(f"sampling for fold {fold}"):
             return self.rollout.draw(members, stage=_DRAW + 1 + fold, weights=weights)
 
@@ -128,7 +134,6 @@ class Negatives:
         if not (folder / f"{name}.jsonl").exists():
             with self.costs.timed("negatives"):
                 drawn = draw()
-            self.costs.sampled_tokens += sum(len(c.token_ids) for group in drawn for c in group.samples)
             self.store.write_file(folder / f"{name}.jsonl", drawn)
         found = self.store.read_file(folder / f"{name}.jsonl")
         known = {(group.row, group.prompt_ids, group.demonstrations) for group in self._groups}

@@ -143,6 +143,8 @@ class RewardPhase:
                 scored = self._scored(stage, groups)
                 if fit:
                     self.learner.save(self.store.path(stage))
+            if stage == 0:
+                self.negatives.count()
             self._write_rewards(draw, scored)
             with self.costs.timed("validation"):
                 found = self._judge(stage, scored, comparisons, fit)
@@ -285,6 +287,14 @@ class RewardPhase:
             self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
         if self.preferences:
             found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.preferences[:256])))
+        if found.get("samples/copies", 0.0) > 0.5:
+            logger.warning(
+                "stage %d: %.0f%% of the samples for demonstrated prompts equal the demonstration: a reward and a policy have "
+                "little to learn there; give prompts without demonstrations (--prompt_dataset) and negatives that are not "
+                "the policy's own (--reward_negatives initial,out_of_fold)",
+                stage,
+                100 * found["samples/copies"],
+            )
         if reason and stage >= self.settings.warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", stage, reason)
         return found | {"policy/phase": int(reason is None), "reason": reason}
@@ -300,6 +310,14 @@ class RewardPhase:
             "scale": reward_scale(seen, down_only=self.settings.down_only),
             "samples/left_out": float(np.mean([reward is None for row in seen for reward in row])),
         }
+        copies = [
+            sample.token_ids in {c.token_ids for c in group.demonstrations}
+            for group in scored
+            if group.demonstrations
+            for sample in group.samples
+        ]
+        if copies:
+            found["samples/copies"] = float(np.mean(copies))
         if self.refuse:
             found["reward/refused"] = float(np.mean(self.refuse(scored)))
         if self.rollout.params.is_plain:  # else the samples are not the policy's own

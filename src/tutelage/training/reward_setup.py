@@ -32,6 +32,7 @@ from tutelage.rewards.ensemble import Combine, LikelihoodReward
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
+from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.scoring.logps import Layout
 from tutelage.training.config import SFT_LEARNING_RATES
 from tutelage.training.folds import Folds, FoldSettings, base_weights
@@ -338,12 +339,14 @@ def make_learner(
     treat = cast(TruncatedSamples, args.truncated_samples)
     parts = FeatureParts(
         text=trainer.tokenization.text,
-        base=lambda: _base_model(trainer),
+        hidden=HiddenSource(
+            cache(lambda: _base_model(trainer)),
+            layout=trainer.layout,
+            batch_size=args.per_device_eval_batch_size,
+            pad_token_id=trainer.tokenization.pad_id,
+            autocast=trainer.compute_loss_context_manager,
+        ),
         logps=trainer.scorer.token_logps,
-        layout=trainer.layout,
-        batch_size=args.per_device_eval_batch_size,
-        pad_token_id=trainer.tokenization.pad_id,
-        autocast=trainer.compute_loss_context_manager,
     )
     facts = {
         "max_prompt_length": args.max_prompt_length,
@@ -392,7 +395,7 @@ def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
     if isinstance(trainer.policy, PeftModel):
         return trainer.policy
     model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
-    return cast(nn.Module, model.to(trainer.args.device)).requires_grad_(False)
+    return cast(nn.Module, model).to(trainer.args.device).requires_grad_(False)
 
 
 def _likelihood(trainer: DemonstrationTrainer, negatives: Negatives) -> LikelihoodReward:

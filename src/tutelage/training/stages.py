@@ -232,12 +232,13 @@ def sample_facts(groups: Sequence[Group]) -> dict[str, float]:
     samples = [completion for group in groups for completion in group.samples]
     demonstrations = [completion for group in groups for completion in group.demonstrations]
     copies = sum(s.token_ids in {d.token_ids for d in g.demonstrations} for g in groups for s in g.samples)
+    shown = {"length/demonstrations": _mean([len(c.token_ids) for c in demonstrations])} if demonstrations else {}
     return {
         "pairs/dropped": copies,
         "samples/truncated_fraction": _mean([not c.finished for c in samples]),
         "samples/distinct_1": distinct_n([c.token_ids for c in samples], 1),
         "samples/distinct_2": distinct_n([c.token_ids for c in samples], 2),
-        "length/demonstrations": _mean([len(c.token_ids) for c in demonstrations]),
+        **shown,
         "length/samples": _mean([len(c.token_ids) for c in samples]),
     }
 

@@ -138,7 +138,8 @@ class World:
     def _held_out(self, role: str, count: int) -> list[Row]:
         rng = self._generator(role, "answers")
         return [
-            Row(content, self.task.answer(content, rng), self._text(content)) for content in self._contents(role, count)
+            Row(content, self.task.answer(content, rng), self._text(content))
+            for content in self._contents(role, count)
         ]
 
     def _demonstration(self, content: Words, rng: np.random.Generator) -> Row:
@@ -201,5 +202,3 @@ def _pick(shares: Sequence[tuple[str, float]], number: float) -> str:
             return name
         number -= share
     return shares[-1][0]
-
-
