@@ -17,7 +17,7 @@ def check_grid(grid: Grid, source: str) -> None:
         UserError: an unknown algorithm, setting or value; a world without as many prompts.
     """
     for method in grid.methods:
-        for candidate in method.candidates:
+        for candidate in [candidate for cell in grid.cells for candidate in method.candidates(cell)]:
             # What follows another method is a number that is checked there.
             settings = {name: value for name, value in candidate.items() if not isinstance(value, Like)}
             try:
@@ -30,6 +30,6 @@ def check_grid(grid: Grid, source: str) -> None:
         try:
             for phase, options in (("tuning", cell.tuning), ("reporting", cell.options)):
                 world = World(cell.world, seeds[phase], phase, options)
-                world.prompts(), world.validation(), world.test()
+                world.prompts(), world.validation() if phase == "tuning" else world.test()
         except UserError as error:
             raise UserError(error.problem, remedy=error.remedy, file=source, field=f"worlds.{cell.world}") from error

@@ -30,6 +30,10 @@ _COLUMNS = (  # measure, objective whose settings it is of, heading, digits
     ("demonstration_logp", "score", "held-out log-prob, nats", 2),
     ("kl", "score", "KL to its start, nats", 2),
     ("retention", "score", "another task, greedy", 2),
+    ("reward_auc", "score", "reward: right over wrong, AUC", 3),
+    ("logp_auc", "score", "own log-prob: right over wrong, AUC", 3),
+    ("reward_best", "score", "best of 8, by the reward", 3),
+    ("logp_best", "score", "best of 8, by own log-prob", 3),
     ("sampled_tokens", "score", "sampled tokens", 0),
     ("trained_tokens", "score", "trained tokens", 0),
     ("seconds", "score", "seconds", 1),
@@ -123,12 +127,17 @@ def _mean(rows: Rows, cell: Cell, method: str) -> tuple[float, float]:
 
 
 def _cell(grid: Grid, plan: Plan, rows: Rows, cell: Cell) -> str:
-    heads = "".join(f'<th scope="col">{escape(heading)}</th>' for _, _, heading, _ in _COLUMNS)
+    columns = [
+        column
+        for column in _COLUMNS
+        if any(seed_values(rows, cell, method.name, column[0], column[1]) for method in grid.methods)
+    ]
+    heads = "".join(f'<th scope="col">{escape(heading)}</th>' for _, _, heading, _ in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(method.name)}</th>'
         + "".join(
             f"<td>{_value(list(seed_values(rows, cell, method.name, measure, objective).values()), digits)}</td>"
-            for measure, objective, _, digits in _COLUMNS
+            for measure, objective, _, digits in columns
         )
         + "</tr>"
         for method in grid.methods
