@@ -221,10 +221,11 @@ def feature_sets(names: str, parts: FeatureParts | None = None) -> list[FeatureS
     """The sets that a list of names stands for.
 
     Args:
-        names: ``text``, ``hidden``, ``logp`` and ``module:function``, separated by commas.
+        names: ``text``, ``hidden``, ``logp`` and ``module:function``, separated by commas. ``logp`` alone is
+            self-training, the control of every reward.
 
     Raises:
-        UserError: no such set, one named twice, or ``logp`` alone.
+        UserError: no such set, or one named twice.
     """
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed or len(set(listed)) < len(listed):
@@ -233,8 +234,6 @@ def feature_sets(names: str, parts: FeatureParts | None = None) -> list[FeatureS
             remedy="Write for example text,hidden.",
             field=_FIELD,
         )
-    if listed == ["logp"]:
-        raise UserError("'logp' alone learns nothing.", remedy="Add a set: text,logp or hidden,logp.", field=_FIELD)
     return [feature_set({"name": name}, parts or FeatureParts()) for name in listed]
 
 
