@@ -5,6 +5,8 @@
     RunRecord          one run: what it was, what it cost, what was logged
       Curve            how a logged number is drawn
       EvaluationRecord findings on held-out rows: means as Interval, and the values of each row
+        RewardQualityRecord  how a reward ranks the answers, and the best of n by it (BestOfRecord)
+      RetentionRecord  findings on rows of another task, before training and after
       SampleRecord     a prompt with the model's answers (AnswerRecord)
       CandidateRecord  a policy that the run chose from
 
@@ -31,10 +33,13 @@ __all__ = [
     "SCHEMA",
     "AlgorithmInfo",
     "AnswerRecord",
+    "BestOfRecord",
     "CandidateRecord",
     "Curve",
     "EvaluationRecord",
     "Interval",
+    "RetentionRecord",
+    "RewardQualityRecord",
     "RunRecord",
     "SampleRecord",
     "load_results",
@@ -45,6 +50,8 @@ __all__ = [
 ]
 
 SCHEMA = 2
+_MAY_BE_ABSENT = {"may_be_absent": True}
+"""Of fields that files of this schema may lack, because they were added to it later; they then have their default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,43 @@ class AlgorithmInfo:
 
 
 @dataclass(slots=True)
+class BestOfRecord:
+    """The verifier's expected score of the answer that is picked among n, with its interval over prompts.
+
+    Attributes:
+        n: answers to pick from.
+        reward, logp: the pick has the largest reward, the largest log-prob under the policy itself.
+        mean: a random pick.
+        oracle: the best by the verifier.
+    """
+
+    n: int
+    reward: Interval
+    logp: Interval
+    mean: Interval
+    oracle: Interval
+
+
+@dataclass(slots=True)
+class RewardQualityRecord:
+    """How a reward ranks the policy's own answers, by the verifier.
+
+    Attributes:
+        prompts, answers: prompts, and answers to each.
+        auc: by ``reward``, ``logp`` (own log-prob) and ``length``: how often a right answer has more of it than a wrong
+            one to the same prompt, over the prompts that have both; none where no prompt has.
+        best_of: for n = 1, 2, 4, …
+        correlations: of the reward with ``logp`` and ``length`` within prompts; without those that have no variation.
+    """
+
+    prompts: int
+    answers: int
+    auc: dict[str, Interval]
+    best_of: list[BestOfRecord]
+    correlations: dict[str, float]
+
+
+@dataclass(slots=True)
 class EvaluationRecord:
     """What was found on held-out rows.
 
@@ -119,8 +163,11 @@ class EvaluationRecord:
         truncated_fraction: share of the sampled answers that reached the length limit.
         per_row: values by name, each in the order of ``rows``: ``demonstration_logp`` (nats per sequence), and of the
             answers ``sampled_score``, ``greedy_score`` (the verifier's) and ``sampled_right``, ``greedy_right`` (1 where
-            the score is full, else 0). None where the number was NaN or infinite.
+            the score is full, else 0), which of several sampled answers are the row's means; ``distinct_right`` and
+            ``kl`` where they are known. None where the number was NaN or infinite.
         notes: what a reader has to know about the numbers, such as a quantity that has no mean.
+        samples_per_row: sampled answers of each row; None where none were drawn.
+        reward_quality: of the learned reward, where several answers of each row have its reward and a verifier's score.
     """
 
     dataset: str
@@ -131,6 +178,22 @@ class EvaluationRecord:
     truncated_fraction: float | None = None
     per_row: dict[str, list[float | None]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    samples_per_row: int | None = field(default=None, metadata=_MAY_BE_ABSENT)
+    reward_quality: RewardQualityRecord | None = field(default=None, metadata=_MAY_BE_ABSENT)
+
+
+@dataclass(slots=True)
+class RetentionRecord:
+    """What training did to another task.
+
+    Attributes:
+        before, after: findings on the task's rows of the start and of the trained policy.
+        change: of each quantity that both have, after minus before, paired by row.
+    """
+
+    before: EvaluationRecord
+    after: EvaluationRecord
+    change: dict[str, Interval]
 
 
 @dataclass(slots=True)
@@ -200,6 +263,9 @@ class RunRecord:
         card: sentences of the model card on what the algorithm did.
         evaluation, samples: on held-out rows, if there were any.
         selection: the policies that the run chose from, by stage.
+        flops: floating-point operations by kind of work, and their ``total``: an estimate (``docs/evaluation.md``).
+            Empty where they were not counted.
+        retention: what training did to another task, if rows of one were given.
     """
 
     name: str
@@ -221,6 +287,8 @@ class RunRecord:
     evaluation: EvaluationRecord | None = None
     samples: list[SampleRecord] = field(default_factory=list)
     selection: list[CandidateRecord] = field(default_factory=list)
+    flops: dict[str, float] = field(default_factory=dict, metadata=_MAY_BE_ABSENT)
+    retention: RetentionRecord | None = field(default=None, metadata=_MAY_BE_ABSENT)
 
     def __post_init__(self):
         if not self.id:
@@ -441,10 +509,11 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     if is_dataclass(kind):
         _require(value, dict, "an object", place)
         types = _types(kind)  # type: ignore[arg-type]
-        missing = next((name for name in types if name not in value), None)
+        optional = {f.name for f in fields(kind) if f.metadata.get("may_be_absent")}
+        missing = next((name for name in types if name not in value and name not in optional), None)
         if missing:
             raise _Mismatch("is missing", _at(place, missing))
-        found = {name: _read(each, value[name], _at(place, name)) for name, each in types.items()}
+        found = {name: _read(each, value[name], _at(place, name)) for name, each in types.items() if name in value}
         if kind is EvaluationRecord:
             _require_lengths(found, place)
         return kind(**found)  # type: ignore[operator]

@@ -374,12 +374,24 @@ def test_help(command, tutelage):
 def test_usage(tutelage):
     code, shown, _ = tutelage()
     assert code == 0
-    for command in ("quickstart", "sft", "spin", "irft", "rft", "sample", "score", "evaluate", "report", "data"):
+    for command in (
+        "quickstart",
+        "sft",
+        "spin",
+        "irft",
+        "rft",
+        "sample",
+        "score",
+        "evaluate",
+        "report",
+        "data",
+        "clean",
+    ):
         assert command in shown
     assert tutelage("--help")[1] == shown
 
 
-@pytest.mark.parametrize("command", ["sample", "score", "evaluate", "report", "data"])
+@pytest.mark.parametrize("command", ["sample", "score", "evaluate", "report", "data", "clean"])
 def test_help_of_other_commands(command, tutelage):
     code, shown, _ = tutelage(command, "--help")
     assert code == 0

@@ -8,11 +8,12 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import Answers, Evaluation, EvaluationSet, can_sample
-from tutelage.evaluation.record import evaluated
+from tutelage.evaluation.record import evaluated, retention
 from tutelage.results import RunRecord
 from tutelage.sampling import Sample
 from tutelage.scoring.logps import cached_logps
@@ -90,7 +91,7 @@ def test_a_sampler_can_be_handed_in(training):
     )
     assert parrot.temperatures == [1.0, 0.0]
     assert told == list(range(1, 11))
-    assert found.sampled.samples[0].token_ids == found.greedy.samples[3].token_ids == (5, 6)
+    assert found.sampled.samples[0][0].token_ids == found.greedy.samples[3][0].token_ids == (5, 6)
 
 
 # --- score and accuracy --------------------------------------------------------------------------------------------
@@ -120,13 +121,98 @@ def test_a_score_that_is_no_number(training, verifier, score):
 
 def test_a_quantity_that_is_not_finite_has_no_mean():
     """Its rows are kept, and a note says what is missing: no number of the run is lost for it."""
-    answers = Answers([Sample((5,), (-1.0,), True)] * 3, ["a"] * 3, [1.0, 0.0, 1.0])
+    answers = Answers([[Sample((5,), (-1.0,), True)]] * 3, [["a"]] * 3, [[1.0], [0.0], [1.0]])
     found = Evaluation([0, 1, 2], [-1.0, math.nan, -2.0], [1, 1, 1], sampled=answers).record("rows.jsonl")
     assert list(found.means) == ["score_sampled", "accuracy_sampled"]
     assert found.notes == ["demonstration_logp has no mean: 1 of its 3 values are NaN or infinite."]
     data = RunRecord("x", "base", "m", None, 0, evaluation=found).to_dict()
     assert data["evaluation"]["per_row"]["demonstration_logp"] == [-1.0, None, -2.0]
     assert asdict(found)["length_mean"] == 1.0
+
+
+# --- several answers to a row --------------------------------------------------------------------------------------
+
+
+class Talker(Parrot):
+    """Gives the answers it was told to every prompt."""
+
+    def __init__(self, *answers):
+        super().__init__()
+        self.told = [Sample(tuple(ids), (-1.0,) * len(ids), True) for ids in answers]
+
+    def sample(self, prompts, params, *, num_samples=1, rows=None, stage=0, on_finished=None):
+        drawn = [self.told[:num_samples] for _ in prompts]
+        for place, samples in enumerate(drawn):
+            on_finished(place, samples)
+        return drawn
+
+
+class Longest:
+    """A reward: how many tokens."""
+
+    def score(self, groups):
+        return torch.tensor([float(len(c.token_ids)) for group in groups for c in group.completions])
+
+
+def test_several_answers(training, verifier):
+    """Of four answers three are right, two of which are the same but for a space."""
+    tokenizer = training.trainer("sft").tokenization.tokenizer
+    texts = ["Yes", "Yes ", "No", "Yes!"]
+    talker = Talker(*(tokenizer(text, add_special_tokens=False).input_ids for text in texts))
+    rows = rows_of(training, verifier=verifier("return float(text.startswith('Yes'))"))
+    found = rows.evaluate(training.model(), sampler=talker, num_samples=4, reward=Longest())
+    metrics, record = found.metrics(), found.record("rows")
+    assert metrics["score_sampled"] == metrics["accuracy_sampled"] == 0.75
+    assert metrics["distinct_right"] == 2
+    assert record.samples_per_row == 4
+    assert record.per_row["sampled_score"] == [0.75] * 5
+    assert record.per_row["distinct_right"] == [2.0] * 5
+    lengths = [len(sample.token_ids) for sample in talker.told]
+    assert metrics["length"] == np.mean(lengths)
+    gaps = np.sign([len(g.demonstrations[0].token_ids) - n for g in rows.groups for n in lengths])
+    assert metrics["reward_accuracy"] == pytest.approx(np.mean((gaps + 1) / 2))
+    quality = record.reward_quality
+    assert (quality.prompts, quality.answers, [each.n for each in quality.best_of]) == (5, 4, [1, 2, 4])
+    assert quality.correlations["length"] == pytest.approx(1), "the reward is the length"
+    right, wrong = [lengths[i] for i in (0, 1, 3)], lengths[2]
+    assert quality.auc["reward"].mean == pytest.approx(np.mean([(np.sign(x - wrong) + 1) / 2 for x in right]))
+    run = RunRecord("x", "rft", "m", "d", 0, evaluation=record)
+    assert RunRecord.from_dict(run.to_dict()) == run
+
+
+def test_log_probs_of_answers_are_those_of_the_model_and_not_the_samplers(training):
+    rows, model = rows_of(training), training.model()
+    found = rows.evaluate(model, sampler=Parrot(), sample=True, num_samples=2, score_samples=True)
+    with_answers = found.sampled.added_to([group.select(()) for group in rows.groups])
+    np.testing.assert_allclose(found.sampled.logps, cached_logps(model, with_answers), atol=1e-4)
+    assert found.sampled.logps[0][0] != -2.0
+    assert rows.against_start(found, model).sampled.kl == pytest.approx([0.0] * 5, abs=1e-4)
+
+
+def test_one_answer_tells_nothing_of_diversity(training, verifier):
+    rows = rows_of(training, verifier=verifier("return 1.0"))
+    found = rows.evaluate(training.model(), sampler=Parrot(), reward=Longest())
+    assert "distinct_right" not in found.metrics()
+    assert found.record("rows").reward_quality is None
+
+
+def test_the_first_of_several_answers_is_the_one_that_would_be_drawn_alone(training):
+    rows, model = rows_of(training), training.model()
+    one, four = (rows.evaluate(model, sample=True, num_samples=n, seed=3).sampled for n in (1, 4))
+    assert [row[0].token_ids for row in one.samples] == [row[0].token_ids for row in four.samples]
+    assert len({sample.token_ids for row in four.samples for sample in row}) > len(one.samples)
+
+
+def test_change_of_another_task():
+    def found(logps, rows=(0, 1, 2), task=None):
+        return Evaluation([*rows], logps, [1] * len(logps), task=task).record("colors")
+
+    change = retention(found([-1.0, -2.0, -3.0]), found([-2.0, -4.0, -3.0])).change
+    assert change["demonstration_logp"].mean == -1.0
+    assert retention(found([-1.0, -2.0, -3.0]), found([-1.0, math.nan, -3.0])).change == {}
+    for other in (found([-1.0, -2.0], rows=(0, 1)), found([-1.0, -2.0, -3.0], task="sums")):
+        with pytest.raises(UserError, match="other rows"):
+            retention(found([-1.0, -2.0, -3.0]), other)
 
 
 # --- other data, read as these -------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from rich.console import Console
 from tutelage.algorithms.irft import IRFT
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
 from tutelage.errors import UserError
+from tutelage.evaluation.record import retention
+from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
 from tutelage.evaluation.statistics import mean_interval
 from tutelage.report import charts, summary_table, verdicts, write_report
 from tutelage.report.page import render
@@ -205,6 +207,8 @@ class TestRecord:
             (("evaluation", "means", "demonstration_logp", "low"), ..., "demonstration_logp.low': is missing"),
             (("evaluation", "per_row", "demonstration_logp"), [1.0], "holds 1 values for 3 rows"),
             (("time_s", "total"), None, "field 'time_s.total': is None, not a number"),
+            (("evaluation", "reward_quality"), {}, r"reward_quality\.prompts': is missing"),
+            (("retention",), {"before": None}, r"field 'retention\.after': is missing"),
         ],
     )
     def test_a_file_that_is_not_as_it_should_be(self, tmp_path, place, value, message):
@@ -231,6 +235,13 @@ class TestRecord:
     def test_fields_of_later_versions_are_left_out(self):
         data = run("irft").to_dict()
         assert RunRecord.from_dict(data | {"weather": "fair"}) == run("irft")
+
+    def test_fields_that_came_later_may_be_absent(self):
+        """A file of this schema that was written before they were known reads as one without them."""
+        data = json.loads(json.dumps(run("irft", evaluation=evaluation(scores(3))).to_dict()))
+        for place, name in ((data, "flops"), (data, "retention"), (data["evaluation"], "reward_quality")):
+            del place[name]
+        assert RunRecord.from_dict(data) == run("irft", evaluation=evaluation(scores(3)))
 
     def test_id_outlives_names_costs_and_evaluations(self):
         one = run("irft", history=[{"step": 1, "loss": 0.5}])
@@ -467,6 +478,141 @@ class TestControls:
         assert verdicts(renamed) == expected
         random.Random(seed).shuffle(renamed)
         assert sorted(verdicts(renamed)) == sorted(expected)
+
+
+def kept(after, before=None, answers="sampled", task="colors"):
+    """What a run kept of another task."""
+    start = evaluation(scores(60) if before is None else before, answers=answers, task=task)
+    return retention(start, evaluation(after, answers=answers, task=task))
+
+
+class TestRetention:
+    """Of what was forgotten it is only said where a control reached the same, or took as much."""
+
+    def found(self, *runs):
+        return [text for text in sentences(*runs) if "forget" in text or "forgot" in text]
+
+    def method(self, **more):
+        more = {"retention": kept(scores(55)), "flops": {"total": 1.0e15}} | more
+        return run("irft", evaluation=evaluation(scores(50)), **more)
+
+    @pytest.mark.parametrize(("right", "said"), [(50, True), (52, True), (53, False), (48, True), (30, False)])
+    def test_at_an_equal_target_score(self, right, said):
+        against = control(evaluation(scores(right)), retention=kept(scores(30)))
+        found = self.found(against, self.method())
+        assert bool(found) == said
+        if said:
+            assert found[0].startswith(
+                "irft forgot less than continued-sft at an equal target score: on the other task sampled accuracy 0.55 "
+                "against 0.30, difference +0.25"
+            )
+            assert found[0].endswith(f"100 rows; target score 0.50 against {right / 100:.2f}.")
+
+    @pytest.mark.parametrize(("flops", "said"), [(1.1e15, True), (1.2e15, False), (0.91e15, True), (None, False)])
+    def test_at_equal_compute(self, flops, said):
+        more = {} if flops is None else {"flops": {"total": flops}}
+        against = control(evaluation(scores(30)), retention=kept(scores(80)), **more)
+        found = self.found(against, self.method())
+        assert bool(found) == said
+        if said:
+            assert found[0].startswith("irft forgot more than continued-sft at equal compute:")
+            assert "1.0 · 10^15 operations against" in found[0]
+
+    def test_an_unclear_difference_is_no_claim(self):
+        against = control(evaluation(scores(50)), retention=kept(scores(54)))
+        (text,) = self.found(against, self.method())
+        assert text.startswith("irft did not forget less than continued-sft at an equal target score:")
+        assert "no difference that 100 rows can show" in text
+
+    def test_log_prob_where_no_verifier_scored_the_other_task(self):
+        rng = np.random.default_rng(0)
+        low, high = (
+            retention(evaluation(logps=[-3.0] * 100, task=None), evaluation(logps=logps.tolist(), task=None))
+            for logps in (rng.normal(-5, 0.1, 100), rng.normal(-4, 0.1, 100))
+        )
+        against = control(evaluation(scores(50)), retention=low)
+        (text,) = self.found(against, self.method(retention=high))
+        assert "on the other task log-prob −4.0" in text
+
+    @pytest.mark.parametrize(
+        "other",
+        [None, kept(scores(30), task="words"), retention(*(replace(evaluation(scores(30)), dataset="b"),) * 2)],
+        ids=["not measured", "another verifier", "other rows"],
+    )
+    def test_nothing_is_said_of_different_things(self, other):
+        against = control(evaluation(scores(50)), retention=other, flops={"total": 1.0e15})
+        assert self.found(against, self.method()) == []
+
+    def test_without_a_verifier_no_target_score_is_equal(self):
+        logps = [-1.0 - row / 50 for row in range(100)]
+        against = control(evaluation(logps=logps), retention=kept(scores(30)))
+        assert self.found(against, run("irft", evaluation=evaluation(logps=logps), retention=kept(scores(55)))) == []
+
+    def test_a_row_per_quantity_on_the_page(self):
+        page = render([self.method()])
+        assert "<h2>Retention</h2>" in page
+        assert "<h2>Retention</h2>" not in render([self.method(retention=None)])
+        part = page[page.index("<h2>Retention</h2>") :]
+        assert re.search(r"sampled accuracy</td><td>0\.60</td><td>0\.55</td><td>−0\.05 <small>", part)
+        assert "sampled score" not in part, "which is the accuracy"
+        assert ">retention change<" in page
+
+
+class TestSeveralAnswers:
+    def quality(self):
+        rng = np.random.default_rng(0)
+
+        def answers():
+            right = (rng.random(8) < 0.5).astype(float)
+            rewards, logps = right + rng.normal(0, 0.5, 8), rng.normal(-9, 1, 8)
+            return ScoredAnswers(rewards.tolist(), logps.tolist(), [3, 4, 5, 6] * 2, right.tolist())
+
+        return reward_quality([answers() for _ in range(30)])
+
+    def judged(self, name="rft"):
+        found = evaluation(scores(50), kl=mean_interval([0.5, 1.5]), distinct_right=mean_interval([2.0, 3.0]))
+        return replace(rft(replace(found, samples_per_row=8, reward_quality=self.quality())), name=name)
+
+    def test_shares_of_a_row_are_no_grades(self):
+        """Means of eight answers, each right or wrong, are accuracies."""
+        shares = [0.25, 0.5, 0.75, 1.0] * 25
+        found = evaluation(shares)
+        found.per_row["sampled_right"] = shares
+        text = first(control(evaluation(scores(30))), run("irft", evaluation=found))
+        assert "sampled accuracy 0.62 against 0.30" in text or "sampled accuracy 0.63 against 0.30" in text
+
+    def test_columns(self):
+        page = render([self.judged(), run("irft", flops={"total": 2.345e15})])
+        for text in (
+            ">distinct right answers<",
+            ">KL to the start<",
+            ">2.50<",
+            ">1.00<",
+            ">operations<",
+            "2.3 · 10^15",
+        ):
+            assert text in page
+        assert ">operations<" not in render([self.judged()])
+
+    def test_reward_quality(self):
+        page = render([self.judged(EVIL), run("irft")])
+        parse(page)
+        part = page[page.index("<h2>Reward quality</h2>") :]
+        quality = self.quality()
+        for text in ("AUC, right over wrong", "own log-prob", f">{quality.auc['reward'].mean:.2f} <small>"):
+            assert text in part
+        assert "8 answers to each held-out prompt" in part
+        assert "<script" not in page
+        assert "<h2>Reward quality</h2>" not in render([run("irft", evaluation=evaluation(scores(3)))])
+
+    def test_the_terminal_shows_what_has_room(self, five_runs):
+        for each in five_runs:
+            each.evaluation.means |= {name: mean_interval([0.5, 1.5]) for name in ("kl", "distinct_right")}
+            each.retention = kept(scores(50))
+            each.flops = {"total": 1e15}
+        text = terminal(five_runs)
+        assert text == terminal(five_runs, width=300)
+        assert "operations" not in text
 
 
 class TestGradedVerifier:

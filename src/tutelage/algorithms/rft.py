@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from tutelage.algorithms.registry import Algorithm
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
 from tutelage.errors import UserError
-from tutelage.groups import Group, Role
+from tutelage.groups import Group
 from tutelage.losses import (
     group_normalized_advantages,
     importance_ratio,
@@ -194,7 +194,7 @@ class BestOfNObjective:
         picked = [value for group in tokens.groups for c in group.samples for value in (c.values["reward"],)]
         if picked:
             step.track("policy/reward", picked)
-        return sft_loss(tokens.logps_of(Role)).sum() / max(1, step.counts["tokens"])
+        return sft_loss(tokens.logps_N).sum() / max(1, step.counts["tokens"])
 
 
 class RFTTrainer(DemonstrationTrainer):

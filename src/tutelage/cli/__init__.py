@@ -21,6 +21,7 @@ tutelage: alignment from demonstrations alone.
   tutelage evaluate                evaluate trained models against their start and their controls
   tutelage report RUN [RUN …]      one page that compares runs
   tutelage data DATA               what the model will see of a dataset
+  tutelage clean DATA              rank demonstrations, and write the better ones
   tutelage lab run | list          algorithms in planted worlds, seconds a run, to one table and a page
 
 tutelage COMMAND --help lists the arguments of a command; --debug shows the traceback of an error."""
@@ -35,6 +36,7 @@ _COMMANDS = {
     "evaluate": "evaluate",
     "report": "report",
     "data": "data",
+    "clean": "clean",
     "lab": "lab",
 }
 

@@ -37,6 +37,18 @@ class DataArguments(ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out rows, in the same formats. By default nothing is evaluated."}
     )
+    retention_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Rows of another task, in the same formats: evaluated before training and after, to see what was "
+                "forgotten. --eval_rows limits them too."
+            )
+        },
+    )
+    retention_verifier: str | None = field(
+        default=None, metadata={"help": "Scores answers to --retention_dataset; written as --verifier is."}
+    )
     resume: bool = field(
         default=False, metadata={"help": "Resume the run in --output_dir from its last checkpoint and samples."}
     )

@@ -10,6 +10,7 @@ import yaml
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import CommandParser, take_config
 from tutelage.data.columns import check_demonstrations, check_prompts
+from tutelage.errors import UserError
 from tutelage.models.paths import require_model
 
 __all__ = ["check_training"]
@@ -21,17 +22,17 @@ def check_training(command: str, args: Sequence[str]) -> None:
     Only what is surely wrong is refused; the whole command line is parsed afterwards, with its own errors.
 
     Raises:
-        UserError: a path to nothing, a folder without a model, a data file whose first rows are no demonstrations, or
-            an output folder in use.
+        UserError: a path to nothing, a folder without a model, a data file whose first rows are no demonstrations, a
+            verifier without its rows, or an output folder in use.
     """
     path, args = take_config(args)
     args = [*_simple_values(path), *args]
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
         return
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
-    paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir")
+    paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "retention_dataset", "output_dir")
     others = ("preference_dataset", "validation_dataset", "prompt_dataset", "base_model_name_or_path")
-    for name in (*paths, *others):
+    for name in (*paths, *others, "retention_verifier"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--dataset_train_split", default="train", help="")
     parser.add_argument("--turns", default="last", help="")
@@ -44,6 +45,10 @@ def check_training(command: str, args: Sequence[str]) -> None:
             require_model(name)
     if found.output_dir:
         OutputFolder(found.output_dir, resume=_is(found.resume), overwrite=_is(found.overwrite_output_dir))
+    if found.retention_verifier and not found.retention_dataset:
+        raise UserError(
+            "has no rows to score answers to.", remedy="Add --retention_dataset DATA.", field="retention_verifier"
+        )
     if found.turns not in ("last", "all"):
         return
     if found.dataset_name:
@@ -54,6 +59,7 @@ def check_training(command: str, args: Sequence[str]) -> None:
         (found.eval_dataset_name, found.eval_rows),
         (found.preference_dataset, None),
         (found.validation_dataset, None),
+        (found.retention_dataset, found.eval_rows),
     ):
         if source:
             check_demonstrations(source, turns=found.turns, limit=limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ def train(
             **sources,
         )
         trainer.model_name = model.require_name()
+        if data.retention_dataset:
+            trainer.watch_retention(
+                _load_whole(data.retention_dataset, split=data.dataset_test_split),
+                verifier=data.retention_verifier,
+                source=data.retention_dataset,
+            )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(LogLines(console))
@@ -123,14 +130,21 @@ def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[s
         "source": source,
         "eval_source": eval_source,
     }
-    if data.eval_dataset_name or training.eval_strategy != "no":
-        # A file given for the purpose is read whole; it has no splits of its own.
-        whole = data.eval_dataset_name and Path(eval_source).is_file()
-        loaded["eval_dataset"] = load(eval_source, split="train" if whole else data.dataset_test_split)
+    if data.eval_dataset_name:
+        config, split = data.dataset_config, data.dataset_test_split
+        loaded["eval_dataset"] = _load_whole(eval_source, config_name=config, split=split)
+    elif training.eval_strategy != "no":
+        loaded["eval_dataset"] = load(eval_source, split=data.dataset_test_split)
     for kind in ("prompt", "validation", "preference"):
         if name := getattr(training, f"{kind}_dataset", None):
             loaded |= {f"{kind}_dataset": load(name, split="train"), f"{kind}_source": name}
     return loaded
+
+
+def _load_whole(source: str, *, split: str, config_name: str | None = None) -> Any:
+    """Data to evaluate on. A file given for the purpose is read whole; it has no splits of its own."""
+    split = "train" if Path(source).is_file() else split
+    return load_dataset(source, config_name=config_name, split=split)
 
 
 def _load_model(model: ModelArguments, console: Console, progress: TerminalProgress) -> tuple[Any, Any, Any]:
@@ -153,15 +167,15 @@ def _load_model(model: ModelArguments, console: Console, progress: TerminalProgr
 
 
 def _final_evaluation(trainer: DemonstrationTrainer, record: RunRecord, progress: TerminalProgress) -> RunRecord:
-    """The record with what the evaluation rows show of the trained policy; as it is if there are none."""
+    """The record with what the evaluation rows, and those of another task, show of the trained policy."""
     rows = trainer.evaluation_set
     if rows is None:
-        return record
+        return replace(record, retention=trainer.retained())
     answers = can_sample(trainer.policy)  # log-probs of a recurrent model can be had, answers cannot
-    count = 2 * len(rows.groups) if answers else None  # one sampled and one greedy for each row
+    count = 2 * len(rows.groups) if answers else None  # sampled and greedy
     with progress.phase("evaluating", count) as advance, trainer.compute_loss_context_manager():
         evaluation = trainer.evaluation(rows, sample=answers, greedy=answers, on_progress=advance)
-    return evaluated(record, evaluation, rows)
+    return replace(evaluated(record, evaluation, rows), retention=trainer.retained())
 
 
 def _checked(trainer_class: type[DemonstrationTrainer], *args: Any, **options: Any) -> DemonstrationTrainer:

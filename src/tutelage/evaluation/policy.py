@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,30 +14,91 @@ from torch import nn
 from tutelage.data.demonstrations import Demonstration, Turns
 from tutelage.data.tokenization import Tokenization, tokenized_rows
 from tutelage.errors import UserError
-from tutelage.evaluation.statistics import mean_interval
+from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
+from tutelage.evaluation.statistics import bootstrap_mean, mean_interval
 from tutelage.evaluation.verifiers import Verifier, load_verifier
 from tutelage.groups import Group, drop_copies
-from tutelage.results import EvaluationRecord
+from tutelage.results import EvaluationRecord, RewardQualityRecord
 from tutelage.rewards.base import Reward
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 from tutelage.sampling.base import Sampler
 from tutelage.scoring.logps import Layout, cached_logps
+
+_WITH_UNIT = {
+    "demonstration_logp",
+    "demonstration_reward",
+    "preference_gap",
+    "preference_logp_gap",
+    "kl",
+    "distinct_right",
+}
 
 __all__ = ["Answers", "Evaluation", "EvaluationSet", "can_sample", "ranking"]
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One answer per row, drawn from the policy; the verifier's scores, if there is one."""
+    """The answers to each row, equally many, and what is known of them: one list per row, one entry per answer.
 
-    samples: list[Sample]
-    texts: list[str]
-    scores: list[float] | None
+    Attributes:
+        samples: as they were drawn from the policy.
+        texts: for people and verifiers.
+        scores: the verifier's; None without one.
+        logps, start_logps: log-probs under the policy that drew them, and under the start (nats per sequence); None
+            where they were not asked for.
+        rewards: by a learned reward; None without one.
+    """
+
+    samples: list[list[Sample]]
+    texts: list[list[str]]
+    scores: list[list[float]] | None = None
+    logps: list[tuple[float, ...]] | None = None
+    start_logps: list[tuple[float, ...]] | None = None
+    rewards: list[list[float]] | None = None
+
+    @property
+    def count(self) -> int:
+        """Answers to each row."""
+        return len(self.samples[0])
+
+    @property
+    def score(self) -> list[float] | None:
+        """The verifier's mean score of each row's answers; None without a verifier."""
+        return None if self.scores is None else [float(np.mean(row)) for row in self.scores]
 
     @property
     def right(self) -> list[float] | None:
-        """1 where the score is full, else 0: what accuracy is the mean of; None without a verifier."""
-        return None if self.scores is None else [float(score >= 1) for score in self.scores]
+        """The share of each row's answers with a full score, what accuracy is the mean of; None without a verifier."""
+        if self.scores is None:
+            return None
+        return [float(np.mean([score >= 1 for score in row])) for row in self.scores]
+
+    @property
+    def distinct_right(self) -> list[float] | None:
+        """How many different right answers each row has, by their text without spaces at its ends.
+
+        None without a verifier, and where there is one answer only, which says nothing of diversity.
+        """
+        if self.scores is None or self.count < 2:
+            return None
+        return [
+            float(len({text.strip() for text, score in zip(texts, scores, strict=True) if score >= 1}))
+            for texts, scores in zip(self.texts, self.scores, strict=True)
+        ]
+
+    @property
+    def kl(self) -> list[float] | None:
+        """Mean of log π − log π_0 over each row's answers: its mean estimates KL(π‖π_0) (nats per sequence)."""
+        if self.logps is None or self.start_logps is None:
+            return None
+        return [float(np.mean(np.subtract(now, then))) for now, then in zip(self.logps, self.start_logps, strict=True)]
+
+    def added_to(self, groups: Sequence[Group]) -> list[Group]:
+        """The rows' groups with the answers as samples."""
+        return [
+            group.add(sample.completion for sample in samples)
+            for group, samples in zip(groups, self.samples, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +114,9 @@ class Evaluation:
             without pairs or reference.
         preference_logps: [pairs, 2] log π of the same; None without pairs.
         reward_accuracy, preference_reward_accuracy: how a learned reward ranks the demonstration against the sampled
-            answer (rows where they differ), and the preferred against the rejected answer: 1, 0, or 0.5 for a tie; None
-            without a learned reward.
-        sampled, greedy: answers drawn at temperature 1, and the likeliest-token ones.
+            answers (rows where one differs), and the preferred against the rejected answer: 1, 0, or 0.5 for a tie, and
+            the mean over several answers; None without a learned reward.
+        sampled, greedy: answers drawn at temperature 1, and the likeliest-token one.
     """
 
     rows: list[int]
@@ -85,13 +146,30 @@ class Evaluation:
             if getattr(self, name):
                 values[name] = getattr(self, name)
         if self.sampled is not None:
-            values["length"] = [len(sample.token_ids) for sample in self.sampled.samples]
-            values["truncated"] = [float(not sample.finished) for sample in self.sampled.samples]
+            rows = self.sampled.samples
+            values["length"] = [float(np.mean([len(sample.token_ids) for sample in row])) for row in rows]
+            values["truncated"] = [float(np.mean([not sample.finished for sample in row])) for row in rows]
         for name, answers in (("sampled", self.sampled), ("greedy", self.greedy)):
             if answers is not None and answers.scores is not None:
-                values[f"score_{name}"] = answers.scores
+                values[f"score_{name}"] = answers.score
                 values[f"accuracy_{name}"] = answers.right
-        return values
+        return values | self._of_samples()
+
+    def _of_samples(self) -> dict[str, list[float]]:
+        """What only answers at temperature 1 tell, by row."""
+        if self.sampled is None:
+            return {}
+        found = {"distinct_right": self.sampled.distinct_right, "kl": self.sampled.kl}
+        return {name: values for name, values in found.items() if values is not None}
+
+    def reward_quality(self) -> RewardQualityRecord | None:
+        """How the learned reward ranks each row's answers; None without one, without a verifier, or for one answer."""
+        answers = self.sampled
+        if answers is None or answers.rewards is None or answers.logps is None or answers.scores is None:
+            return None
+        lengths = [[float(len(sample.token_ids)) for sample in row] for row in answers.samples]
+        numbers = zip(answers.rewards, answers.logps, lengths, answers.scores, strict=True)
+        return reward_quality([ScoredAnswers(*row) for row in numbers])
 
     def metrics(self) -> dict[str, float]:
         """Means by name, for logs; ``loss`` is the usual one of SFT (nats per token)."""
@@ -114,11 +192,13 @@ class Evaluation:
             if broken:
                 notes.append(f"{name} has no mean: {broken} of its {len(numbers)} values are NaN or infinite.")
             else:
-                means[name] = mean_interval(numbers)
+                # A quantity with a unit is no proportion, even where every row happens to be 0: the KL at the start.
+                means[name] = (bootstrap_mean if name in _WITH_UNIT else mean_interval)(numbers)
         per_row: dict[str, list[float | None]] = {"demonstration_logp": [*self.demonstration_logps]}
         for name, answers in (("sampled", self.sampled), ("greedy", self.greedy)):
             if answers is not None and answers.scores is not None:
-                per_row |= {f"{name}_score": [*answers.scores], f"{name}_right": [*(answers.right or ())]}
+                per_row |= {f"{name}_score": [*(answers.score or ())], f"{name}_right": [*(answers.right or ())]}
+        per_row |= {name: [*numbers] for name, numbers in self._of_samples().items()}
         return EvaluationRecord(
             dataset=source,
             task=self.task,
@@ -128,6 +208,8 @@ class Evaluation:
             truncated_fraction=None if truncated is None else float(np.mean(truncated)),
             per_row=per_row,
             notes=notes,
+            samples_per_row=None if self.sampled is None else self.sampled.count,
+            reward_quality=self.reward_quality(),
         )
 
 
@@ -260,7 +342,9 @@ class EvaluationSet:
         sampling_batch_size: int = 64,
         seed: int = 0,
         sample: bool | None = None,
+        num_samples: int = 1,
         greedy: bool = False,
+        score_samples: bool = False,
         reward: Reward | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
@@ -272,10 +356,13 @@ class EvaluationSet:
             sampler: draws the answers, from these very weights; by default transformers, where there is something to draw.
             sampling_batch_size: sequences that the default sampler decodes side by side.
             seed: of the answers.
-            sample: draw one answer per row at temperature 1; by default if there is a verifier to score it.
+            sample: draw answers to each row at temperature 1; by default if there is a verifier to score them.
+            num_samples: how many.
             greedy: also decode one greedily.
+            score_samples: keep the log-probs of the sampled answers under the policy, for ``against_start``. With a
+                reward they are kept anyway.
             reward: a learned reward to evaluate.
-            on_progress: called with the number of answers drawn so far, sampled and greedy together.
+            on_progress: called with the number of rows answered so far, sampled and greedy together.
 
         Raises:
             UserError: answers are to be drawn and the model cannot be sampled from (see ``can_sample``); the verifier
@@ -300,7 +387,14 @@ class EvaluationSet:
 
         if sampler is None and (sample or greedy):  # only then: a recurrent model has log-probs, and no sampler
             sampler = TransformersSampler(model, batch_size=sampling_batch_size, pad_token_id=self.tokenization.pad_id)
-        sampled = self._answers(sampler, 1.0, seed, count) if sampler and sample else None
+        sampled = self._answers(sampler, 1.0, seed, count, num_samples) if sampler and sample else None
+        reward_accuracy = None
+        if sampled and (score_samples or reward):
+            sampled = replace(sampled, logps=self._sample_logps(sampled, model, layout, batch_size))
+        if sampled and reward:
+            scored = _with_rewards(reward, sampled.added_to(self.groups))
+            sampled = replace(sampled, rewards=[[c.values["reward"] for c in group.samples] for group in scored])
+            reward_accuracy = _accuracies(scored)
         return Evaluation(
             rows=[group.row for group in self.groups],
             demonstration_logps=demonstration_logps,
@@ -308,20 +402,37 @@ class EvaluationSet:
             demonstration_rewards=rewards,
             preference_rewards=preference_rewards,
             preference_logps=np.array(pair_logps) if self.pairs else None,
-            reward_accuracy=ranking(reward, self._against(sampled)) if reward and sampled else None,
+            reward_accuracy=reward_accuracy,
             preference_reward_accuracy=ranking(reward, self.pairs) if reward else None,
             sampled=sampled,
             greedy=self._answers(sampler, 0.0, seed, count) if sampler and greedy else None,
             task=self.task,
         )
 
-    def _against(self, answers: Answers) -> list[Group]:
-        """Each demonstration with the row's answer, where they differ."""
-        both = (
-            drop_copies(group.add([answer.completion]))
-            for group, answer in zip(self.groups, answers.samples, strict=True)
-        )
-        return [group for group in both if group.pairs]
+    def against_start(
+        self, evaluation: Evaluation, start: nn.Module, *, layout: Layout = "auto", batch_size: int = 16
+    ) -> Evaluation:
+        """The evaluation with the distance of its sampled answers from the start.
+
+        Args:
+            evaluation: of these rows, with the log-probs of its answers (``score_samples``). One without sampled
+                answers is given back as it is.
+            start: the model that training started from, or the policy with the start's weights.
+        """
+        answers = evaluation.sampled
+        if answers is None:
+            return evaluation
+        start_logps = self._sample_logps(answers, start, layout, batch_size)
+        return replace(evaluation, sampled=replace(answers, start_logps=start_logps))
+
+    def _sample_logps(
+        self, answers: Answers, model: nn.Module, layout: Layout, batch_size: int
+    ) -> list[tuple[float, ...]]:
+        """Log-probs of the answers as the demonstrations' are computed, which a sampler's may differ from."""
+        bare = [group.select(()) for group in self.groups]
+        per_batch = max(1, batch_size // answers.count)  # as many completions per forward pass as elsewhere
+        options: dict[str, Any] = {"layout": layout, "pad_token_id": self.tokenization.pad_id}
+        return cached_logps(model, answers.added_to(bare), batch_size=per_batch, **options)
 
     def _logps(
         self, model: nn.Module, layout: Layout, batch_size: int
@@ -340,6 +451,7 @@ class EvaluationSet:
         temperature: float,
         seed: int,
         on_finished: Callable[[int, list[Sample]], None],
+        num_samples: int = 1,
     ) -> Answers:
         params = SamplingParams(
             max_completion_length=self.tokenization.max_completion_length,
@@ -347,30 +459,45 @@ class EvaluationSet:
             temperature=temperature,
             seed=seed,
         )
-        samples = [
-            drawn[0]
-            for drawn in sampler.sample(
-                [group.prompt_ids for group in self.groups],
-                params,
-                rows=[group.row for group in self.groups],
-                on_finished=on_finished,
-            )
-        ]
-        texts = [self.tokenization.text(sample.token_ids) for sample in samples]
+        samples = sampler.sample(
+            [group.prompt_ids for group in self.groups],
+            params,
+            num_samples=num_samples,
+            rows=[group.row for group in self.groups],
+            on_finished=on_finished,
+        )
+        texts = [[self.tokenization.text(sample.token_ids) for sample in row] for row in samples]
         scores = None
         if self.verifier is not None:
             scores = [
-                _score(self.verifier, text, demonstration, self.source)
-                for text, demonstration in zip(texts, self.demonstrations, strict=True)
+                [_score(self.verifier, text, demonstration, self.source) for text in row]
+                for row, demonstration in zip(texts, self.demonstrations, strict=True)
             ]
         return Answers(samples, texts, scores)
 
 
 def ranking(reward: Reward, groups: Sequence[Group]) -> list[float]:
-    """For each group with one pair: 1 where its better completion has the higher reward, 0.5 for a tie, else 0."""
+    """For each group with a pair: 1 where its better completion has the higher reward, 0.5 for a tie, else 0.
+
+    Of several pairs the mean.
+    """
+    return _accuracies(_with_rewards(reward, groups))
+
+
+def _with_rewards(reward: Reward, groups: Sequence[Group]) -> list[Group]:
     rewards = iter(reward.score(groups).tolist())
-    pairs = (_better_first(group, [next(rewards) for _ in group.completions]) for group in groups)
-    return [float(np.sign(better - worse) + 1) / 2 for better, worse in pairs]
+    return [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
+
+
+def _accuracies(scored: Sequence[Group]) -> list[float]:
+    """One value per group that has a pair besides copies of its demonstration."""
+    found = []
+    for group in map(drop_copies, scored):
+        rewards = group.values("reward")
+        gaps = [rewards[better] - rewards[worse] for better, worse in group.pairs]
+        if gaps:
+            found.append(float(np.mean((np.sign(gaps) + 1) / 2)))
+    return found
 
 
 def _better_first(group: Group, values: Sequence[float]) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tutelage.algorithms.registry import Algorithm, find
 from tutelage.errors import UserError
-from tutelage.lab.base import BaseModel, base_folder
+from tutelage.lab.base import base_folder
 from tutelage.lab.definitions import Run
 from tutelage.lab.measures import LENGTHS, measure, measure_reward
 from tutelage.lab.mixture import retention_rows

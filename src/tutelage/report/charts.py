@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tutelage.report.runs import candidates, has_verifier_score
-from tutelage.results import Curve, RunRecord
+from tutelage.results import Curve, RewardQualityRecord, RunRecord
 
 __all__ = [
     "NUM_COLORS",
     "TIME_PARTS",
+    "best_of_n",
     "candidate_scores",
     "curve_groups",
     "dash",
@@ -49,7 +50,14 @@ COMMON = (
 )
 _FIRST, _LAST = ("Likelihood",), ("Samples", "Speed")  # the groups of the algorithms stand between
 # part of the time: opacity of its bar
-TIME_PARTS = {"sampling": 1.0, "reference": 0.76, "reward": 0.56, "validation": 0.4, "training": 0.24}
+TIME_PARTS = {
+    "negatives": 1.0,
+    "sampling": 0.88,
+    "reference": 0.72,
+    "reward": 0.56,
+    "validation": 0.4,
+    "training": 0.24,
+}
 NUM_COLORS = 7  # as many as the style sheet has; further runs repeat them with another dash
 
 _DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)))
@@ -155,6 +163,35 @@ def candidate_scores(run: RunRecord, index: int, over: str) -> str | None:
     left.set_xlabel("stage" if over == "stage" else "KL to the start, nats per sequence")
     if over == "kl":
         left.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    return _svg(figure)
+
+
+def best_of_n(quality: RewardQualityRecord, index: int) -> str:
+    """SVG of the verifier's score of the best of n answers: by the learned reward with its 95% interval, by own log-prob,
+    by the verifier itself, and of a random pick."""
+    figure, axes = _frame()
+    sizes = [each.n for each in quality.best_of]
+    color = _color(index)
+    axes.fill_between(
+        sizes,
+        [each.reward.low for each in quality.best_of],
+        [each.reward.high for each in quality.best_of],
+        color=color,
+        alpha=0.15,
+        linewidth=0,
+    )
+    lines = (
+        ("the verifier", [each.oracle.mean for each in quality.best_of], _INK, _DASHES[2]),
+        ("learned reward", [each.reward.mean for each in quality.best_of], color, _DASHES[0]),
+        ("own log-prob", [each.logp.mean for each in quality.best_of], _INK, _DASHES[1]),
+        ("random", [each.mean.mean for each in quality.best_of], _INK, (0, (6, 2, 1, 2))),
+    )
+    for label, values, ink, style in lines:
+        axes.plot(sizes, values, color=ink, linestyle=style, linewidth=1.5, marker="o", markersize=3, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("n answers to pick from")
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=_INK, loc="best")
     return _svg(figure)
 
 

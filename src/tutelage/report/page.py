@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from tutelage.report import charts
-from tutelage.report.runs import has_verifier_score, require_distinct_names, starts_of
+from tutelage.report.runs import has_verifier_score, is_graded, require_distinct_names, starts_of
 from tutelage.report.summary import Cell, Column, duration, summary_columns
-from tutelage.report.verdicts import judge
-from tutelage.results import Curve, RunRecord, SampleRecord
+from tutelage.report.verdicts import judge, signed
+from tutelage.results import Curve, Interval, RunRecord, SampleRecord
 
 __all__ = ["render", "write_report"]
 
@@ -43,7 +43,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     """
     require_distinct_names(runs)
     title = _title(runs)
-    parts = (_summary, _selection, _curves, _time, _samples, _settings)
+    parts = (_summary, _retention, _reward_quality, _selection, _curves, _time, _samples, _settings)
     body = "\n".join([_header(runs, title), *(part(runs) for part in parts)])
     style = files("tutelage.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
@@ -120,6 +120,113 @@ def _value(cell: Cell | None, column: Column) -> str:
         bar = f'<i style="left:{left:.1f}%;width:{right - left:.1f}%"></i><b style="left:{middle:.1f}%"></b>'
         bar = f'<span class="range">{bar}</span>'
     return f"{escape(cell.text)}{bar}<small>{escape(cell.bounds)}</small>"
+
+
+_QUANTITIES = {
+    "sampled_score": "sampled score",
+    "sampled_right": "sampled accuracy",
+    "greedy_score": "greedy score",
+    "greedy_right": "greedy accuracy",
+    "demonstration_logp": "log-prob, nats per sequence",
+}
+
+
+def _retention(runs: Sequence[RunRecord]) -> str:
+    """A row per run and quantity: what was found on another task before training, and after it."""
+    rows = []
+    for index, run in enumerate(runs):
+        if run.retention is None:
+            continue
+        before, after, change = run.retention.before, run.retention.after, run.retention.change
+        graded = {kind: is_graded([before, after], kind) for kind in ("sampled", "greedy")}
+        # A score that is the accuracy says nothing more.
+        repeated = {f"{kind}_score" for kind, is_so in graded.items() if not is_so}
+        for key, label in _QUANTITIES.items():
+            if key not in change or key in repeated:
+                continue
+            values = [_mean_of(each.per_row[key]) for each in (before, after)]
+            rows.append(
+                f'<tr style="{_color(index)}"><th scope="row">{_name(run, index)}</th><td>{escape(label)}</td>'
+                + "".join(f"<td>{signed(value)}</td>" for value in values)
+                + f"<td>{_signed_interval(change[key])}</td><td>{escape(after.dataset)}</td></tr>"
+            )
+    if not rows:
+        return ""
+    head = "".join(
+        f'<th scope="col">{text}</th>' for text in ("run", "quantity", "before", "after", "change", "the other task")
+    )
+    note = "Measured on rows of another task, before training and after; the change is paired by row, with its 95% interval."
+    return (
+        f'<h2>Retention</h2>\n<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f'</table></div>\n<p class="note">{note}</p>'
+    )
+
+
+def _mean_of(values: Sequence[float | None]) -> float:
+    return sum(value or 0.0 for value in values) / len(values)
+
+
+def _signed_interval(interval: Interval) -> str:
+    mean = ("+" if interval.mean > 0 else "") + signed(interval.mean)
+    return f"{mean} <small>{signed(interval.low)} to {signed(interval.high)}</small>"
+
+
+def _reward_quality(runs: Sequence[RunRecord]) -> str:
+    """Per run with a learned reward and a verifier: best of n by it, and how it ranks right over wrong."""
+    judged = [
+        (index, run, run.evaluation.reward_quality)
+        for index, run in enumerate(runs)
+        if run.evaluation and run.evaluation.reward_quality
+    ]
+    if not judged:
+        return ""
+    drawn = "".join(
+        _figure("Best of n by verifier score", run.name if len(runs) > 1 else "", charts.best_of_n(found, index))
+        for index, run, found in judged
+    )
+    rows = []
+    for index, run, found in judged:
+        best = found.best_of[-1]
+        for way, label, interval in (
+            ("reward", "learned reward", best.reward),
+            ("logp", "own log-prob", best.logp),
+            ("length", "length", None),
+            ("", "a random pick", best.mean),
+            ("", "the verifier itself", best.oracle),
+        ):
+            area, correlation = found.auc.get(way), found.correlations.get(way)
+            cells = (
+                _quiet_or(area and _interval_cell(area)),
+                _quiet_or(interval and _interval_cell(interval)),
+                _quiet_or(None if correlation is None else signed(correlation)),
+            )
+            rows.append(
+                f'<tr style="{_color(index)}"><th scope="row">{_name(run, index)}</th><td>{label}</td>'
+                + "".join(f"<td>{cell}</td>" for cell in cells)
+                + "</tr>"
+            )
+    most = max(found.answers for _, _, found in judged)
+    head = "".join(
+        f'<th scope="col">{text}</th>'
+        for text in ("run", "ranked by", "AUC, right over wrong", "score of the best", "correlation with the reward")
+    )
+    note = (
+        f"{most} answers to each held-out prompt. AUC: how often a right answer stands over a wrong one to the same prompt. "
+        "A reward is worth something where it picks better than the policy's own log-prob, which costs nothing. "
+        "Correlations are within prompts. Small numbers and the band: 95% intervals over prompts."
+    )
+    return (
+        f'<h2>Reward quality</h2>\n<div class="charts">{drawn}</div>\n<div class="wide"><table><thead><tr>{head}</tr>'
+        f'</thead><tbody>{"".join(rows)}</tbody></table></div>\n<p class="note">{note}</p>'
+    )
+
+
+def _interval_cell(interval: Interval) -> str:
+    return f"{signed(interval.mean)} <small>{signed(interval.low)}–{signed(interval.high)}</small>"
+
+
+def _quiet_or(text: str | None) -> str:
+    return text or '<span class="quiet">–</span>'
 
 
 def _selection(runs: Sequence[RunRecord]) -> str:

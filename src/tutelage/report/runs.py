@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tutelage.errors import UserError
-from tutelage.results import CandidateRecord, RunRecord
+from tutelage.results import CandidateRecord, EvaluationRecord, RunRecord
 
 __all__ = [
     "candidates",
@@ -45,14 +45,21 @@ def has_verifier_score(run: RunRecord) -> bool:
     return any(candidate.verifier_score is not None for candidate in run.selection)
 
 
-def is_graded(runs: Sequence[RunRecord], score: str) -> bool:
-    """Whether a verifier gave part of a point (or more than one) in any of the runs.
+def is_graded(evaluations: Iterable[EvaluationRecord | None], kind: str) -> bool:
+    """Whether a verifier gave part of a point (or more than one) in any of the evaluations.
+
+    Then the mean score of a row is not the share of its answers that are right.
 
     Args:
-        score: ``sampled_score`` or ``greedy_score``.
+        kind: ``sampled`` or ``greedy``.
     """
     return any(
-        value not in (0, 1, None) for run in runs if run.evaluation for value in run.evaluation.per_row.get(score, ())
+        score != right
+        for found in evaluations
+        if found
+        for score, right in zip(
+            found.per_row.get(f"{kind}_score", ()), found.per_row.get(f"{kind}_right", ()), strict=True
+        )
     )
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tutelage.report.runs import require_distinct_names
-from tutelage.report.verdicts import signed
+from tutelage.report.verdicts import scientific, signed
 from tutelage.results import Interval, RunRecord
 
 __all__ = ["Cell", "Column", "duration", "summary_columns", "summary_table"]
@@ -42,8 +43,8 @@ class Column:
     cells: tuple[Cell | None, ...]
 
 
-_TERMINAL_COLUMNS = 7
-_COSTS = {"passes", "time", "peak memory"}
+_TERMINAL_COLUMNS, _TERMINAL_WIDTH = 7, 100
+_COSTS = {"passes", "time", "operations", "peak memory"}
 
 
 def summary_columns(runs: Sequence[RunRecord]) -> list[Column]:
@@ -60,7 +61,7 @@ def summary_columns(runs: Sequence[RunRecord]) -> list[Column]:
 def summary_table(runs: Sequence[RunRecord]) -> Table:
     """The summary for a terminal of 100 columns: one row per run, with the 95% intervals below the values.
 
-    Where there are more columns than have room, what the runs cost is left to the page.
+    Where there are more columns than have room, what the runs cost is left to the page, and then the last ones are.
 
     Raises:
         UserError: no runs, or two of the same name.
@@ -69,6 +70,13 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
     columns = summary_columns(runs)
     if len(columns) > _TERMINAL_COLUMNS:
         columns = [column for column in columns if column.heading not in _COSTS]
+    wide = Console(width=10 * _TERMINAL_WIDTH)
+    while wide.measure(table := _table(runs, columns)).maximum > _TERMINAL_WIDTH and columns:
+        columns = columns[:-1]
+    return table
+
+
+def _table(runs: Sequence[RunRecord], columns: Sequence[Column]) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -126,6 +134,20 @@ def _time(run: RunRecord) -> Cell | None:
     return None if total is None else Cell(duration(total))
 
 
+def _retained(run: RunRecord) -> Cell | None:
+    """The change of the other task's score, or of its log-prob where no verifier scored it."""
+    change = run.retention.change if run.retention else {}
+    found = next(
+        (change[key] for key in ("sampled_score", "greedy_score", "demonstration_logp") if key in change), None
+    )
+    return Cell(("+" if found.mean > 0 else "") + signed(found.mean), found) if found else None
+
+
+def _operations(run: RunRecord) -> Cell | None:
+    total = run.flops.get("total")
+    return None if total is None else Cell(scientific(total))
+
+
 def _memory(run: RunRecord) -> Cell | None:
     peak = run.peak_memory_bytes
     return None if peak is None else Cell(f"{peak / 2**30:.2f} GiB")
@@ -143,6 +165,17 @@ _COLUMNS = (
         _evaluated("demonstration_logp"),
     ),
     (
+        "distinct right answers",
+        "Different right answers among the sampled answers to a prompt",
+        _evaluated("distinct_right"),
+    ),
+    ("KL to the start", "Mean log-ratio of the sampled answers to the start, nats per sequence", _evaluated("kl")),
+    (
+        "retention change",
+        "Change of the other task's score since the start (its log-prob, in nats, where no verifier scored it)",
+        _retained,
+    ),
+    (
         "preference accuracy",
         "Share of preference pairs that the implicit reward puts in the right order",
         _evaluated("preference_accuracy"),
@@ -158,5 +191,6 @@ _COLUMNS = (
         _evaluated("preference_reward_accuracy"),
     ),
     ("time", "Wall-clock time of training, sampling included", _time),
+    ("operations", "Floating-point operations of training, sampling included: an estimate", _operations),
     ("peak memory", "Most memory in use at once", _memory),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,14 +17,41 @@ from tutelage.report.runs import (
     same_place,
     starts_of,
 )
-from tutelage.results import CandidateRecord, Interval, RunRecord
+from tutelage.results import CandidateRecord, EvaluationRecord, Interval, RunRecord
 
-__all__ = ["Verdict", "judge", "signed", "verdicts"]
+__all__ = ["Verdict", "judge", "scientific", "signed", "verdicts"]
 
 MIN_ROWS = 10  # below that a bootstrap interval is too narrow to be believed
 MIN_DIFFERING = 6  # with fewer, even all of them on one side, a sign test cannot reach 5%
 ROUNDING = 1e-5  # differences below this share of the values compared may be rounding
 COLLAPSE = 0.10  # a fall of the held-out demonstration log-prob by this share of the start's
+SAME_SCORE = 0.02  # target scores that differ by no more are called equal, in points of the verifier
+SAME_COMPUTE = 0.10  # so are numbers of operations that differ by no more than this share of the larger
+
+
+def _target(run: RunRecord) -> EvaluationRecord | None:
+    return run.evaluation
+
+
+def _other_task(run: RunRecord) -> EvaluationRecord | None:
+    return run.retention and run.retention.after
+
+
+_Of = Callable[[RunRecord], EvaluationRecord | None]
+"""Which evaluation of a run is compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What is said of a method and a control where the method's number is surely higher, unclear, surely lower."""
+
+    higher: str = "helped over"
+    unclear: str = "did not beat"
+    lower: str = "did worse than"
+    condition: str = ""
+
+    def claim(self, method: str, verb: str, control: str) -> str:
+        return f"{method} {verb} {control}{self.condition}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +77,8 @@ def verdicts(runs: Sequence[RunRecord]) -> list[str]:
     "Helped" is said only when the 95% interval of the paired difference excludes zero and has a width. Runs whose
     held-out demonstrations became more than 10% less likely (in nats) than under their start are called collapsed. Of a
     run that chose among policies by a learned reward it is said which was kept, and whether training went on to raise
-    that reward while the verifier score fell.
+    that reward while the verifier score fell. Of what was forgotten of another task it is only said against a control that
+    reached the same target score, or took the same compute.
 
     Raises:
         UserError: no runs, or two of the same name.
@@ -84,6 +112,18 @@ def signed(value: float, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
+def scientific(value: float) -> str:
+    """A large number for people to read.
+
+    >>> scientific(2.345e15)
+    '2.3 · 10^15'
+    """
+    if value < 1000:
+        return f"{value:.3g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits} · 10^{int(exponent)}"
+
+
 def _judge_method(method: RunRecord, runs: Sequence[RunRecord]) -> list[Verdict]:
     name, controls = method.name, controls_of(method, runs) or starts_of(method, runs)
     controls = sorted(controls, key=lambda control: control.id)
@@ -108,7 +148,62 @@ def _judge_method(method: RunRecord, runs: Sequence[RunRecord]) -> list[Verdict]
         return [Verdict(f"{name} cannot be judged", evidence, "note")]
     for control in {control.name: control for control in against}.values():
         found += _unequal(method, control)
+    return found + _retention(method, controls)
+
+
+def _retention(method: RunRecord, controls: Sequence[RunRecord]) -> list[Verdict]:
+    """What the method kept of another task, against controls that reached the same target score, or took the same compute.
+
+    Nothing is said where no control did: a run that learned less has forgotten less.
+    """
+    controls = [control for control in controls if _same_other_task(method, control)]
+    found = []
+    equal = {"an equal target score": _same_score, "equal compute": _same_compute}
+    for what, told in equal.items():
+        fair = {control.name: shown for control in controls if (shown := told(method, control))}
+        words = _Words("forgot less than", "did not forget less than", "forgot more than", f" at {what}")
+        having = [control for control in controls if control.name in fair]
+        comparison = _answers(method, having, "sampled", _other_task, words) or _answers(
+            method, having, "greedy", _other_task, words
+        )
+        comparison = comparison or _compare(
+            method, having, "demonstration_logp", "log-prob", " nats", _other_task, words
+        )
+        if comparison:
+            verdict, control = comparison
+            evidence = f"on the other task {verdict.evidence}; {fair[control.name]}"
+            found.append(Verdict(verdict.claim, evidence, verdict.tone))
     return found
+
+
+def _same_other_task(method: RunRecord, control: RunRecord) -> bool:
+    ours, theirs = _other_task(method), _other_task(control)
+    return (
+        ours is not None
+        and theirs is not None
+        and ours.task == theirs.task
+        and same_place(ours.dataset, theirs.dataset)
+    )
+
+
+def _same_score(method: RunRecord, control: RunRecord) -> str | None:
+    """The two target scores, where they are equal; None where they are not, or no verifier scored both."""
+    for kind in ("sampled", "greedy"):
+        pairs = _shared_rows(method, control, f"{kind}_score")
+        if pairs and all(math.isfinite(value) for pair in pairs for value in pair):
+            ours, theirs = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+            # Not by a rounding of the mean over the bound.
+            same = len(pairs) >= MIN_ROWS and abs(ours - theirs) <= SAME_SCORE + 1e-9
+            return f"target score {signed(ours)} against {signed(theirs)}" if same else None
+    return None
+
+
+def _same_compute(method: RunRecord, control: RunRecord) -> str | None:
+    """The two numbers of operations, where they are equal; None where they are not, or one is not known."""
+    ours, theirs = (run.flops.get("total", 0.0) for run in (method, control))
+    if not ours or not theirs or abs(ours - theirs) > SAME_COMPUTE * max(ours, theirs):
+        return None
+    return f"{scientific(ours)} operations against {scientific(theirs)}"
 
 
 def _unequal(method: RunRecord, control: RunRecord) -> list[Verdict]:
@@ -134,22 +229,32 @@ def _obstacle(method: RunRecord, control: RunRecord) -> str | None:
 
 
 def _answers(
-    method: RunRecord, controls: Sequence[RunRecord], kind: Literal["sampled", "greedy"]
+    method: RunRecord,
+    controls: Sequence[RunRecord],
+    kind: Literal["sampled", "greedy"],
+    of: _Of = _target,
+    words: _Words = _Words(),
 ) -> tuple[Verdict, RunRecord] | None:
     """By the verifier's score where it gives part of a point, else by the share of right answers."""
-    if is_graded([method, *controls], f"{kind}_score"):
-        return _compare(method, controls, f"{kind}_score", f"{kind} score")
-    return _compare(method, controls, f"{kind}_right", f"{kind} accuracy")
+    if is_graded(map(of, [method, *controls]), kind):
+        return _compare(method, controls, f"{kind}_score", f"{kind} score", "", of, words)
+    return _compare(method, controls, f"{kind}_right", f"{kind} accuracy", "", of, words)
 
 
 def _compare(
-    method: RunRecord, controls: Sequence[RunRecord], key: str, label: str, unit: str = ""
+    method: RunRecord,
+    controls: Sequence[RunRecord],
+    key: str,
+    label: str,
+    unit: str = "",
+    of: _Of = _target,
+    words: _Words = _Words(),
 ) -> tuple[Verdict, RunRecord] | None:
     """The verdict by one number, and the control that it is against; None where no rows are shared.
 
     Against the strongest control: a method that is said to help has to beat each of them.
     """
-    pairs = {control.name: _shared_rows(method, control, key) for control in controls}
+    pairs = {control.name: _shared_rows(method, control, key, of) for control in controls}
     having = [control for control in controls if pairs[control.name]]
     if not having:
         return None
@@ -160,7 +265,7 @@ def _compare(
         return len(theirs) >= MIN_ROWS, not broken, 0.0 if broken else sum(theirs) / len(theirs), control.id, theirs
 
     control = max(having, key=strength)
-    verdict = _verdict(method, control, pairs[control.name], label, unit)
+    verdict = _verdict(method, control, pairs[control.name], label, unit, words)
     if len(having) > 1:
         evidence = f"{verdict.evidence}; {control.name} is the strongest of {len(having)} controls by this number"
         verdict = Verdict(verdict.claim, evidence, verdict.tone)
@@ -168,52 +273,57 @@ def _compare(
 
 
 def _verdict(
-    method: RunRecord, control: RunRecord, pairs: Sequence[tuple[float, float]], label: str, unit: str
+    method: RunRecord,
+    control: RunRecord,
+    pairs: Sequence[tuple[float, float]],
+    label: str,
+    unit: str,
+    words: _Words,
 ) -> Verdict:
     name, other, n = method.name, control.name, len(pairs)
     ours, theirs = zip(*pairs, strict=True)
     broken = sum(not math.isfinite(value) for value in (*ours, *theirs))
     if broken:
         evidence = f"{broken} of the values are NaN or infinite"
-        return Verdict(f"{name} and {other} cannot be compared by {label}", evidence, "hurt")
+        return Verdict(f"{name} and {other} cannot be compared by {label}{words.condition}", evidence, "hurt")
     means = [sum(values) / n for values in (ours, theirs)]
     if n < MIN_ROWS:
         numbers = f"{label} {signed(means[0])} against {signed(means[1])}{unit}"
         evidence = f"{numbers}, but the rows that both have are only {n}"
-        return Verdict(f"Too few rows to compare {name} with {other}", evidence, "note")
+        return Verdict(f"Too few rows to compare {name} with {other}{words.condition}", evidence, "note")
     difference = paired_difference(ours, theirs)
     digits = _digits(difference)
     numbers = f"{label} {signed(means[0], digits)} against {signed(means[1], digits)}{unit}"
     resolution = ROUNDING * max(map(abs, means))
     if max(abs(difference.low), abs(difference.high)) <= resolution:
         evidence = f"{numbers}, equal up to rounding over {n} rows"
-        return Verdict(f"No difference between {name} and {other}", evidence, "note")
+        return Verdict(f"No difference between {name} and {other}{words.condition}", evidence, "note")
     if difference.high - difference.low <= 1e-9 * max(map(abs, (*means, difference.mean))):
         evidence = (
             f"{numbers}, and each of the {n} rows differs by the same {signed(difference.mean, digits)}: an interval of "
             "width zero shows nothing"
         )
-        return Verdict(f"No verdict on {name} against {other}", evidence, "note")
+        return Verdict(f"No verdict on {name} against {other}{words.condition}", evidence, "note")
     numbers += f", difference {_difference(difference, digits)}"
     if difference.low <= 0 <= difference.high:
-        return Verdict(f"{name} did not beat {other}", f"{numbers}; no difference that {n} rows can show", "neutral")
+        claim = words.claim(name, words.unclear, other)
+        return Verdict(claim, f"{numbers}; no difference that {n} rows can show", "neutral")
     differing = sum(abs(a - b) > ROUNDING * max(abs(a), abs(b)) for a, b in pairs)
     if differing < MIN_DIFFERING:
         evidence = f"{numbers}, but only {differing} of {n} rows differ"
-        return Verdict(f"Too few rows differ between {name} and {other}", evidence, "note")
+        return Verdict(f"Too few rows differ between {name} and {other}{words.condition}", evidence, "note")
     if difference.low > 0:
-        return Verdict(f"{name} helped over {other}", f"{numbers}, {n} rows", "helped")
-    return Verdict(f"{name} did worse than {other}", f"{numbers}, {n} rows", "hurt")
+        return Verdict(words.claim(name, words.higher, other), f"{numbers}, {n} rows", "helped")
+    return Verdict(words.claim(name, words.lower, other), f"{numbers}, {n} rows", "hurt")
 
 
-def _shared_rows(a: RunRecord, b: RunRecord, key: str) -> list[tuple[float, float]]:
+def _shared_rows(a: RunRecord, b: RunRecord, key: str, of: _Of = _target) -> list[tuple[float, float]]:
     """The values of a and b on the rows that have both; NaN where a record holds None."""
-    ours, theirs = _by_row(a, key), _by_row(b, key)
+    ours, theirs = _by_row(of(a), key), _by_row(of(b), key)
     return [(value, theirs[row]) for row, value in ours.items() if row in theirs]
 
 
-def _by_row(run: RunRecord, key: str) -> dict[int, float]:
-    found = run.evaluation
+def _by_row(found: EvaluationRecord | None, key: str) -> dict[int, float]:
     if found is None or key not in found.per_row:
         return {}
     values = (math.nan if value is None else value for value in found.per_row[key])

@@ -14,7 +14,7 @@ from tutelage.rewards.base import Reward
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
 from tutelage.rewards.feature_reward import FeatureReward
 
-__all__ = ["Combine", "LikelihoodReward", "RewardEnsemble", "fit_members"]
+__all__ = ["Combine", "LikelihoodReward", "OwnLogpReward", "RewardEnsemble", "fit_members"]
 
 Combine = Literal["mean", "mean_minus_std", "min"]
 
@@ -124,3 +124,30 @@ class LikelihoodReward:
     def scores(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """As ``score``, one tuple per group."""
         return [tuple(part.tolist()) for part in self.score(groups).split([len(g.completions) for g in groups])]
+
+
+class OwnLogpReward:
+    """The policy's own log-prob of an answer (nats per sequence): nothing is learned, a policy is made surer of itself.
+
+    Args:
+        logps: log-probs of the tokens of each completion of groups under the policy, for those that do not know their
+            ``old_logps``.
+    """
+
+    def __init__(self, logps: Callable[[Sequence[Group]], Sequence[Sequence[Sequence[float]]]]):
+        self.logps = logps
+
+    def score(self, groups: Sequence[Group]) -> Tensor:
+        """[C] rewards; see ``Reward``."""
+        unknown = [group for group in groups if any("old_logps" not in c.token_values for c in group.completions)]
+        found = iter(self.logps(unknown) if unknown else ())
+        sums = [
+            value
+            for group in groups
+            for value in (
+                group.sums("old_logps")
+                if all("old_logps" in c.token_values for c in group.completions)
+                else [sum(logps) for logps in next(found)]
+            )
+        ]
+        return torch.tensor(sums, dtype=torch.float32)

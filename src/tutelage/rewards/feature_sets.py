@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -70,11 +70,13 @@ class FeatureParts:
         hidden: for ``hidden``; rewards that share it compute the states of a completion once.
         logps: log-probs of the tokens of each completion of groups under the policy (nats per token), for ``logp``, where
             completions do not know their ``old_logps``. ``cached_token_logps`` of a model gives them.
+        settings: of sets by name, where they are made anew: ``{"hidden": {"depths": (1.0,), "pooling": "last"}}``.
     """
 
     text: Callable[[Sequence[int]], str] | None = None
     hidden: HiddenSource | None = None
     logps: Callable[[Sequence[Group]], Sequence[Sequence[Sequence[float]]]] | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class LogpFeatures:
@@ -234,7 +236,8 @@ def feature_sets(names: str, parts: FeatureParts | None = None) -> list[FeatureS
             remedy="Write for example text,hidden.",
             field=_FIELD,
         )
-    return [feature_set({"name": name}, parts or FeatureParts()) for name in listed]
+    parts = parts or FeatureParts()
+    return [feature_set({"name": name, **parts.settings.get(name, {})}, parts) for name in listed]
 
 
 def feature_set(settings: Mapping[str, Any], parts: FeatureParts) -> FeatureSet:

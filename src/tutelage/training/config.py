@@ -24,6 +24,7 @@ _AT_LEAST_ONE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "sampling_batch_size",
+    "eval_samples",
     "gradient_accumulation_steps",
 )
 
@@ -116,6 +117,24 @@ class DemonstrationConfig(TrainingArguments):
     )
     eval_rows: int | None = field(
         default=None, metadata={"help": "Number of held-out rows to evaluate on, from the start; by default all."}
+    )
+    eval_samples: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "Answers to each held-out row at temperature 1; the score is their mean. With several (8, for example) "
+                "and a verifier, the evaluation also has diversity, and the quality of a learned reward."
+            )
+        },
+    )
+    eval_kl: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Keep the weights of the start, for the KL of the trained policy to it, where all parameters are trained: "
+                "as much memory as the model takes. With an adapter the KL is measured anyway."
+            )
+        },
     )
     sampling_batch_size: int = field(
         default=64, metadata={"help": "Sequences decoded in parallel. Affects speed and memory, not the samples."}

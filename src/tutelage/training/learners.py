@@ -199,8 +199,13 @@ class FeatureLearner:
         return True
 
     def export(self, folder: Path, tokenization: Tokenization) -> None:
-        """See ``Learner.export``; ``tutelage score`` and ``FeatureReward.load`` read it."""
+        """See ``Learner.export``; ``tutelage score`` and ``FeatureReward.from_pretrained`` read it.
+
+        What a model for sequence classification can compute is one too, in ``classifier``.
+        """
         self.reward.save(folder, tokenization.tokenizer, **self.facts)
+        if self.reward.is_classifier:  # on the base alone: the one in memory may have an adapter in it
+            FeatureReward.from_pretrained(folder).save_as_classifier(folder / "classifier", tokenization.tokenizer)
 
 
 class FixedLearner:

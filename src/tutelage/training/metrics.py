@@ -38,10 +38,13 @@ class Means:
 
 
 class Costs:
-    """Seconds by kind of work, and tokens.
+    """Seconds by kind of work, floating-point operations, and tokens.
 
     Attributes:
-        seconds: by kind: ``sampling``, ``reference``, ``reward``, ``validation``, ``training``, ``evaluation``.
+        seconds: by kind: ``negatives``, ``sampling``, ``reference``, ``reward``, ``validation``, ``training``,
+            ``evaluation``.
+        flops: by the same kinds, without ``evaluation``: see ``tutelage.training.flops``. None where a part of the run
+            is not known, because a checkpoint does not tell.
         policy_tokens: completion tokens that the policy's optimizer steps trained on.
         reward_tokens: completion tokens that the reward's optimizer steps trained on.
         sampled_tokens: tokens sampled for training, validation rows included.
@@ -49,17 +52,30 @@ class Costs:
 
     def __init__(self):
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.flops: defaultdict[str, float] | None = defaultdict(float)
         self.policy_tokens = self.reward_tokens = self.sampled_tokens = 0
+        self._timed: list[str] = []
         self._logged: dict[str, float] = {}
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Within, the clock runs for one kind of work."""
         begin = perf_counter()
+        self._timed.append(what)
         try:
             yield
         finally:
+            self._timed.pop()
             self.seconds[what] += perf_counter() - begin
+
+    def count_flops(self, operations: float, *, trains: bool) -> None:
+        """Add operations to the kind of work that is timed now; outside any, training or ``other``.
+
+        Those of an evaluation are no cost of training, and not counted.
+        """
+        kind = self._timed[-1] if self._timed else "training" if trains else "other"
+        if self.flops is not None and "evaluation" not in self._timed:
+            self.flops[kind] += operations
 
     @property
     def trained_tokens(self) -> int:
@@ -78,7 +94,8 @@ class Costs:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         tokens = [self.policy_tokens, self.reward_tokens, self.sampled_tokens]
-        return {"seconds": dict(self.seconds), "tokens": tokens}
+        flops = None if self.flops is None else dict(self.flops)
+        return {"seconds": dict(self.seconds), "tokens": tokens, "flops": flops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict``; what went before belongs to no line that is still to come."""
@@ -86,4 +103,6 @@ class Costs:
         *trained, self.sampled_tokens = state["tokens"]
         # Checkpoints of the first version have one number for what both trained on.
         self.policy_tokens, self.reward_tokens = (*trained, 0)[:2]
+        flops = state.get("flops")  # an earlier version counted none
+        self.flops = None if flops is None else defaultdict(float, flops)
         self.since_last_log()

@@ -83,9 +83,11 @@ class RewardStageConfig(StageConfig):
             "help": (
                 "What kind of reward is learned: features (logistic regression on features of the answers; see "
                 "--reward_features), model (a body with a scalar head), likelihood (the mean log-prob of out-of-fold "
-                "policies), or auto (fits the kinds that are cheap, and takes the one that ranks the validation rows best)."
+                "policies), logp (the policy's own log-prob: nothing is learned, and with --policy_update best_of_n it is "
+                "self-training, a control), or auto (fits the kinds that are cheap, and takes the one that ranks the "
+                "validation rows best)."
             ),
-            "choices": ["features", "model", "likelihood", "auto"],
+            "choices": ["features", "model", "likelihood", "logp", "auto"],
         },
     )
     reward_features: str = field(
@@ -95,6 +97,22 @@ class RewardStageConfig(StageConfig):
                 "Sets of features, separated by commas: text (n-grams, copies of the prompt, coverage, length, repeats), "
                 "hidden (hidden states of the base model), logp (the policy's own log-prob), module:function."
             )
+        },
+    )
+    hidden_depths: list[float] = field(
+        default_factory=lambda: [1 / 3, 1 / 2, 2 / 3],
+        metadata={
+            "help": "Depths whose hidden states are the features 'hidden': 0 is the embedding, 1 the last layer's output."
+        },
+    )
+    hidden_pooling: str = field(
+        default="mean",
+        metadata={
+            "help": (
+                "Hidden states of an answer: their mean over its tokens, or the last token's. With depth 1 and last alone, "
+                "the reward is also saved as a model for sequence classification."
+            ),
+            "choices": ["mean", "last"],
         },
     )
     reward_negatives: str = field(
@@ -331,6 +349,11 @@ class RewardStageConfig(StageConfig):
                 raise UserError(f"must be above 0, not {getattr(self, name):g}.", field=name)
         if not 0 <= self.reward_label_smoothing < 0.5:
             raise UserError("must be at least 0 and below 0.5.", field="reward_label_smoothing")
+        if not self.hidden_depths or not all(0 <= depth <= 1 for depth in self.hidden_depths):
+            raise UserError(
+                f"must be numbers from 0 to 1, not {' '.join(map(str, self.hidden_depths)) or 'none'}.",
+                field="hidden_depths",
+            )
         if self.num_folds < 2:
             raise UserError(f"must be at least 2, not {self.num_folds}.", field="num_folds")
         if self.prompt_mix is not None and not 0 < self.prompt_mix <= 1:

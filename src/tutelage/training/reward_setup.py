@@ -28,13 +28,14 @@ from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabular
 from tutelage.models.weights import WeightSet
 from tutelage.rewards.base import Reward, scores_by_group
 from tutelage.rewards.comparisons import TruncatedSamples, contrast
-from tutelage.rewards.ensemble import Combine, LikelihoodReward
+from tutelage.rewards.ensemble import Combine, LikelihoodReward, OwnLogpReward
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
 from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.scoring.logps import Layout
 from tutelage.training.config import SFT_LEARNING_RATES
+from tutelage.training.flops import count_passes
 from tutelage.training.folds import Folds, FoldSettings, base_weights
 from tutelage.training.gate import Gate, pair_accuracy
 from tutelage.training.learners import (
@@ -45,7 +46,7 @@ from tutelage.training.learners import (
     Learner,
     ModelLearner,
 )
-from tutelage.training.negatives import Negatives, parse_negatives
+from tutelage.training.negatives import Kind, Negatives, parse_negatives
 from tutelage.training.reward_config import RewardStageConfig
 from tutelage.training.reward_phase import VALIDATION_ROWS, RewardPhaseSettings
 from tutelage.training.rollout import Rollout
@@ -174,7 +175,7 @@ def known_demonstrations(trainer: DemonstrationTrainer) -> list[Group]:
         UserError: negatives of streamed data.
     """
     args = cast(RewardStageConfig, trainer.args)
-    if parse_negatives(args.reward_negatives) == ("own",) and args.reward != "likelihood":
+    if _kinds(args) == ("own",) and args.reward != "likelihood":
         return []
     if isinstance(trainer.train_dataset, IterableDataset):
         raise UserError(
@@ -308,7 +309,7 @@ def make_negatives(
         return make_folds(trainer, groups, base, store.folder / "negatives")
 
     return Negatives(
-        parse_negatives(args.reward_negatives),
+        _kinds(args),
         groups,
         rollout,
         store,
@@ -317,6 +318,11 @@ def make_negatives(
         costs=trainer.costs,
         progress=trainer.progress,
     )
+
+
+def _kinds(args: RewardStageConfig) -> tuple[Kind, ...]:
+    """The negatives that the reward is fitted to; one that learns nothing needs none."""
+    return ("own",) if args.reward in ("likelihood", "logp") else parse_negatives(args.reward_negatives)
 
 
 def make_learner(
@@ -347,6 +353,7 @@ def make_learner(
             autocast=trainer.compute_loss_context_manager,
         ),
         logps=trainer.scorer.token_logps,
+        settings={"hidden": {"depths": tuple(args.hidden_depths), "pooling": args.hidden_pooling}},
     )
     facts = {
         "max_prompt_length": args.max_prompt_length,
@@ -366,6 +373,8 @@ def make_learner(
             autocast=trainer.compute_loss_context_manager,
             peft_config=peft_config,
         )
+        if reward.weights is None:  # its body is not the policy's
+            count_passes(reward.model, trainer.costs.count_flops)
         fitter = make_fitter(reward, args, preferences, trainer.policy, seed=seed)
         return ModelLearner(
             fitter, epochs=args.reward_epochs, steps=args.reward_steps, truncated_samples=treat, seed=seed
@@ -373,6 +382,8 @@ def make_learner(
 
     if args.reward == "likelihood":
         return FixedLearner(lambda: _likelihood(trainer, negatives))
+    if args.reward == "logp":
+        return FixedLearner(lambda: OwnLogpReward(trainer.scorer.token_logps))
     if args.reward == "auto":
         names = ("text", "hidden", "text,logp", "hidden,logp")
         return AutoLearner(
@@ -395,6 +406,7 @@ def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
     if isinstance(trainer.policy, PeftModel):
         return trainer.policy
     model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
+    count_passes(model, trainer.costs.count_flops)
     return cast(nn.Module, model).to(trainer.args.device).requires_grad_(False)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -32,15 +31,18 @@ from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
+from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress, Silent
-from tutelage.results import AlgorithmInfo, RunRecord, model_card, run_id
+from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, model_card, run_id
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
+from tutelage.training.flops import counted
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
+from tutelage.training.retention import Retention
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.stages import Stages
 
@@ -151,9 +153,15 @@ class DemonstrationTrainer(Trainer):
             pad_token_id=self.tokenization.pad_id,
             autocast=self.compute_loss_context_manager,
         )
-        self.evaluation_set = None if eval_dataset is None else self._evaluation_rows(eval_dataset)
+        held_out = {"verifier": args.verifier, "source": eval_source}
+        self.evaluation_set = None if eval_dataset is None else self._evaluation_rows(eval_dataset, **held_out)
         if self.evaluation_set is not None:
             self.evaluation_set.require_answers(self.policy)
+        self.retention: Retention | None = None
+        self._start: WeightSet | None = None
+        if self.evaluation_set is not None and (args.eval_kl or isinstance(policy, PeftModel)):
+            # Here, because a checkpoint that a run goes on from brings other weights.
+            self._start = WeightSet(self.policy) if self._base_at_start() is None else None
         self.add_callback(Guard(self))
         self.add_callback(CostsInCheckpoints(self))
         logger.info(
@@ -171,6 +179,8 @@ class DemonstrationTrainer(Trainer):
             UserError: they do not fit into an epoch, or they repeat streamed data.
         """
         self.stages = stages
+        if stages.rollout.initial is not None:
+            self._start = None  # once is enough
         self.add_callback(StageEnd(self))
         if self.train_dataset is not None:  # fail before training if there are too many stages
             self.set_initial_training_values(self.args, self.get_train_dataloader())
@@ -343,19 +353,58 @@ class DemonstrationTrainer(Trainer):
         if self.evaluation_set is not None and self.evaluation_set.reference is None:
             with self.progress.phase("held-out log-probs of the start"):
                 self._remember_start(self.evaluation_set)
-        output = super().train(*args, **kwargs)
-        if self.stages is not None:
-            self.stages.finish(self.state.global_step)
+        if self.retention is not None:
+            self.retention.measure_start(self._measured_retention)
+        with counted(self.policy, self.costs.count_flops):
+            output = super().train(*args, **kwargs)
+            if self.stages is not None:
+                self.stages.finish(self.state.global_step)
         return output
 
-    def _evaluation_rows(self, dataset: Dataset) -> EvaluationSet:
+    def watch_retention(
+        self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data"
+    ) -> None:
+        """Measure what training does to another task: call it before training.
+
+        The start is evaluated when training begins, and its findings lie in the run's folder; ``record`` has what the
+        policy has become beside them after ``retained``.
+
+        Args:
+            dataset: the other task's rows, read as the held-out ones are.
+            verifier: scores its answers; see ``load_verifier``.
+            source: what errors about the data call them.
+
+        Raises:
+            UserError: bad data, or a verifier that has no answers to score.
+        """
+        rows = self._evaluation_rows(dataset, verifier=verifier, source=source)
+        rows.require_answers(self.policy)
+        self.retention = Retention(rows, Path(str(self.args.output_dir)), str(self.model_name), self.args)
+
+    def _measured_retention(self, rows: EvaluationSet) -> EvaluationRecord:
+        answers = rows.verifier is not None
+        name = f"another task: {rows.source}"
+        with (
+            self.progress.phase(name, 2 * len(rows.groups) if answers else None) as advance,
+            self.compute_loss_context_manager(),
+        ):
+            found = rows.evaluate(
+                self.policy, greedy=answers, seed=self.args.seed, on_progress=advance, **self._evaluation_options
+            )
+        return found.record(rows.source)
+
+    def retained(self) -> RetentionRecord | None:
+        """What training did to another task, by the policy as it stands; None where none is watched."""
+        return self.retention.compare(self._measured_retention) if self.retention else None
+
+    def _evaluation_rows(self, dataset: Dataset, *, verifier: str | None, source: str) -> EvaluationSet:
         return EvaluationSet.of(
             dataset,
             self.tokenization,
             turns=cast(Turns, self.args.turns),
-            verifier=self.args.verifier,
+            verifier=verifier,
             limit=self.args.eval_rows,
-            source=self.eval_source,
+            source=source,
         )
 
     def _remember_start(self, rows: EvaluationSet) -> None:
@@ -366,6 +415,14 @@ class DemonstrationTrainer(Trainer):
         """Within, the policy has the weights that it started with; None where they are known no more."""
         if self.stages is not None and self.stages.rollout.initial is not None:
             return self.stages.rollout.initial.active()
+        if self._start is not None:
+            return self._start.active()
+        if (base := self._base_at_start()) is not None:
+            return base
+        return nullcontext() if self.state.global_step == 0 else None
+
+    def _base_at_start(self) -> AbstractContextManager | None:
+        """Within, the policy is without its adapter, where that is how it started; None elsewhere."""
         policy = self.policy
         if (
             self._base_is_start
@@ -374,7 +431,7 @@ class DemonstrationTrainer(Trainer):
             and getattr(policy.active_peft_config, "init_lora_weights", None) in (True, "gaussian")
         ):
             return policy.disable_adapter()
-        return nullcontext() if self.state.global_step == 0 else None
+        return None
 
     def evaluate(  # type: ignore[override]
         self,
@@ -394,18 +451,22 @@ class DemonstrationTrainer(Trainer):
         rows = self.evaluation_set
         if eval_dataset is not None:
             rows = (
-                self.evaluation_set.over(eval_dataset) if self.evaluation_set else self._evaluation_rows(eval_dataset)
+                self.evaluation_set.over(eval_dataset)
+                if self.evaluation_set
+                else self._evaluation_rows(eval_dataset, verifier=self.args.verifier, source=self.eval_source)
             )
             if rows.reference is None and (start := self._at_start()) is not None:
                 with start:
                     self._remember_start(rows)
         if rows is None:
             raise UserError("there is no held-out data to evaluate on.", remedy="Give an eval_dataset.")
-        begin = time.perf_counter()
-        with self.progress.phase("evaluating"), self.compute_loss_context_manager():
+        with (
+            self.costs.timed("evaluation"),
+            self.progress.phase("evaluating"),
+            self.compute_loss_context_manager(),
+        ):
             found = self.evaluation(rows)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
-        self.costs.seconds["evaluation"] += time.perf_counter() - begin
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -423,17 +484,34 @@ class DemonstrationTrainer(Trainer):
         )
 
     def evaluation(self, rows: EvaluationSet, **options: Any) -> Evaluation:
-        """What ``rows.evaluate`` finds of the policy as it stands, at this run's settings."""
-        return rows.evaluate(
+        """What ``rows.evaluate`` finds of the policy as it stands, at this run's settings.
+
+        Sampled answers are held against the start, where its weights are known.
+        """
+        start = self._at_start()
+        found = rows.evaluate(
             self.policy,
             beta=self.objective.beta(self.stage),
-            layout=self.layout,
             seed=self.args.seed,
-            batch_size=self.args.per_device_eval_batch_size,
-            sampling_batch_size=self.args.sampling_batch_size,
+            score_samples=start is not None,
             reward=self.stages.phase.reward if self.stages else None,
+            **self._evaluation_options,
             **options,
         )
+        if start is None:
+            return found
+        with start:
+            batch_size = self.args.per_device_eval_batch_size
+            return rows.against_start(found, self.policy, layout=self.layout, batch_size=batch_size)
+
+    @property
+    def _evaluation_options(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout,
+            "num_samples": self.args.eval_samples,
+            "batch_size": self.args.per_device_eval_batch_size,
+            "sampling_batch_size": self.args.sampling_batch_size,
+        }
 
     def record(self, *, name: str) -> RunRecord:
         """What results.json holds of this run, without its evaluation."""
@@ -450,6 +528,7 @@ class DemonstrationTrainer(Trainer):
             trained_tokens=costs.trained_tokens,
             sampled_tokens=costs.sampled_tokens,
             time_s={**costs.seconds, "total": sum(costs.seconds.values())},
+            flops={**costs.flops, "total": sum(costs.flops.values())} if costs.flops else {},
             peak_memory_bytes=peak_memory_bytes(),
             history=self.state.log_history,
             curves=list(self.info.curves),
@@ -477,7 +556,7 @@ class DemonstrationTrainer(Trainer):
             commit_message=commit_message,
             token=kwargs.get("token") or self.args.hub_token,
             revision=kwargs.get("revision") or self.args.hub_revision,
-            ignore_patterns=["_*", "checkpoint-*", "stages/*", "results.json", "report.html"],
+            ignore_patterns=["_*", "checkpoint-*", "stages/*", "retention-start/*", "results.json", "report.html"],
         )
 
     def create_model_card(self, *args, record: RunRecord | None = None, **kwargs) -> None:
