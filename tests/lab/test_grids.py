@@ -22,7 +22,10 @@ GRID = {
         "continued": {
             "algorithm": "sft",
             "start": "sft",
-            "settings": {"learning_rate": {"like": "sft", "times": 0.1}, "num_train_epochs": {"like": "sft", "times": 2}},
+            "settings": {
+                "learning_rate": {"like": "sft", "times": 0.1},
+                "num_train_epochs": {"like": "sft", "times": 2},
+            },
         },
     },
 }
@@ -93,7 +96,11 @@ def test_what_is_no_grid(read):
     ("path", "value", "message"),
     [
         ("methods/sft/algorithm", "dpo", "there is no algorithm 'dpo'"),
-        ("methods/sft/settings", {"learning_speed": 1}, r"field 'methods.sft.learning_speed': sft has no such setting"),
+        (
+            "methods/sft/settings",
+            {"learning_speed": 1},
+            r"field 'methods.sft.learning_speed': sft has no such setting",
+        ),
         ("methods/sft/settings", {"loss_kind": "mse"}, r"field 'methods.sft.loss_kind': must be one of nll, dft"),
         ("methods/sft/takes_prompts", True, r"sft takes no prompts without demonstrations"),
         ("worlds/navigate", {"prompts": 9000}, r"field 'worlds.navigate': the world 'navigate' has \d+ different"),

@@ -11,9 +11,9 @@ import yaml
 
 from tutelage.cli import main
 from tutelage.lab import pool
+from tutelage.lab.grid import read_grid
 from tutelage.lab.measures import concordance
 from tutelage.lab.page import render
-from tutelage.lab.grid import read_grid
 from tutelage.lab.plan import make_plan
 from tutelage.lab.table import table_rows
 
@@ -142,12 +142,8 @@ def test_a_killed_grid_goes_on_where_it_was(finished, tmp_path, monkeypatch, cap
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, monkeypatch, capsys):
     _, folder = finished
-    content = {**GRID, "methods": {name: GRID["methods"][name] for name in ("sft", "<i>irft</i>")}, "recipe": None}
-    content["methods"]["<i>irft</i>"] = {
-        "algorithm": "irft",
-        "start": "sft",
-        "settings": {"num_train_epochs": 1, "stages_per_epoch": 100},
-    }
+    failing = {"algorithm": "irft", "start": "sft", "settings": {"num_train_epochs": 1, "stages_per_epoch": 100}}
+    content = {**GRID, "methods": {"sft": GRID["methods"]["sft"], "<i>irft</i>": failing}}
     del content["recipe"]
     grid = tmp_path / "grid.yaml"
     grid.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -165,7 +161,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, m
     [
         (["run", "claims", "--output_dir", "OUT", "--jobs", "0"], "field 'jobs': must be at least 1"),
         (["run", "claims", "--output_dir", "OUT", "--seeds", "99"], "field 'seeds': must be between 1 and 8"),
-        (["run", "claims", "--output_dir", "OUT", "--worlds", "chess"], "field 'worlds': the grid has no world 'chess'"),
+        (
+            ["run", "claims", "--output_dir", "OUT", "--worlds", "chess"],
+            "field 'worlds': the grid has no world 'chess'",
+        ),
         (["run", "nothing.yaml", "--output_dir", "OUT"], "nothing.yaml: there is no such grid"),
         (["run", "claims"], "--output_dir"),
         ([], "run | list"),

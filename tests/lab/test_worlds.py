@@ -1,7 +1,7 @@
 """The planted worlds: what the judge says of the demonstrator, what is apart from what, and what corruption does."""
 
 from collections import Counter
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -48,11 +48,7 @@ def test_the_judge_of_arrange_counts_all_orders():
     made = world("arrange")
     row = made.demonstrations()[0]
     colors = made.task.colors
-    right = [
-        order
-        for order in permutations(row.content)
-        if all(colors[a] != colors[b] for a, b in zip(order, order[1:], strict=False))
-    ]
+    right = [order for order in permutations(row.content) if all(colors[a] != colors[b] for a, b in pairwise(order))]
     assert right
     assert sum(made.judge(row, order) for order in permutations(row.content)) == len(right)
     assert made.judge(row, (*right[0], right[0][0])) == 0

@@ -26,7 +26,11 @@ def draw_scores(points: Mapping[str, tuple[float, float]]) -> str | None:
     parts = []
     for place, (name, (mean, error)) in enumerate(found.items()):
         y = _ROW * place + _ROW / 2
-        color, left, right = f"var(--run-{place % _COLORS})", scale(mean - _finite(error)), scale(mean + _finite(error))
+        color, left, right = (
+            f"var(--run-{place % _COLORS})",
+            scale(mean - _finite(error)),
+            scale(mean + _finite(error)),
+        )
         parts.append(
             f'<text x="0" y="{y + 4:.1f}" font-size="12" fill="var(--ink)">{escape(name)}</text>'
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>'

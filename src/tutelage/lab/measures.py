@@ -80,7 +80,7 @@ def measure_reward(
     reward: Reward, start: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World, rows: Sequence[Row]
 ) -> RewardMeasures:
     """Let a reward choose among samples of the policy that its run started from, for rows that it has not seen."""
-    tokenization = Tokenization(tokenizer, **LENGTHS)
+    tokenization = Tokenization(tokenizer, LENGTHS["max_prompt_length"], LENGTHS["max_completion_length"])
     groups = [_group(tokenization, row.text, " ".join(row.answer), place) for place, row in enumerate(rows)]
     sampled = _sample(start, tokenization, groups, temperature=1.0, num_samples=SAMPLES)
     _, scores = _judged(tokenization, world, rows, sampled)
@@ -138,7 +138,7 @@ def measure(
         rows: validation or test rows of ``world``.
         retention: prompts and answers of another task.
     """
-    tokenization = Tokenization(tokenizer, **LENGTHS)
+    tokenization = Tokenization(tokenizer, LENGTHS["max_prompt_length"], LENGTHS["max_completion_length"])
     groups = [_group(tokenization, row.text, " ".join(row.answer), place) for place, row in enumerate(rows)]
     sampled = _sample(policy, tokenization, groups, temperature=1.0, num_samples=SAMPLES)
     greedy = _sample(policy, tokenization, groups, temperature=0.0, num_samples=1)

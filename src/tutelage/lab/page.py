@@ -107,9 +107,7 @@ def _figure(grid: Grid, rows: Rows) -> str:
             }
             svg, unit = draw_sweep(lines), f"score at temperature 1, over {name}"
         else:
-            points = {
-                method.name: _mean(rows, cell, method.name) for cell in cells[:1] for method in grid.methods
-            }
+            points = {method.name: _mean(rows, cell, method.name) for cell in cells[:1] for method in grid.methods}
             svg, unit = draw_scores(points), "score at temperature 1, standard error over seeds"
         if svg is not None:
             drawn.append(f"<figure><figcaption>{escape(world)}<span>{escape(unit)}</span></figcaption>{svg}</figure>")

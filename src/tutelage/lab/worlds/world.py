@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from tutelage.lab.worlds.task import Task, Words, generator
 
 __all__ = ["CORRUPTIONS", "WORLDS", "Phase", "Row", "World", "WorldOptions", "split_of"]
 
-WORLDS: dict[str, type[Task]] = {
+WORLDS: dict[str, Callable[[int], Task]] = {
     "arrange": Arrange,
     "navigate": Navigate,
     "compose": Compose,
@@ -33,7 +33,7 @@ CORRUPTIONS: tuple[Corruption, ...] = ("wrong", "off_topic", "truncated", "overl
 
 _SPLITS = (("tuning", 0.3), ("reporting", 0.7))
 _ROLES = (("training", 0.75), ("validation", 0.125), ("test", 0.125))
-_PATIENCE = 100  # draws per wanted prompt before a world is held to be too small
+_PATIENCE = 30  # draws per wanted prompt before a world is held to be too small
 
 
 @dataclass(frozen=True, slots=True)
