@@ -191,8 +191,7 @@ class BestOfNObjective:
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The mean loss per token."""
         step.track("logps/picked", tokens.sums())
-        picked = [value for group in tokens.groups for c in group.samples for value in (c.values["reward"],)]
-        if picked:
+        if picked := [c.values["reward"] for group in tokens.groups for c in group.samples]:
             step.track("policy/reward", picked)
         return sft_loss(tokens.logps_N).sum() / max(1, step.counts["tokens"])
 
@@ -269,7 +268,12 @@ class RFTTrainer(DemonstrationTrainer):
         preferences = [pair for pair in preferences if pair.prompt_ids not in held_out]
         negatives = make_negatives(self, demonstrations, rollout, store)
         learner = make_learner(
-            self, negatives, peft_config=reward_peft_config, preferences=preferences, tell=logger.info
+            self,
+            negatives,
+            peft_config=reward_peft_config,
+            preferences=preferences,
+            has_prompts=prompt_dataset is not None,
+            tell=logger.info,
         )
         phase = RewardPhase(
             rollout,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,46 @@ from tutelage.progress import Progress
 from tutelage.rewards import FeatureReward, Reward
 from tutelage.rewards.feature_reward import Spoken, saved_facts
 
-__all__ = ["Explanation", "feature_rewards", "score_in_parts", "show_explanations"]
+__all__ = [
+    "Explanation",
+    "computing_features",
+    "feature_reward",
+    "feature_rewards",
+    "score_in_parts",
+    "show_explanations",
+]
 
 Explanation = list[Spoken]
 
 _SHOWN = 4  # answers on the screen; all are in the file
+
+
+def feature_reward(
+    options: argparse.Namespace, folder: Path, tokenization: Tokenization, *, logp_model: str | None = None
+) -> FeatureReward:
+    """A feature reward, whose models are loaded when they are needed.
+
+    Args:
+        options: the command's.
+        folder: the reward's.
+        logp_model: the policy for ``logp`` if the command names none; None takes the one beside the folder.
+    """
+    return FeatureReward.from_pretrained(
+        folder,
+        base_model=options.base_model,
+        logp_model=options.logp_model or logp_model,
+        load=lambda model: load_policy(options, model, tokenization),
+        batch_size=options.batch_size,
+    )
+
+
+def computing_features(
+    options: argparse.Namespace, folder: Path, reward: FeatureReward
+) -> AbstractContextManager[None]:
+    """Within, the model that some features need computes as in training."""
+    model = options.base_model or options.logp_model or saved_facts(folder).get("base_model")
+    needs_model = any(features.name in ("hidden", "logp") for features in reward.sets)
+    return computing(options, model, None) if needs_model and model else nullcontext()
 
 
 def feature_rewards(
@@ -36,16 +72,8 @@ def feature_rewards(
         options: the command's.
         name: the reward's folder.
     """
-    reward = FeatureReward.from_pretrained(
-        name,
-        base_model=options.base_model,
-        logp_model=options.logp_model,
-        load=lambda model: load_policy(options, model, tokenization),
-        batch_size=options.batch_size,
-    )
-    model = options.base_model or options.logp_model or saved_facts(name).get("base_model")
-    needs_model = any(features.name in ("hidden", "logp") for features in reward.sets)
-    with computing(options, model, None) if needs_model and model else nullcontext():
+    reward = feature_reward(options, Path(name), tokenization)
+    with computing_features(options, Path(name), reward):
         rewards_C = score_in_parts(reward, groups, options.batch_size, progress)
         if options.explain is None:
             return rewards_C, None

@@ -21,7 +21,14 @@ from tutelage.cli.common import (
     on_device,
     precision_of,
 )
-from tutelage.cli.explain import Explanation, feature_rewards, score_in_parts, show_explanations
+from tutelage.cli.explain import (
+    Explanation,
+    computing_features,
+    feature_reward,
+    feature_rewards,
+    score_in_parts,
+    show_explanations,
+)
 from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
 from tutelage.data.records import group_from_record
@@ -31,9 +38,10 @@ from tutelage.files import write_json_lines
 from tutelage.groups import Group, Role
 from tutelage.losses import implicit_reward
 from tutelage.models.loading import check_vocabulary, load_tokenizer
-from tutelage.models.paths import FEATURE_REWARD
+from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD
 from tutelage.progress import Progress
 from tutelage.rewards import ExplicitReward, ImplicitReward
+from tutelage.rewards.ensemble import RewardEnsemble, read_ensemble
 from tutelage.scoring.logps import cached_logps
 
 __all__ = ["score"]
@@ -50,13 +58,17 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
         name: of the reward model or the policy.
         output: file to write.
     """
-    tokenization = load_tokenization(options, name)
+    is_ensemble = bool(options.reward) and (Path(name) / ENSEMBLE).exists()
+    tokenization = load_tokenization(options, str(read_ensemble(Path(name))[0][0]) if is_ensemble else name)
     groups = _groups(load_data(options), tokenization, options.dataset_name)
     is_feature_reward = bool(options.reward) and (Path(name) / FEATURE_REWARD).exists()
     explanations: list[list[Explanation]] | None = None
     if is_feature_reward:
         with TerminalProgress(console, "score") as progress:
             rewards_C, explanations = feature_rewards(options, name, groups, tokenization, progress)
+    elif is_ensemble:
+        with TerminalProgress(console, "score") as progress:
+            rewards_C = _ensemble_rewards(options, Path(name), groups, tokenization, console, progress)
     else:
         with computing(options, name, console), TerminalProgress(console, "score") as progress:
             rewards_of = _learned_rewards if options.reward else _implied_rewards
@@ -136,6 +148,34 @@ def _learned_rewards(
     options: argparse.Namespace, name: str, groups: Sequence[Group], tokenization: Tokenization, progress: Progress
 ) -> Tensor:
     """[C] rewards under a reward model."""
+    reward = _reward_model(options, name, tokenization, progress)
+    return score_in_parts(reward, groups, options.batch_size, progress)
+
+
+def _ensemble_rewards(
+    options: argparse.Namespace,
+    folder: Path,
+    groups: Sequence[Group],
+    tokenization: Tokenization,
+    console: Console,
+    progress: Progress,
+) -> Tensor:
+    """[C] rewards under an ensemble, of feature rewards or of reward models."""
+    members, combine = read_ensemble(folder)
+    if (members[0] / FEATURE_REWARD).exists():
+        beside = folder.parent / "policy"
+        logp_model = str(beside) if beside.is_dir() else None
+        found = [feature_reward(options, member, tokenization, logp_model=logp_model) for member in members]
+        with computing_features(options, members[0], found[0]):
+            return score_in_parts(RewardEnsemble(found, combine), groups, options.batch_size, progress)
+    with computing(options, str(members[0]), console):
+        models = [_reward_model(options, str(member), tokenization, progress) for member in members]
+        return score_in_parts(RewardEnsemble(models, combine), groups, options.batch_size, progress)
+
+
+def _reward_model(
+    options: argparse.Namespace, name: str, tokenization: Tokenization, progress: Progress
+) -> ExplicitReward:
     with progress.phase("loading the reward"):
         reward = ExplicitReward.from_pretrained(
             name,
@@ -146,7 +186,7 @@ def _learned_rewards(
         )
         check_vocabulary(reward.model, tokenization.tokenizer)
         on_device(reward.model)
-    return score_in_parts(reward, groups, options.batch_size, progress)
+    return reward
 
 
 def _implied_rewards(

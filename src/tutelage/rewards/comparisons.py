@@ -152,7 +152,8 @@ def graded(group: Group, truncated_samples: TruncatedSamples, scale: float) -> l
 def best_of_n(group: Group, truncated_samples: TruncatedSamples, scale: float) -> list[Group]:
     """What a scored group has that is worth imitating: its demonstrations, and without one the best of its samples.
 
-    A truncated sample is never the best. Nothing where all are, or where all samples have the same reward.
+    A truncated sample is never the best, unless such samples are treated like any other. Nothing where all are truncated,
+    or where all samples have the same reward.
     """
     if group.demonstrations:
         return [group.select(group.places(Role.DEMONSTRATION))]

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tutelage.errors import UserError
+from tutelage.files import read_json, write_json
 from tutelage.groups import Group
+from tutelage.models.paths import ENSEMBLE
 from tutelage.rewards.base import Reward
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
 from tutelage.rewards.feature_reward import FeatureReward
 
-__all__ = ["Combine", "LikelihoodReward", "OwnLogpReward", "RewardEnsemble", "fit_members"]
+__all__ = [
+    "Combine",
+    "LikelihoodReward",
+    "OwnLogpReward",
+    "RewardEnsemble",
+    "fit_members",
+    "read_ensemble",
+    "write_ensemble",
+]
 
 Combine = Literal["mean", "mean_minus_std", "min"]
 
@@ -37,7 +49,7 @@ class RewardEnsemble:
     def __init__(self, members: Sequence[Reward], combine: Combine = "mean", *, standardize: bool = False):
         if len(members) < 2:
             raise ValueError(f"an ensemble needs two members, not {len(members)}")
-        if combine not in ("mean", "mean_minus_std", "min"):
+        if combine not in get_args(Combine):
             raise ValueError(f"combine is {combine!r}, not 'mean', 'mean_minus_std' or 'min'")
         self.members, self.combine, self.standardize = list(members), combine, standardize
 
@@ -78,6 +90,47 @@ def _aligned(rewards_MC: Tensor, groups: Sequence[Group]) -> Tensor:
     """[M, C] the members' rewards with the same mean within each prompt."""
     means_MC = _means(rewards_MC, groups)
     return rewards_MC - means_MC + means_MC.mean(dim=0)
+
+
+def write_ensemble(folder: Path, members: Sequence[Callable[[Path], None]], combine: Combine) -> None:
+    """Write an ensemble: each member in a folder of its own, and how they are combined.
+
+    Args:
+        members: each writes itself into the folder that it is given.
+    """
+    for place, write in enumerate(members):
+        write(folder / _member(place))
+    write_json(folder / ENSEMBLE, {"members": len(members), "combine": combine})
+
+
+def read_ensemble(folder: Path) -> tuple[list[Path], Combine]:
+    """The folders of an ensemble's members, and how they are combined.
+
+    Raises:
+        UserError: what says so cannot be read, or a member is missing.
+    """
+    path = folder / ENSEMBLE
+    try:
+        content = read_json(path)
+        members, combine = [folder / _member(place) for place in range(content["members"])], content["combine"]
+        if len(members) < 2 or combine not in get_args(Combine):
+            raise ValueError(f"{len(members)} members, combined as {combine!r}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the ensemble cannot be read: {type(error).__name__}: {error}.",
+            remedy="Export the run's reward anew.",
+            file=str(path),
+        ) from error
+    for member in members:
+        if not member.is_dir():
+            raise UserError(
+                "the member is missing.", remedy="Copy the whole reward folder of the run.", file=str(member)
+            )
+    return members, combine
+
+
+def _member(place: int) -> str:
+    return f"member-{place:02d}"
 
 
 def fit_members(

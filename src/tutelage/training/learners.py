@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from tutelage.groups import Group
 from tutelage.models.weights import load_weights, save_weights
 from tutelage.rewards.base import Reward
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, contrast
-from tutelage.rewards.ensemble import Combine, RewardEnsemble
+from tutelage.rewards.ensemble import Combine, RewardEnsemble, write_ensemble
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_reward import FeatureReward
 from tutelage.rewards.feature_sets import FeatureParts
@@ -81,6 +82,7 @@ class ModelLearner:
         epochs, steps: of a reward phase over its groups; ``steps`` in optimizer steps goes before ``epochs``.
         truncated_samples: which completions are compared.
         seed: of dropout.
+        compares_across_prompts: whether there will be samples of prompts without a demonstration to compare with.
     """
 
     def __init__(
@@ -91,11 +93,12 @@ class ModelLearner:
         steps: int | None,
         truncated_samples: TruncatedSamples,
         seed: int,
+        compares_across_prompts: bool = False,
     ):
         self.fitter, self.epochs, self.steps = fitter, epochs, steps
         self.truncated_samples: TruncatedSamples = truncated_samples
         self.seed = seed
-        self.compares_across_prompts = False
+        self.compares_across_prompts = compares_across_prompts
 
     @property
     def reward(self) -> ExplicitReward:
@@ -114,7 +117,6 @@ class ModelLearner:
         pairs = [pair for group in comparisons.paired_groups for pair in contrast(group, self.truncated_samples)]
         if not pairs:
             return {}
-        self.compares_across_prompts = bool(comparisons.unpaired)
         with torch.random.fork_rng():  # dropout draws the same numbers in a resumed run
             torch.manual_seed(self.seed + stage)
             return self.fitter.fit(
@@ -277,19 +279,15 @@ class EnsembleLearner:
     def fit(
         self, comparisons: Comparisons, *, stage: int, validation: Sequence[Group] = (), on_step: OnStep
     ) -> dict[str, float]:
-        """See ``Learner.fit``; gives the means over the members."""
-        found = [
-            member.fit(
-                comparisons.resampled(self.seed + place),
-                stage=stage,
-                validation=validation,
-                on_step=on_step,
-            )
-            for place, member in enumerate(self.members)
-        ]
-        if not all(found):
-            return {}
-        return {name: sum(facts[name] for facts in found) / len(found) for name in found[0]}
+        """See ``Learner.fit``; gives the means over the members, of what all of them log."""
+        found = []
+        for place, member in enumerate(self.members):
+            of = comparisons.resampled(self.seed + place)
+            facts = member.fit(of, stage=stage, validation=validation, on_step=on_step)
+            # A small resample may hold nothing to compare.
+            found.append(facts or member.fit(comparisons, stage=stage, validation=validation, on_step=on_step))
+        names = [name for name in found[0] if all(name in facts for facts in found)]
+        return {name: sum(facts[name] for facts in found) / len(found) for name in names}
 
     def save(self, folder: Path) -> None:
         """See ``Learner.save``."""
@@ -302,10 +300,9 @@ class EnsembleLearner:
         return all(found)
 
     def export(self, folder: Path, tokenization: Tokenization) -> None:
-        """See ``Learner.export``: every member in a folder of its own, and how they are combined."""
-        for place, member in enumerate(self.members):
-            member.export(folder / f"member-{place:02d}", tokenization)
-        write_json(folder / "ensemble.json", {"members": len(self.members), "combine": self.combine})
+        """See ``Learner.export``; ``tutelage score`` reads it."""
+        writers = [partial(member.export, tokenization=tokenization) for member in self.members]
+        write_ensemble(folder, writers, self.combine)
 
 
 class AutoLearner:
@@ -338,8 +335,8 @@ class AutoLearner:
 
     @property
     def compares_across_prompts(self) -> bool:
-        """See ``Learner.compares_across_prompts``."""
-        return self.learners[self.taken].compares_across_prompts
+        """Whether all do: any of them may be taken."""
+        return all(learner.compares_across_prompts for learner in self.learners.values())
 
     def fit(
         self, comparisons: Comparisons, *, stage: int, validation: Sequence[Group] = (), on_step: OnStep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
@@ -86,12 +86,14 @@ class Negatives:
         if self._found is None:
             found: dict[str, list[Group]] = {}
             if "initial" in self.kinds:
-                found["initial"] = self._kept("initial", self._initial)
+                found["initial"] = self._kept("initial", self._groups, self._initial)
             if "out_of_fold" in self.kinds:
                 found["out_of_fold"] = [
                     group
                     for fold in range(self.folds().settings.num_folds)
-                    for group in self._kept(f"out_of_fold-{fold}", lambda fold=fold: self._of_fold(fold))
+                    for group in self._kept(
+                        f"out_of_fold-{fold}", self.folds().members(fold), lambda fold=fold: self._of_fold(fold)
+                    )
                 ]
             self._found = found
         return self._found
@@ -117,7 +119,7 @@ class Negatives:
         with self.progress.phase(f"sampling for fold {fold}"):
             return self.rollout.draw(members, stage=_DRAW + 1 + fold, weights=weights)
 
-    def _kept(self, name: str, draw: Callable[[], list[Group]]) -> list[Group]:
+    def _kept(self, name: str, demonstrations: Sequence[Group], draw: Callable[[], list[Group]]) -> list[Group]:
         """The groups of a file of the run's, which is written first if it is not there."""
         manifest = {"format": FORMAT, "settings": self.store.settings}
         folder = self.store.folder / "negatives"
@@ -136,12 +138,14 @@ class Negatives:
                 drawn = draw()
             self.store.write_file(folder / f"{name}.jsonl", drawn)
         found = self.store.read_file(folder / f"{name}.jsonl")
-        known = {(group.row, group.prompt_ids, group.demonstrations) for group in self._groups}
-        for group in found:
-            if (group.row, group.prompt_ids, group.demonstrations) not in known:
-                raise UserError(
-                    f"row {group.row} is none of this run's demonstrations.",
-                    remedy="Resume with the data of the first run.",
-                    file=str(folder / f"{name}.jsonl"),
-                )
+        if [_what(group) for group in found] != [_what(group) for group in demonstrations]:
+            raise UserError(
+                "the negatives were drawn for other demonstrations.",
+                remedy="Resume with the data of the first run.",
+                file=str(folder / f"{name}.jsonl"),
+            )
         return found
+
+
+def _what(group: Group) -> tuple[Any, ...]:
+    return group.row, group.prompt_ids, group.demonstrations

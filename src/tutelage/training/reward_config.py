@@ -10,6 +10,8 @@ from tutelage.training.stage_config import StageConfig
 
 __all__ = ["RewardStageConfig"]
 
+_FIXED = ("likelihood", "logp")  # rewards that are fitted to nothing
+
 
 @dataclass
 class RewardStageConfig(StageConfig):
@@ -48,7 +50,7 @@ class RewardStageConfig(StageConfig):
         metadata={
             "help": (
                 "Prompts without demonstrations, for the policy phase and for the reward: a hub name, a folder or a file "
-                "in any of the formats; answers in it are not read."
+                "in any of the formats; answers in it are not used."
             )
         },
     )
@@ -366,24 +368,34 @@ class RewardStageConfig(StageConfig):
                 remedy="Leave --validation_rows out.",
                 field="validation_rows",
             )
-        parse_negatives(self.reward_negatives)
+        if parse_negatives(self.reward_negatives) == ("own",) and self.prompt_mix == 1 and self.reward not in _FIXED:
+            raise UserError(
+                "the policy samples for no demonstrated prompt, so there are no samples of its own to compare.",
+                remedy="Lower --prompt_mix, or use --reward_negatives initial,out_of_fold.",
+                field="reward_negatives",
+            )
         if self.reward_ensemble > 1 and self.reward not in ("features", "model"):
             raise UserError(
                 f"there is no ensemble of the reward '{self.reward}'.",
                 remedy="Use --reward features or --reward model.",
                 field="reward_ensemble",
             )
-        if self.reward != "model":
-            self._refuse_model_settings()
+        self._refuse_what_has_no_effect()
         if not 0.5 < self.saturation <= 1:
             raise UserError("must be above 0.5 and at most 1.", field="saturation")
 
-    def _refuse_model_settings(self) -> None:
-        """Settings that only a neural reward has."""
-        for name in ("preference_dataset", "reward_model_name_or_path", "init_reward_from"):
-            if getattr(self, name) is not None and self.reward != "auto":
+    def _refuse_what_has_no_effect(self) -> None:
+        """Settings of another reward than the one that is learned."""
+        for name in ("preference_dataset", "reward_model_name_or_path", "init_reward_from", "reward_steps"):
+            if getattr(self, name) is not None and self.reward != "model":
                 raise UserError(
                     f"only a neural reward takes it, and the reward is '{self.reward}'.",
                     remedy="Add --reward model, or leave it out.",
                     field=name,
                 )
+        if self.reward_features != "text" and self.reward != "features":
+            raise UserError(
+                f"only a reward on features takes it, and the reward is '{self.reward}'.",
+                remedy="Use --reward features, or leave it out.",
+                field="reward_features",
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,9 @@ class RewardPhase:
         preferences: pairs on which the reward is reported too.
         tokenization: of the policy; the reward is saved with its tokenizer.
         costs, progress: as in the trainer.
+
+    Raises:
+        UserError: ``drop_below`` of a reward that compares only within a prompt.
     """
 
     def __init__(
@@ -103,6 +107,12 @@ class RewardPhase:
         costs: Costs,
         progress: Progress,
     ):
+        if settings.drop_below is not None and not learner.compares_across_prompts:
+            raise UserError(
+                "this reward compares only the answers to one prompt, so no prompt's best can be called too low.",
+                remedy="Leave --drop_below out, or use a reward that compares across prompts (--reward_features text).",
+                field="drop_below",
+            )
         self.rollout, self.store, self.learner, self.negatives = rollout, store, learner, negatives
         self.candidates, self.for_policy, self.settings, self.refuse = candidates, for_policy, settings, refuse
         self.preferences = preferences
@@ -243,14 +253,14 @@ class RewardPhase:
         return [line["rewards"] for line in self.store.lines(draw.stage, "rewards", draw.index)]
 
     def _for_policy(self, scored: list[Group], found: Mapping[str, Any]) -> dict[int, list[Group]]:
-        """What the policy trains on, by row: nothing where a prompt is left out."""
+        """What the policy trains on, by row; the samples of a prompt that is left out are not there."""
         refused = self.refuse(scored) if self.refuse else [False] * len(scored)
-        prepared: dict[int, list[Group]] = {}
+        treat, prepared = self.settings.truncated_samples, {}
         for group, unsure in zip(scored, refused, strict=True):
-            best = max(c.values["reward"] for c in group.samples)
-            dropped = unsure or (found["drop_below"] is not None and best < found["drop_below"])
-            treat = self.settings.truncated_samples
-            prepared[group.row] = [] if dropped else self.for_policy(group, treat, found["scale"])
+            told = [reward for reward in policy_rewards(group, treat) if reward is not None]
+            too_low = found["drop_below"] is not None and max(told, default=-math.inf) < found["drop_below"]
+            kept = group.select(group.places(Role.DEMONSTRATION)) if unsure or too_low else group
+            prepared[group.row] = self.for_policy(kept, treat, found["scale"])
         return prepared
 
     # --- the validation rows ----------------------------------------------------------------------------------------
@@ -277,7 +287,7 @@ class RewardPhase:
     ) -> dict[str, Any]:
         """Metrics of the reward phase, and whether the policy phase may follow."""
         found: dict[str, Any] = {f"reward/{name}": value for name, value in fit.items()}
-        found |= self._facts_of_samples(scored) | self._facts_of_demonstrations(stage, scored, comparisons)
+        found |= self._facts_of_samples(scored) | self._facts_of_demonstrations(scored, comparisons)
         reason = self._obstacle(stage, scored, fit)
         if self.candidates:
             scores = self._scores(self.candidates)
@@ -324,12 +334,10 @@ class RewardPhase:
             found["policy/entropy"] = _entropy(samples)
         return found
 
-    def _facts_of_demonstrations(self, stage: int, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
-        """Of the demonstrations that the stage sampled beside; where there are none, of all that are paired."""
+    def _facts_of_demonstrations(self, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
+        """Of the demonstrations that the stage sampled beside; where there are none, of all that are compared."""
         rewards = [c.values["reward"] for group in scored for c in group.demonstrations]
-        if not rewards:
-            groups = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in comparisons.paired_groups}
-            rewards = [value for values in scores_by_group(self.reward, list(groups.values())) for value in values]
+        rewards = rewards or self._of_demonstrations(comparisons.paired_groups)
         found: dict[str, Any] = {"drop_below": None}
         if rewards:
             samples = [c.values["reward"] for group in scored for c in group.samples]
@@ -338,17 +346,15 @@ class RewardPhase:
                 "reward/gap": float(np.mean(rewards) - np.mean(samples)),
             }
         if self.settings.drop_below is not None:
-            if not self.learner.compares_across_prompts:
-                raise UserError(
-                    "this reward compares only the answers to one prompt, so no prompt's best can be called too low.",
-                    remedy="Leave --drop_below out, or use a reward that compares across prompts (--reward_features text).",
-                    field="drop_below",
-                )
-            if self.candidates:  # rows that the reward has not seen
-                held_out = [g.select(g.places(Role.DEMONSTRATION)) for g in self.candidates.rows.groups]
-                rewards = [value for values in scores_by_group(self.reward, held_out) for value in values]
-            found["drop_below"] = float(np.quantile(rewards, self.settings.drop_below))
+            unseen = self.candidates.rows.groups if self.candidates else None
+            if rewards := self._of_demonstrations(unseen or comparisons.paired_groups):
+                found["drop_below"] = float(np.quantile(rewards, self.settings.drop_below))
         return found
+
+    def _of_demonstrations(self, groups: Sequence[Group]) -> list[float]:
+        """Rewards of the demonstrations of groups, each prompt's once."""
+        alone = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in groups}
+        return [value for values in scores_by_group(self.reward, list(alone.values())) for value in values]
 
     def _facts_of_validation(self, score: CandidateScore) -> tuple[dict[str, Any], str | None]:
         """Metrics of the policy and the reward on the validation rows, and what speaks against the reward."""

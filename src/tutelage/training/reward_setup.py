@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -36,7 +37,7 @@ from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.scoring.logps import Layout
 from tutelage.training.config import SFT_LEARNING_RATES
 from tutelage.training.flops import count_passes
-from tutelage.training.folds import Folds, FoldSettings, base_weights
+from tutelage.training.folds import Folds, FoldSettings, base_weights, check_base, fold_of_prompts
 from tutelage.training.gate import Gate, pair_accuracy
 from tutelage.training.learners import (
     AutoLearner,
@@ -179,8 +180,9 @@ def known_demonstrations(trainer: DemonstrationTrainer) -> list[Group]:
         return []
     if isinstance(trainer.train_dataset, IterableDataset):
         raise UserError(
-            "of streamed data the demonstrations are not known beforehand, so no negatives can be drawn for them.",
-            remedy="Use --reward_negatives own with --reward model, or leave --dataset_streaming out.",
+            "of streamed data the demonstrations are not known beforehand: nothing can be divided into folds, or drawn for "
+            "all of them.",
+            remedy="Leave --dataset_streaming out, or use --reward_negatives own and another reward than likelihood.",
             field="reward_negatives",
         )
     return [group_from_row(cast(dict, row)) for row in cast(Dataset, trainer.train_dataset)]
@@ -297,19 +299,29 @@ def make_negatives(
 
     Args:
         groups: the demonstrations that the reward learns from.
+
+    Raises:
+        UserError: as ``check_base`` and ``fold_of_prompts``.
     """
     args = cast(RewardStageConfig, trainer.args)
+    kinds = _kinds(args)
+    start = rollout.initial
+    assert start is not None
+    needed = kinds != ("own",) or args.reward == "likelihood"
+    check_base(trainer.policy, args.base_model_name_or_path, needed=needed)
+    if groups and ("out_of_fold" in kinds or args.reward == "likelihood"):
+        fold_of_prompts(groups, args.num_folds)  # fails where there are too few
 
     @cache
     def base() -> WeightSet:
-        return base_weights(trainer.policy, args.base_model_name_or_path, seed=args.seed)
+        return base_weights(trainer.policy, args.base_model_name_or_path, start=start, seed=args.seed)
 
     @cache
     def folds() -> Folds:
         return make_folds(trainer, groups, base, store.folder / "negatives")
 
     return Negatives(
-        _kinds(args),
+        kinds,
         groups,
         rollout,
         store,
@@ -331,6 +343,7 @@ def make_learner(
     *,
     peft_config: PeftConfig | None,
     preferences: list[Group],
+    has_prompts: bool,
     tell: Callable[[str], None],
 ) -> Learner:
     """What fits the reward that the settings name.
@@ -339,6 +352,7 @@ def make_learner(
         negatives: its folds give the reward of likelihoods.
         peft_config: of the adapter on a reward model of its own.
         preferences: preference pairs that a neural reward learns from too.
+        has_prompts: whether there are prompts without demonstrations.
         tell: gets a sentence about a choice that is made.
     """
     args = cast(RewardStageConfig, trainer.args)
@@ -346,7 +360,7 @@ def make_learner(
     parts = FeatureParts(
         text=trainer.tokenization.text,
         hidden=HiddenSource(
-            cache(lambda: _base_model(trainer)),
+            cache(lambda: _base_model(trainer, negatives.rollout.initial)),
             layout=trainer.layout,
             batch_size=args.per_device_eval_batch_size,
             pad_token_id=trainer.tokenization.pad_id,
@@ -377,7 +391,12 @@ def make_learner(
             count_passes(reward.model, trainer.costs.count_flops)
         fitter = make_fitter(reward, args, preferences, trainer.policy, seed=seed)
         return ModelLearner(
-            fitter, epochs=args.reward_epochs, steps=args.reward_steps, truncated_samples=treat, seed=seed
+            fitter,
+            epochs=args.reward_epochs,
+            steps=args.reward_steps,
+            truncated_samples=treat,
+            seed=seed,
+            compares_across_prompts=has_prompts,
         )
 
     if args.reward == "likelihood":
@@ -400,12 +419,17 @@ def make_learner(
     return EnsembleLearner(members, cast(Combine, args.reward_combine), seed=args.seed)
 
 
-def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
+def _base_model(trainer: DemonstrationTrainer, start: WeightSet | None) -> nn.Module:
     """The frozen model whose hidden states are features: under an adapter, the policy's own base."""
-    name = cast(RewardStageConfig, trainer.args).base_model_name_or_path
     if isinstance(trainer.policy, PeftModel):
         return trainer.policy
-    model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
+    name = cast(RewardStageConfig, trainer.args).base_model_name_or_path or trainer.model_name
+    if name:
+        model = load_model(name, dtype=None, whole=False, computing=trainer.args.computing)
+    else:  # it was never on disk
+        assert start is not None
+        with start.active():
+            model = copy.deepcopy(trainer.policy)
     count_passes(model, trainer.costs.count_flops)
     return cast(nn.Module, model).to(trainer.args.device).requires_grad_(False)
 
