@@ -21,7 +21,7 @@ def check_grid(grid: Grid, source: str) -> None:
     """
     for method in grid.methods:
         checked: list[dict[str, Any]] = []
-        for cell, candidate in [(cell, found) for cell in grid.cells for found in method.candidates(cell)]:
+        for cell, candidate in [(each, found) for each in grid.cells for found in method.candidates(each)]:
             try:
                 settings = {name: _plausible(grid, cell, name, value) for name, value in candidate.items()}
                 if settings in checked:
