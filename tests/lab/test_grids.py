@@ -102,6 +102,11 @@ def test_what_is_no_grid(read):
             r"field 'methods.sft.learning_speed': sft has no such setting",
         ),
         ("methods/sft/settings", {"loss_kind": "mse"}, r"field 'methods.sft.loss_kind': must be one of nll, dft"),
+        (
+            "methods/continued/settings",
+            {"warmup_steps": {"like": "sft"}},
+            r"field 'methods.continued.warmup_steps': the method 'sft' has no setting 'warmup_steps' to follow",
+        ),
         ("methods/sft/takes_prompts", True, r"sft takes no prompts without demonstrations"),
         ("worlds/navigate", {"prompts": 9000}, r"field 'worlds.navigate': the world 'navigate' has \d+ different"),
     ],
@@ -116,6 +121,11 @@ def test_the_shipped_grids_are_good(name):
     grid = read_grid(name)
     check_grid(grid, name)
     assert grid.recipe is None or grid.method(grid.recipe)
+
+
+def test_null_takes_a_merged_setting_away(read):
+    grid = read(changed("methods/continued/settings", {"learning_rate": None, "num_train_epochs": 2}))
+    assert grid.method("continued").settings == {"num_train_epochs": 2}
 
 
 def test_a_part_of_a_grid(read):

@@ -140,6 +140,39 @@ def test_a_killed_grid_goes_on_where_it_was(finished, tmp_path, monkeypatch, cap
         assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
 
 
+def test_a_start_whose_policy_is_gone_is_run_again(finished, tmp_path, monkeypatch):
+    grid, folder = finished
+    rows = pq.read_table(folder / "runs.parquet").to_pylist()
+    lost = next(row["run"] for row in rows if row["method"] == "untouched" and row["seed"] == 1)
+    (tmp_path / "runs").mkdir()
+    for path in (folder / "runs").iterdir():
+        if path.stem != lost:
+            (tmp_path / "runs" / path.name).write_text(path.read_text())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+    assert main(["lab", "run", str(grid), "--output_dir", str(tmp_path), "--jobs", "1"]) == 0
+    start = json.loads((tmp_path / "runs" / f"{lost}.json").read_text())["definition"]["start"]
+    assert {path.stem for path in (tmp_path / "weights").iterdir()} == {lost, start}
+
+
+def test_what_starts_from_a_run_that_diverged_has_no_numbers(tmp_path, monkeypatch, capsys):
+    content = {
+        **GRID,
+        "methods": {name: GRID["methods"][name] for name in ("sft", "untouched")},
+        "recipe": "untouched",
+    }
+    content["methods"]["sft"] = {"algorithm": "sft", "settings": {"learning_rate": 1e30, "num_train_epochs": 3}}
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["lab", "run", str(grid), "--output_dir", str(tmp_path / "out"), "--jobs", "1"]) == 0
+    rows = pq.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
+    assert {(row["method"], row["diverged"], row["score"]) for row in rows} == {
+        ("sft", True, None),
+        ("untouched", True, None),
+    }
+    assert "diverged" in capsys.readouterr().out
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, monkeypatch, capsys):
     _, folder = finished
     failing = {"algorithm": "irft", "start": "sft", "settings": {"num_train_epochs": 1, "stages_per_epoch": 100}}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tutelage.errors import UserError
-from tutelage.lab.grid import Grid, Like
+from tutelage.lab.grid import Cell, Grid, Like
+from tutelage.lab.plan import followed
 from tutelage.lab.running import check_settings
 from tutelage.lab.worlds import World
 
@@ -20,13 +21,12 @@ def check_grid(grid: Grid, source: str) -> None:
     """
     for method in grid.methods:
         checked: list[dict[str, Any]] = []
-        for candidate in [candidate for cell in grid.cells for candidate in method.candidates(cell)]:
-            # What follows another method is a number that is checked there.
-            settings = {name: value for name, value in candidate.items() if not isinstance(value, Like)}
-            if settings in checked:
-                continue
-            checked.append(settings)
+        for cell, candidate in [(each, found) for each in grid.cells for found in method.candidates(each)]:
             try:
+                settings = {name: _plausible(grid, cell, name, value) for name, value in candidate.items()}
+                if settings in checked:
+                    continue
+                checked.append(settings)
                 check_settings(method.algorithm, settings, takes_prompts=method.takes_prompts)
             except UserError as error:
                 field = f"methods.{method.name}" + (f".{error.field}" if error.field else "")
@@ -39,3 +39,14 @@ def check_grid(grid: Grid, source: str) -> None:
                 rows()
         except UserError as error:
             raise UserError(error.problem, remedy=error.remedy, file=source, field=f"worlds.{cell.world}") from error
+
+
+def _plausible(grid: Grid, cell: Cell, name: str, value: Any) -> Any:
+    """What a setting may be; one that follows another method's has a value once that one's first candidate is taken."""
+    if not isinstance(value, Like):
+        return value
+    setting = value.setting or name
+    other = grid.method(value.method).candidates(cell)[0].get(setting)
+    if other is None:
+        raise UserError(f"the method '{value.method}' has no setting '{setting}' to follow.", field=name)
+    return followed(_plausible(grid, cell, setting, other), value)

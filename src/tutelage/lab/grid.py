@@ -321,7 +321,8 @@ def _where(content: Any, place: str, tune: Mapping[str, Any]) -> Where:
 
 
 def _values(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
-    return {key: _value(value, f"{place}.{key}") for key, value in settings.items()}
+    """Fixed settings; null leaves one at the algorithm's default, also where a merged mapping (<<) has a value."""
+    return {key: _value(value, f"{place}.{key}") for key, value in settings.items() if value is not None}
 
 
 def _value(value: Any, place: str) -> Any:

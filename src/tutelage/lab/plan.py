@@ -12,7 +12,7 @@ from tutelage.lab.definitions import Run
 from tutelage.lab.grid import Cell, Grid, Like, Method
 from tutelage.lab.worlds import Phase
 
-__all__ = ["OBJECTIVES", "Choice", "Plan", "Wanted", "expected_runs", "make_plan"]
+__all__ = ["OBJECTIVES", "Choice", "Plan", "Wanted", "expected_runs", "followed", "make_plan"]
 
 OBJECTIVES = ("score", "score_greedy")
 """What settings are chosen for, apart from one another: samples at temperature 1, and the likeliest tokens."""
@@ -141,10 +141,16 @@ def _resolved(settings: Mapping[str, Any], chosen: Mapping[str, Choice]) -> dict
     found = {}
     for name, value in settings.items():
         if isinstance(value, Like):
-            other = chosen[value.method].settings[OBJECTIVES[0]][value.setting or name]
-            value = round(other * value.times) if isinstance(other, int) else float(f"{other * value.times:.6g}")
+            value = followed(chosen[value.method].settings[OBJECTIVES[0]][value.setting or name], value)
         found[name] = value
     return found
+
+
+def followed(other: Any, like: Like) -> Any:
+    """The value of a setting that follows another's: a whole number stays one, at least 1."""
+    if like.times == 1:
+        return other
+    return max(1, round(other * like.times)) if isinstance(other, int) else float(f"{other * like.times:.6g}")
 
 
 def _choose(tried: list[dict[str, Any]], runs: list[list[Run]], results: Results) -> Choice | None:
