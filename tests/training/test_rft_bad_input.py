@@ -10,6 +10,7 @@ from peft import get_peft_model
 from rft_runs import QUICK, make, run, saved
 from training_runs import assert_same_weights
 from tutelage.algorithms import RFTConfig
+from tutelage.algorithms.controls import control_config, controls
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
@@ -113,6 +114,15 @@ def test_settings_that_make_no_sense(tmp_path, case):
 def test_features_and_bases_that_are_not_there(training, settings, said):
     with pytest.raises(UserError, match=said):
         make(training, **{"reward": "features", "reward_negatives": "initial", **settings})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reward": "model", "reward_steps": 3}, {"reward_features": "text,logp"}], ids=str
+)
+def test_a_control_leaves_out_what_has_no_effect(tmp_path, settings):
+    (control,) = controls("self_training", adapter=True, takes_prompts=True)
+    config = control_config(control, RFTConfig(output_dir=str(tmp_path), **settings), str(tmp_path / "control"))
+    assert config.reward == "logp"
 
 
 def test_a_base_is_not_named_beside_an_adapter(training):
