@@ -15,7 +15,7 @@ from tutelage.errors import UserError
 from tutelage.lab.base import BaseModel
 from tutelage.lab.worlds import WORLDS, WorldOptions
 
-__all__ = ["Cell", "Grid", "Like", "Method", "read_grid", "shipped_grids"]
+__all__ = ["Cell", "Grid", "Like", "Method", "Where", "read_grid", "shipped_grids"]
 
 _HOME = "tutelage.lab.grids"
 
@@ -27,10 +27,31 @@ class Like:
     Attributes:
         method: whose chosen setting (for samples at temperature 1) is taken.
         times: what it is multiplied by.
+        setting: its name there; None for the same name.
     """
 
     method: str
     times: float = 1.0
+    setting: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Settings in some cells alone.
+
+    Attributes:
+        world: of the cells; None for all.
+        varied: values of varied options of the cells.
+        settings: fixed ones that go before the method's.
+    """
+
+    world: str | None
+    varied: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether the cell is one of them."""
+        return self.world in (None, cell.world) and all(cell.varied.get(k) == v for k, v in self.varied.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +65,7 @@ class Method:
         settings: fixed ones; a ``Like`` follows another method.
         tune: values to choose from, for each setting; all combinations are tried.
         takes_prompts: it gets the prompts without demonstrations.
+        where: other fixed settings in some cells; the last that holds goes before the others.
     """
 
     name: str
@@ -52,18 +74,21 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     takes_prompts: bool = False
+    where: tuple[Where, ...] = ()
 
-    @property
-    def candidates(self) -> list[dict[str, Any]]:
-        """The settings of each combination, with ``Like`` where they follow another method."""
-        return [
-            {**self.settings, **dict(zip(self.tune, values, strict=True))} for values in product(*self.tune.values())
-        ]
+    def candidates(self, cell: Cell) -> list[dict[str, Any]]:
+        """The settings of each combination in a cell, with ``Like`` where they follow another method."""
+        fixed = dict(self.settings)
+        for part in self.where:
+            fixed |= part.settings if part.holds(cell) else {}
+        return [{**fixed, **dict(zip(self.tune, values, strict=True))} for values in product(*self.tune.values())]
 
     @property
     def needs(self) -> set[str]:
         """The methods whose choice must be known before this one can run."""
-        values = [value for candidate in self.candidates for value in candidate.values()]
+        mappings = [self.settings, *(part.settings for part in self.where)]
+        values = [value for mapping in mappings for value in mapping.values()]
+        values += [value for tried in self.tune.values() for value in tried]
         return {value.method for value in values if isinstance(value, Like)} | ({self.start} if self.start else set())
 
 
@@ -265,7 +290,7 @@ def _methods(content: Any) -> tuple[Method, ...]:
 
 def _method(name: str, content: Any) -> Method:
     place = f"methods.{name}"
-    content = _mapping(content, place, ("algorithm",), ("start", "settings", "tune", "takes_prompts"))
+    content = _mapping(content, place, ("algorithm",), ("start", "settings", "tune", "takes_prompts", "where"))
     settings, tune = (_open_mapping(content.get(part), f"{place}.{part}") for part in ("settings", "tune"))
     for key, values in tune.items():
         if not isinstance(values, list) or not values:
@@ -279,20 +304,34 @@ def _method(name: str, content: Any) -> Method:
         name=name,
         algorithm=str(content["algorithm"]),
         start=content.get("start"),
-        settings={key: _value(value, f"{place}.settings.{key}") for key, value in settings.items()},
+        settings=_values(settings, f"{place}.settings"),
         tune={key: [_value(value, f"{place}.tune.{key}") for value in values] for key, values in tune.items()},
         takes_prompts=takes_prompts,
+        where=tuple(_where(part, f"{place}.where", tune) for part in content.get("where") or ()),
     )
+
+
+def _where(content: Any, place: str, tune: Mapping[str, Any]) -> Where:
+    options = tuple(entry.name for entry in fields(WorldOptions))
+    content = dict(_mapping(content, place, ("settings",), ("world", *options)))
+    settings = _open_mapping(content.pop("settings"), f"{place}.settings")
+    if both := sorted(set(settings) & set(tune)):
+        raise UserError("is fixed and tuned.", field=f"{place}.settings.{both[0]}")
+    return Where(content.pop("world", None), content, _values(settings, f"{place}.settings"))
+
+
+def _values(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    return {key: _value(value, f"{place}.{key}") for key, value in settings.items()}
 
 
 def _value(value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         return value
-    given = _mapping(value, place, ("like",), ("times",))
+    given = _mapping(value, place, ("like",), ("times", "setting"))
     times = given.get("times", 1.0)
     if isinstance(times, bool) or not isinstance(times, (int, float)):
         raise UserError(f"must be a number, not {times!r}.", field=f"{place}.times")
-    return Like(str(given["like"]), float(times))
+    return Like(str(given["like"]), float(times), given.get("setting"))
 
 
 def _in_order(methods: dict[str, Method]) -> Iterator[Method]:

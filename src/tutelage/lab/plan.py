@@ -74,7 +74,7 @@ def make_plan(grid: Grid, results: Results) -> Plan:
             if not method.needs <= chosen.keys():
                 complete = False
                 continue
-            tried = [_resolved(candidate, chosen) for candidate in method.candidates]
+            tried = [_resolved(candidate, chosen) for candidate in method.candidates(cell)]
             if len(tried) == 1:
                 choice = Choice(dict.fromkeys(OBJECTIVES, tried[0]), {})
             else:
@@ -98,8 +98,9 @@ def make_plan(grid: Grid, results: Results) -> Plan:
 
 def expected_runs(grid: Grid) -> int:
     """About how many runs the grid will want: at least as many, if no two methods share one."""
-    tuning = sum(len(m.candidates) * len(grid.tuning_seeds) for m in grid.methods if len(m.candidates) > 1)
-    return len(grid.cells) * (tuning + len(grid.methods) * len(grid.report_seeds))
+    tried = [len(method.candidates(cell)) for cell in grid.cells for method in grid.methods]
+    tuning = sum(count for count in tried if count > 1) * len(grid.tuning_seeds)
+    return tuning + len(tried) * len(grid.report_seeds)
 
 
 def _run(
@@ -140,7 +141,7 @@ def _resolved(settings: Mapping[str, Any], chosen: Mapping[str, Choice]) -> dict
     found = {}
     for name, value in settings.items():
         if isinstance(value, Like):
-            other = chosen[value.method].settings[OBJECTIVES[0]][name]
+            other = chosen[value.method].settings[OBJECTIVES[0]][value.setting or name]
             value = round(other * value.times) if isinstance(other, int) else float(f"{other * value.times:.6g}")
         found[name] = value
     return found

@@ -77,6 +77,12 @@ _MEASURES = (
     "truncated",
     "retention",
     "retention_logp",
+    "reward_auc",
+    "reward_best",
+    "logp_auc",
+    "logp_best",
+    "start_score",
+    "start_best",
 )
 _COSTS = ("steps", "trained_tokens", "sampled_tokens", "seconds_training", "seconds_measuring", "seconds")
 

@@ -223,10 +223,11 @@ def feature_sets(names: str, parts: FeatureParts | None = None) -> list[FeatureS
     """The sets that a list of names stands for.
 
     Args:
-        names: ``text``, ``hidden``, ``logp`` and ``module:function``, separated by commas.
+        names: ``text``, ``hidden``, ``logp`` and ``module:function``, separated by commas. ``logp`` alone is
+            self-training, the control of every reward.
 
     Raises:
-        UserError: no such set, one named twice, or ``logp`` alone.
+        UserError: no such set, or one named twice.
     """
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed or len(set(listed)) < len(listed):
@@ -235,8 +236,6 @@ def feature_sets(names: str, parts: FeatureParts | None = None) -> list[FeatureS
             remedy="Write for example text,hidden.",
             field=_FIELD,
         )
-    if listed == ["logp"]:
-        raise UserError("'logp' alone learns nothing.", remedy="Add a set: text,logp or hidden,logp.", field=_FIELD)
     parts = parts or FeatureParts()
     return [feature_set({"name": name, **parts.settings.get(name, {})}, parts) for name in listed]
 

@@ -127,6 +127,7 @@ class DemonstrationTrainer(Trainer):
                 args.adapter_learning_rate if isinstance(policy, PeftModel) else args.full_learning_rate
             )
         self.means, self.costs = Means(), Costs()
+        self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         super().__init__(
             model=cast(PreTrainedModel, policy),
             args=args,
@@ -188,7 +189,11 @@ class DemonstrationTrainer(Trainer):
     @property
     def policy(self) -> nn.Module:
         """The model being trained, without the wrappers of a launcher."""
-        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
+        model = cast(nn.Module, self.model)
+        if self._unwrapped is None or self._unwrapped[0] is not model:
+            # Asked for several times a step; accelerate looks for optional packages each time.
+            self._unwrapped = model, self.accelerator.unwrap_model(model)
+        return self._unwrapped[1]
 
     @property
     def stage(self) -> int:
