@@ -105,7 +105,6 @@ def test_settings_that_make_no_sense(tmp_path, case):
         ({"reward_features": "words"}, r"'reward_features': 'words' is not a set of features"),
         ({"reward_features": "text,text"}, r"'reward_features': 'text,text' names a set twice"),
         ({"reward_features": ""}, r"'reward_features': '' names no set"),
-        ({"reward_features": "logp"}, r"'reward_features': 'logp' alone learns nothing"),
         ({"reward_features": "no_such_module:function"}, r"'reward_features': .*cannot be imported"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, r"/nowhere/at/all, .*no such folder"),
     ],
