@@ -10,6 +10,7 @@ from peft import get_peft_model
 from rft_runs import QUICK, make, run, saved
 from training_runs import assert_same_weights
 from tutelage.algorithms import RFTConfig
+from tutelage.algorithms.controls import control_config, controls
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
@@ -104,7 +105,6 @@ def test_settings_that_make_no_sense(tmp_path, case):
         ({"reward_features": "words"}, r"'reward_features': 'words' is not a set of features"),
         ({"reward_features": "text,text"}, r"'reward_features': 'text,text' names a set twice"),
         ({"reward_features": ""}, r"'reward_features': '' names no set"),
-        ({"reward_features": "logp"}, r"'reward_features': 'logp' alone learns nothing"),
         ({"reward_features": "no_such_module:function"}, r"'reward_features': .*cannot be imported"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, r"/nowhere/at/all, .*no such folder"),
     ],
@@ -113,6 +113,15 @@ def test_settings_that_make_no_sense(tmp_path, case):
 def test_features_and_bases_that_are_not_there(training, settings, said):
     with pytest.raises(UserError, match=said):
         make(training, **{"reward": "features", "reward_negatives": "initial", **settings})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reward": "model", "reward_steps": 3}, {"reward_features": "text,logp"}], ids=str
+)
+def test_a_control_leaves_out_what_has_no_effect(tmp_path, settings):
+    (control,) = controls("self_training", adapter=True, takes_prompts=True)
+    config = control_config(control, RFTConfig(output_dir=str(tmp_path), **settings), str(tmp_path / "control"))
+    assert config.reward == "logp"
 
 
 def test_a_base_is_not_named_beside_an_adapter(training):

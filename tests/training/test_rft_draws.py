@@ -154,6 +154,7 @@ REWARDS = {
     "ensemble of models": {"reward": "model", "reward_ensemble": 2, "reward_negatives": "own,initial"},
     "auto": {"reward": "auto", "reward_negatives": "own,initial"},
     "likelihood": {"reward": "likelihood"},
+    "logp": {"reward": "logp", "policy_update": "best_of_n"},
 }
 PASSES = {"policy_epochs": 2, "samplings_per_stage": 2}
 

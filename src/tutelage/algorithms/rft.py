@@ -38,17 +38,9 @@ from tutelage.scoring.logps import TokenLogps
 from tutelage.training.config import SFT_LEARNING_RATES
 from tutelage.training.objective import Step
 from tutelage.training.reward_config import RewardStageConfig
+from tutelage.training.reward_data import known_demonstrations, make_candidates, read_preferences, with_prompts
 from tutelage.training.reward_phase import RewardPhase
-from tutelage.training.reward_setup import (
-    known_demonstrations,
-    make_candidates,
-    make_learner,
-    make_negatives,
-    phase_settings,
-    read_preferences,
-    refusal,
-    with_prompts,
-)
+from tutelage.training.reward_setup import make_learner, make_negatives, phase_settings, refusal
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.trainer import DemonstrationTrainer
 

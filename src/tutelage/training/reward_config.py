@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tutelage.errors import UserError
-from tutelage.training.negatives import parse_negatives
+from tutelage.training.negatives import Kind, parse_negatives
 from tutelage.training.stage_config import StageConfig
 
 __all__ = ["RewardStageConfig"]
@@ -368,7 +368,8 @@ class RewardStageConfig(StageConfig):
                 remedy="Leave --validation_rows out.",
                 field="validation_rows",
             )
-        if parse_negatives(self.reward_negatives) == ("own",) and self.prompt_mix == 1 and self.reward not in _FIXED:
+        only_own = parse_negatives(self.reward_negatives) == ("own",)
+        if only_own and self.prompt_mix == 1 and self.reward not in _FIXED:
             raise UserError(
                 "the policy samples for no demonstrated prompt, so there are no samples of its own to compare.",
                 remedy="Lower --prompt_mix, or use --reward_negatives initial,out_of_fold.",
@@ -383,6 +384,11 @@ class RewardStageConfig(StageConfig):
         self._refuse_what_has_no_effect()
         if not 0.5 < self.saturation <= 1:
             raise UserError("must be above 0.5 and at most 1.", field="saturation")
+
+    @property
+    def negative_kinds(self) -> tuple[Kind, ...]:
+        """The negatives that the reward is fitted to; one that is fitted to nothing needs none."""
+        return ("own",) if self.reward in _FIXED else parse_negatives(self.reward_negatives)
 
     def _refuse_what_has_no_effect(self) -> None:
         """Settings of another reward than the one that is learned."""

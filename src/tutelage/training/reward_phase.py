@@ -19,11 +19,12 @@ from tutelage.groups import Group, Role
 from tutelage.progress import Progress
 from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward, scores_by_group
-from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, policy_rewards, reward_scale
-from tutelage.training.gate import Gate, obstacle, own_logp, yardsticks
+from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, policy_rewards
+from tutelage.training.gate import Gate, obstacle, yardsticks
 from tutelage.training.learners import Learner
 from tutelage.training.metrics import Costs
 from tutelage.training.negatives import Negatives
+from tutelage.training.reward_facts import facts_of_samples, facts_of_validation, obstacle_to_learning
 from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import Draw
 from tutelage.training.selection import Candidates, CandidateScore
@@ -287,13 +288,18 @@ class RewardPhase:
     ) -> dict[str, Any]:
         """Metrics of the reward phase, and whether the policy phase may follow."""
         found: dict[str, Any] = {f"reward/{name}": value for name, value in fit.items()}
-        found |= self._facts_of_samples(scored) | self._facts_of_demonstrations(scored, comparisons)
-        reason = self._obstacle(stage, scored, fit)
+        treat = self.settings.truncated_samples
+        found |= facts_of_samples(scored, treat, down_only=self.settings.down_only, plain=self.rollout.params.is_plain)
+        found |= self._facts_of_demonstrations(scored, comparisons)
+        if self.refuse:
+            found["reward/refused"] = float(np.mean(self.refuse(scored)))
+        reason = "reward warm-up" if stage < self.settings.warmup_stages else obstacle_to_learning(scored, fit)
         if self.candidates:
             scores = self._scores(self.candidates)
-            facts, refusal = self._facts_of_validation(scores[max(scores)])
-            found |= facts
-            reason = reason or refusal
+            last = scores[max(scores)]
+            measures = yardsticks(last.candidate.groups, treat)
+            found |= facts_of_validation(last, measures)
+            reason = reason or obstacle(self.settings.gate, last.accuracy, measures)
             self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
         if self.preferences:
             found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.preferences[:256])))
@@ -308,31 +314,6 @@ class RewardPhase:
         if reason and stage >= self.settings.warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", stage, reason)
         return found | {"policy/phase": int(reason is None), "reason": reason}
-
-    def _facts_of_samples(self, scored: list[Group]) -> dict[str, Any]:
-        samples = [c for group in scored for c in group.samples]
-        rewards = [c.values["reward"] for c in samples]
-        seen = [policy_rewards(group, self.settings.truncated_samples) for group in scored]
-        found: dict[str, Any] = {
-            "reward/samples": float(np.mean(rewards)),
-            "reward/length_correlation": _correlation(rewards, [len(c.token_ids) for c in samples]),
-            "reward/logp_correlation": _correlation(rewards, [own_logp(c) for c in samples]),
-            "scale": reward_scale(seen, down_only=self.settings.down_only),
-            "samples/left_out": float(np.mean([reward is None for row in seen for reward in row])),
-        }
-        copies = [
-            sample.token_ids in {c.token_ids for c in group.demonstrations}
-            for group in scored
-            if group.demonstrations
-            for sample in group.samples
-        ]
-        if copies:
-            found["samples/copies"] = float(np.mean(copies))
-        if self.refuse:
-            found["reward/refused"] = float(np.mean(self.refuse(scored)))
-        if self.rollout.params.is_plain:  # else the samples are not the policy's own
-            found["policy/entropy"] = _entropy(samples)
-        return found
 
     def _facts_of_demonstrations(self, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
         """Of the demonstrations that the stage sampled beside; where there are none, of all that are compared."""
@@ -355,46 +336,3 @@ class RewardPhase:
         """Rewards of the demonstrations of groups, each prompt's once."""
         alone = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in groups}
         return [value for values in scores_by_group(self.reward, list(alone.values())) for value in values]
-
-    def _facts_of_validation(self, score: CandidateScore) -> tuple[dict[str, Any], str | None]:
-        """Metrics of the policy and the reward on the validation rows, and what speaks against the reward."""
-        candidate = score.candidate
-        found: dict[str, Any] = {
-            "validation/reward": score.reward.mean,
-            "validation/kl": candidate.kl,
-            "validation/demonstration_logp": candidate.demonstration_logp,
-        }
-        if score.accuracy is not None:
-            found |= {"validation/accuracy": score.accuracy.mean, "validation/accuracy_low": score.accuracy.low}
-        measures = yardsticks(candidate.groups, self.settings.truncated_samples)
-        if measures is not None:
-            found |= {"validation/accuracy_logp": measures.logp, "validation/accuracy_length": measures.length}
-        if candidate.verifier_scores is not None:
-            found["validation/verifier_score"] = float(np.mean([s for row in candidate.verifier_scores for s in row]))
-        if score.verifier_gap is not None:
-            found["validation/verifier_gap"] = score.verifier_gap
-        return found, obstacle(self.settings.gate, score.accuracy, measures)
-
-    def _obstacle(self, stage: int, scored: list[Group], fit: dict[str, float]) -> str | None:
-        """Why the policy phase should not run, whatever the validation rows say; None if nothing speaks against it."""
-        if stage < self.settings.warmup_stages:
-            return "reward warm-up"
-        if not fit:
-            return (
-                "no sample can be compared with its demonstration, so the reward could not learn: all are equal to it, or "
-                "differ from it by being truncated; then start from an SFT checkpoint, raise --max_completion_length or "
-                "use --truncated_samples score"
-            )
-        if max(float(np.ptp([c.values["reward"] for c in group.samples])) for group in scored) < 1e-6:
-            return "the reward is the same for all samples of each prompt"
-        return None
-
-
-def _entropy(samples: Sequence[Any]) -> float:
-    """Entropy of the policy by its own samples: mean of −log π (nats per token)."""
-    return -sum(own_logp(c) for c in samples) / sum(len(c.token_ids) for c in samples)
-
-
-def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pearson correlation; 0 if one side does not vary."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
