@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Literal, get_args
 
 import torch
@@ -15,15 +14,12 @@ from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.paths import ENSEMBLE
 from tutelage.rewards.base import Reward
-from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
-from tutelage.rewards.feature_reward import FeatureReward
 
 __all__ = [
     "Combine",
     "LikelihoodReward",
     "OwnLogpReward",
     "RewardEnsemble",
-    "fit_members",
     "read_ensemble",
     "write_ensemble",
 ]
@@ -131,29 +127,6 @@ def read_ensemble(folder: Path) -> tuple[list[Path], Combine]:
 
 def _member(place: int) -> str:
     return f"member-{place:02d}"
-
-
-def fit_members(
-    members: Sequence[FeatureReward],
-    comparisons: Comparisons,
-    *,
-    truncated_samples: TruncatedSamples = "floor",
-    seed: int = 0,
-) -> dict[str, float]:
-    """Fit each feature reward on a bootstrap of the prompts of its own.
-
-    Returns:
-        the members' facts (see ``FeatureReward.fit``), means over members; those that all have.
-    """
-    facts = [
-        member.fit(
-            comparisons.resampled(seed * len(members) + number),
-            truncated_samples=truncated_samples,
-            seed=seed * len(members) + number,
-        )
-        for number, member in enumerate(members)
-    ]
-    return {name: fmean(fact[name] for fact in facts) for name in facts[0] if all(name in fact for fact in facts)}
 
 
 class LikelihoodReward:

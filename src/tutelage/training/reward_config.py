@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tutelage.errors import UserError
 from tutelage.training.negatives import Kind, parse_negatives
@@ -405,3 +406,8 @@ class RewardStageConfig(StageConfig):
                 remedy="Use --reward features, or leave it out.",
                 field="reward_features",
             )
+
+    def sample_settings(self) -> dict[str, Any]:
+        """What the samples depend on; with how a run is divided, which decides what policy each draw is of."""
+        names = ("stages_per_epoch", "samplings_per_stage")
+        return super().sample_settings() | {name: getattr(self, name) for name in names}

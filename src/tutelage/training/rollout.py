@@ -93,10 +93,14 @@ class Rollout:
         """Whether the policy of ``begin`` was another than the one that training started with."""
         return self._now != self._start
 
-    def begin(self) -> str:
-        """Sampling begins from a policy that may be a new one; gives a name: equal weights have equal names."""
+    def begin(self, *, gap: float | None = None) -> str:
+        """Sampling begins from a policy that may be a new one; gives a name: equal weights have equal names.
+
+        Args:
+            gap: what was found when the sampler was held against the trainer earlier in this stage; it is not again.
+        """
         frozen = fingerprint((n, p) for n, p in self.scorer.policy.named_parameters() if not p.requires_grad)
-        self._now, self.gap, self._measured = self._trained(), None, {}
+        self._now, self.gap, self._measured = self._trained(), gap, {}
         self.sampler.take_weights(self.scorer.policy)
         return f"{frozen}-{self._now}"
 
