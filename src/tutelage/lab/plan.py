@@ -131,7 +131,7 @@ def _run(
 
 def _want(wanted: dict[tuple[str, ...], Wanted], new: Wanted) -> None:
     """Add it behind its start. A start that no method wanted before it belongs to the method that starts there."""
-    if new.run.start is not None and not any(each.run.name == new.run.start.name for each in wanted.values()):
+    if new.run.start is not None and all(name != new.run.start.name for name, *_ in wanted):
         _want(wanted, Wanted(new.run.start, new.cell, f"start of {new.method}"))
     wanted.setdefault((new.run.name, new.method, *new.chosen_for), new)
 
