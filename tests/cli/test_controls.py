@@ -19,6 +19,15 @@ RFT = ["--validation_rows", 4, "--num_samples", 2, "--stages_per_epoch", 1, "--g
 RFT += ["--fold_epochs", 1, "--truncated_samples", "score", "--seed", 3]
 
 
+@pytest.fixture(autouse=True)
+def more_data(data):  # noqa: F811
+    for name, rows in {
+        "prompts": [{"prompt": f"What is {i} + 20?"} for i in range(6)],
+        "other": [{"prompt": f"What is {i} + 9?", "completion": f" {i + 9}"} for i in range(4)],
+    }.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def measured(data):  # noqa: F811
     return ["--eval_dataset_name", data / "sums.jsonl", "--verifier", "tutelage_measures:even"]
 
@@ -26,18 +35,21 @@ def measured(data):  # noqa: F811
 def test_a_method_is_judged_against_its_controls(command, model, data, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     run = train("rft", model, data, out, *measured(data), *RFT, "--controls", "gentle", "self_training", "plateau")
+    run += ["--prompt_dataset", data / "prompts.jsonl"]
     code, shown = command(*run)
     assert code == 0, shown
     names = {folder.name for folder in (out / "controls").iterdir() if folder.is_dir()}
-    plateau = {control.name for control in controls("plateau", adapter=False, takes_prompts=True)}
-    assert names == {"gentle-sft", "self-training", *plateau}
+    plateau, own = (
+        {control.name for control in controls(name, adapter=False)} for name in ("plateau", "self_training")
+    )
+    assert names == {"gentle-sft", *plateau, *own}
     records = {name: load_results(out / "controls" / name) for name in names}
     assert all(is_control(record) and not is_method(record) for record in records.values())
     assert {record.start for record in records.values()} == {load_results(out).start}
     gentle = records["gentle-sft"]
     assert gentle.settings["learning_rate"] == pytest.approx(SFT_LEARNING_RATES["full"] / 10)
     assert gentle.seed == 3
-    assert records["self-training"].settings["policy_update"] == "best_of_n"
+    assert {records[name].settings["policy_update"] for name in own} == {"best_of_n"}
     # Of the runs to the plateau those count that are best on validation rows, which none of them trained on.
     values = {name: json.loads((out / "controls" / name / "validation.json").read_text()) for name in plateau}
     assert all(set(value) == {"score_sampled", "score_greedy"} for value in values.values())
@@ -69,17 +81,48 @@ def test_a_control_that_was_killed_is_trained_anew(command, model, data, tmp_pat
 
 
 def test_an_unknown_control_is_refused_before_anything_is_trained(command, model, data, tmp_path):  # noqa: F811
-    code, shown = command(*train("irft", model, data, tmp_path / "out", "--controls", "plateu"))
-    assert code != 0
-    assert "field 'controls': there is no control 'plateu'" in shown
-    assert not (tmp_path / "out").exists()
+    for given, said in BAD.items():
+        code, shown = command(*train("irft", model, data, tmp_path / "out", *given))
+        assert code != 0
+        assert said in shown
+        assert not (tmp_path / "out").exists()
+
+
+BAD = {
+    ("--controls", "plateu"): "field 'controls': there is no control 'plateu'",
+    ("--controls", "self_training"): "self-training imitates answers to prompts without demonstrations",
+    ("--controls", "gentle", "--dataset_streaming", "--max_steps", 2): "streamed data have no end",
+}
 
 
 def test_names():
-    assert parse_controls([]) == []
-    assert parse_controls(["all", "gentle"]) == list(CONTROLS)
+    assert parse_controls([], has_prompts=True) == []
+    assert parse_controls(["all", "gentle"], has_prompts=True) == list(CONTROLS)
+    assert "self_training" not in parse_controls(["all"], has_prompts=False)
     with pytest.raises(UserError, match="no control 'sft'"):
-        parse_controls(["sft"])
+        parse_controls(["sft"], has_prompts=True)
+
+
+@pytest.mark.parametrize("algorithm", ["irft", "sft"])
+def test_controls_of_other_methods(command, model, data, tmp_path, algorithm):  # noqa: F811
+    """Of few rows, half at most are for the choice."""
+    out = tmp_path / "out"
+    more = ["--stages_per_epoch", 1] if algorithm == "irft" else []
+    code, shown = command(*train(algorithm, model, data, out, *more, "--controls", "all"))
+    assert code == 0, shown
+    plateau = {control.name for control in controls("plateau", adapter=False)}
+    assert {folder.name for folder in (out / "controls").iterdir() if folder.is_dir()} == {"gentle-sft", *plateau}
+    assert len((out / "controls" / "train.jsonl").read_text(encoding="utf-8").splitlines()) == 6
+
+
+def test_validation_rows_of_their_own_leave_the_data_as_they_are(command, model, data, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    run = train("rft", model, data, out, *RFT[2:], "--validation_dataset", data / "other.jsonl")
+    code, shown = command(*run, "--reward_gate", "off", "--controls", "plateau")
+    assert code == 0, shown
+    assert not (out / "controls" / "train.jsonl").exists()
+    trained = {load_results(folder).dataset for folder in (out / "controls").iterdir()}
+    assert trained == {load_results(out).dataset}
 
 
 def test_what_a_control_carries_over(tmp_path):
@@ -92,9 +135,12 @@ def test_what_a_control_carries_over(tmp_path):
         learning_rate=1.0,
         per_device_train_batch_size=3,
         push_to_hub=True,
+        reward="model",
+        reward_epochs=9,
+        reward_ensemble=3,
     )
     gentle, own = (
-        control_config(controls(name, adapter=True, takes_prompts=True)[0], method, str(tmp_path / name))
+        control_config(controls(name, adapter=True)[0], method, str(tmp_path / name))
         for name in ("gentle", "self_training")
     )
     assert isinstance(gentle, SFTConfig)

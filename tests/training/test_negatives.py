@@ -9,7 +9,7 @@ from peft import get_peft_model
 from test_resume import KillAt, Killed
 from transformers.trainer_utils import get_last_checkpoint
 
-from rft_runs import QUICK, saved
+from rft_runs import QUICK, readable, saved
 from training_runs import SETTINGS
 from tutelage.errors import UserError
 from tutelage.groups import Role
@@ -44,7 +44,9 @@ def make(training, *, model=None, adapter=False, **settings):
                         parameter += 0.3 * torch.randn_like(parameter)
     data = settings.pop("data", None) or training.rows(16)
     options = settings.pop("options", {})
-    return training.trainer("rft", model=model, data=data, options=options, **{**QUICK, **FEATURES, **settings})
+    return training.trainer(
+        "rft", model=model, data=data, options=options, **readable({**QUICK, **FEATURES, **settings})
+    )
 
 
 def drawn_by(trainer, groups, *, stage, weights=None, model=None):

@@ -26,7 +26,7 @@ BAD_SETTINGS = {
     "warm-up below 0": ({"reward_warmup_stages": -1}, r"'reward_warmup_stages': must be at least 0"),
     "no reward rate": ({"reward_learning_rate": 0.0}, r"'reward_learning_rate': must be above 0"),
     "smoothing": ({"reward_label_smoothing": 0.5}, r"'reward_label_smoothing': .*below 0.5"),
-    "saturation": ({"saturation": 0.5}, r"'saturation': .*above 0.5"),
+    "saturation": ({"reward": "model", "saturation": 0.5}, r"'saturation': .*above 0.5"),
     "clip range": ({"clip_range": 0.0}, r"'clip_range': must be above 0"),
     "reference": ({"reference": "stage"}, r"'reference': must be one of initial"),
     "reward loss": ({"reward_loss": "hinge"}, r"'reward_loss': must be one of logistic, linear"),
@@ -119,7 +119,7 @@ def test_features_and_bases_that_are_not_there(training, settings, said):
     "settings", [{"reward": "model", "reward_steps": 3}, {"reward_features": "text,logp"}], ids=str
 )
 def test_a_control_leaves_out_what_has_no_effect(tmp_path, settings):
-    (control,) = controls("self_training", adapter=True, takes_prompts=True)
+    control = controls("self_training", adapter=True)[0]
     config = control_config(control, RFTConfig(output_dir=str(tmp_path), **settings), str(tmp_path / "control"))
     assert config.reward == "logp"
 

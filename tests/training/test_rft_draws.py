@@ -10,7 +10,7 @@ from test_resume import CountingSampler, KillAt, Killed
 from test_rft_resume import assert_equal
 from transformers.trainer_utils import get_last_checkpoint
 
-from rft_runs import QUICK
+from rft_runs import QUICK, readable
 from training_runs import Snapshots, Training, history, weights
 from tutelage.errors import UserError
 from tutelage.groups import Role
@@ -44,7 +44,7 @@ def make(training, name="run", *, callbacks=(), prompts=PROMPTS, **settings):
         name=name,
         data=training.rows(20),
         options=options,
-        **{**SETTINGS, **settings},
+        **readable({**SETTINGS, **settings}),
     )
     trainer.stages.rollout.sampler = CountingSampler(trainer)
     return trainer

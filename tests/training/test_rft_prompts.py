@@ -6,7 +6,7 @@ import re
 import pytest
 from datasets import Dataset
 
-from rft_runs import QUESTIONS, QUICK, WORDS, phases, trained_on
+from rft_runs import QUESTIONS, QUICK, WORDS, phases, readable, trained_on
 from rft_runs import make as make_neural
 from tutelage.cli import main
 from tutelage.errors import UserError
@@ -30,7 +30,7 @@ def prompts(texts=PROMPTS):
 def make(training, *, data=None, options=None, **settings):
     options = {"prompt_dataset": prompts(), **(options or {})}
     data = training.rows(8) if data is None else data
-    return training.trainer("rft", data=data, options=options, **{**SETTINGS, **settings})
+    return training.trainer("rft", data=data, options=options, **readable({**SETTINGS, **settings}))
 
 
 def compared(trainer):

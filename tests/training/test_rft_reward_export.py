@@ -6,7 +6,7 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rft_runs import QUICK, saved
+from rft_runs import QUICK, readable, saved
 from tutelage.cli import main
 from tutelage.data import load_dataset
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
@@ -26,7 +26,7 @@ def exported(training, *, adapter=False, **settings):
         model=load_model(name),
         data=training.rows(20),
         options={"peft_config": training.lora() if adapter else None},
-        **{**SETTINGS, **settings},
+        **readable({**SETTINGS, **settings}),
     )
     trainer.train()
     trainer.export(training.folder / "out")

@@ -238,7 +238,7 @@ def test_a_truncated_sample_is_not_the_best_of_its_prompt(training):
         {"reward": "auto"},
         {"reward": "likelihood"},
         {"reward": "model"},
-        {"reward": "features", "reward_features": "text,logp", "reward_ensemble": 2},
+        {"reward": "features", "reward_features": "text,logp", "reward_ensemble": 2, "reward_combine": "mean"},
     ],
     ids=str,
 )

@@ -6,11 +6,11 @@ A gain over a start means nothing if more SFT, gentler SFT, or the policy's trus
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tutelage.algorithms.registry import find
-from tutelage.training.config import SFT_LEARNING_RATES, DemonstrationConfig
+from tutelage.training.config import SFT_LEARNING_RATES, DemonstrationConfig, default_of
 
 __all__ = ["CONTROLS", "Control", "control_config", "controls"]
 
@@ -35,13 +35,12 @@ class Control:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def controls(name: str, *, adapter: bool, takes_prompts: bool) -> list[Control]:
+def controls(name: str, *, adapter: bool) -> list[Control]:
     """The runs of a control.
 
     Args:
         name: one of ``CONTROLS``.
         adapter: whether an adapter is trained, and not all parameters: decides the unit of learning rates.
-        takes_prompts: the method samples for prompts, so that self-training can have the same.
     """
     rate = SFT_LEARNING_RATES["adapter" if adapter else "full"]
     schedule = {"lr_scheduler_type": "linear", "warmup_steps": 0.1}
@@ -49,23 +48,17 @@ def controls(name: str, *, adapter: bool, takes_prompts: bool) -> list[Control]:
         return [Control("gentle-sft", name, "sft", {"learning_rate": rate / 10, "num_train_epochs": 6, **schedule})]
     if name == "self_training":
         learns_nothing = {"reward": "logp", "policy_update": "best_of_n", "reward_gate": "off", "keep_policy": "last"}
-        of_a_reward = (
-            "preference_dataset",
-            "reward_model_name_or_path",
-            "init_reward_from",
-            "reward_steps",
-            "drop_below",
-        )
-        learns_nothing |= {
-            "reward_features": "text",
-            "reward_ensemble": 1,
-            "reward_warmup_stages": 0,
-            **dict.fromkeys(of_a_reward),
-        }
-        # One round of samples: a policy that goes on to imitate its own likeliest answers soon gives only short ones.
-        rounds = {"stages_per_epoch": 1, "samplings_per_stage": 1}
-        own = {"learning_rate": rate / 6} if not takes_prompts else {}
-        return [Control("self-training", name, "rft", {**learns_nothing, **rounds, **own, **schedule})]
+        # Imitating samples of the start, or one's own likeliest answers again and again: which is stronger depends on the
+        # task, and the second soon gives only short ones.
+        return [
+            Control(
+                f"self-training-{rounds}-round{'s' if rounds > 1 else ''}",
+                name,
+                "rft",
+                {**learns_nothing, "stages_per_epoch": rounds, "samplings_per_stage": 1, **schedule},
+            )
+            for rounds in (1, 4)
+        ]
     assert name == "plateau"
     return [
         Control(
@@ -80,19 +73,32 @@ def controls(name: str, *, adapter: bool, takes_prompts: bool) -> list[Control]:
 
 
 def control_config(control: Control, method: DemonstrationConfig, output_dir: str) -> DemonstrationConfig:
-    """The config of a control: the method's settings where its algorithm has them, and its own."""
+    """The config of a control: what all algorithms have as the method has it, and the control's own.
+
+    Self-training has the method's prompts and samples too. SFT has its own batches: those of a method are of prompts with
+    samples.
+    """
     config = find(control.algorithm).config
+    names = {entry.name for entry in fields(DemonstrationConfig)}
+    names = names | _OF_SAMPLES if control.algorithm == "rft" else names - _OF_BATCHES
     carried = {
         entry.name: getattr(method, entry.name)
         for entry in fields(config)
-        if entry.init and hasattr(method, entry.name) and getattr(method, entry.name) != _default(entry)
+        if entry.init and entry.name in names and getattr(method, entry.name, None) != default_of(entry)
     }
     own = {"output_dir": output_dir, "run_name": control.name, "push_to_hub": False}
-    if control.algorithm == "sft":  # the batches of a method are of prompts with samples
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
-            carried.pop(name, None)
     return config(**{**carried, **control.settings, **own})
 
 
-def _default(entry: Field[Any]) -> Any:
-    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+_OF_SAMPLES = {
+    "num_samples",
+    "prompt_dataset",
+    "prompt_mix",
+    "validation_dataset",
+    "validation_rows",
+    "truncated_samples",
+    "temperature",
+    "top_k",
+    "top_p",
+}
+_OF_BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"}

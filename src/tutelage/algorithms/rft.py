@@ -70,7 +70,7 @@ class RFTConfig(RewardStageConfig):
         metadata={
             "help": (
                 "How the reward moves the policy: gradient (policy gradient on all samples), or best_of_n (SFT on the "
-                "best sample of each prompt, and on the demonstration where there is one)."
+                "best sample of a prompt without a demonstration, and on the demonstration where there is one)."
             ),
             "choices": ["gradient", "best_of_n"],
         },

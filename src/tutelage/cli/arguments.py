@@ -58,7 +58,8 @@ class DataArguments(ScriptArguments):
             "help": (
                 "Afterwards train what the method has to beat, from the same start and data, and judge it against that: "
                 "plateau (SFT at several rates and passes, the best on validation rows), gentle (SFT at a tenth of the "
-                "rate), self_training (the policy distilled into its own likeliest answers), or all."
+                "rate), self_training (the policy distilled into its own likeliest answers to the --prompt_dataset, in one "
+                "round or four, the better on validation rows), or all."
             )
         },
     )

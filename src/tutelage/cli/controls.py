@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from datasets import IterableDataset
 from rich.console import Console
 
-from tutelage.algorithms.controls import CONTROLS, control_config, controls
+from tutelage.algorithms.controls import CONTROLS, Control, control_config, controls
 from tutelage.cli.arguments import DataArguments, ModelArguments
 from tutelage.cli.output import OutputFolder
 from tutelage.data import load_dataset
@@ -25,85 +26,111 @@ from tutelage.results import RunRecord, load_results
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["parse_controls", "train_controls"]
+__all__ = ["Controls", "parse_controls"]
 
 
-def parse_controls(names: Sequence[str]) -> list[str]:
-    """Names of controls, in the order of ``CONTROLS``; ``all`` stands for every one.
+def parse_controls(names: Sequence[str], *, has_prompts: bool) -> list[str]:
+    """Names of controls, in the order of ``CONTROLS``; ``all`` stands for every one that there can be.
+
+    Args:
+        has_prompts: whether the method samples for prompts without demonstrations, which self-training needs.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or self-training without prompts.
 
-    >>> parse_controls(["self_training", "plateau"]), parse_controls(["all"]) == list(CONTROLS)
-    (['plateau', 'self_training'], True)
+    >>> parse_controls(["gentle", "plateau"], has_prompts=False), parse_controls(["all"], has_prompts=False)
+    (['plateau', 'gentle'], ['plateau', 'gentle'])
     """
     unknown = sorted(set(names) - {*CONTROLS, "all"})
     if unknown:
         raise UserError(
             f"there is no control '{unknown[0]}'.", remedy=f"Use {', '.join(CONTROLS)} or all.", field="controls"
         )
-    return [name for name in CONTROLS if name in names or "all" in names]
+    if "self_training" in names and not has_prompts:
+        raise UserError(
+            "self-training imitates answers to prompts without demonstrations, and there are none.",
+            remedy="Add --prompt_dataset to rft, or leave self_training out.",
+            field="controls",
+        )
+    return [
+        name for name in CONTROLS if name in names or ("all" in names and (has_prompts or name != "self_training"))
+    ]
 
 
-def train_controls(
-    names: Sequence[str],
-    data: DataArguments,
-    model: ModelArguments,
-    method: DemonstrationConfig,
-    console: Console,
-    train: Callable[..., RunRecord],
-) -> list[RunRecord]:
-    """Train the controls into ``controls`` in the method's folder; what is finished there is not trained again.
+class Controls:
+    """The controls of a method: what would be refused is refused here, before anything is trained.
 
     Args:
-        names: from ``parse_controls``.
+        names: as given on the command line.
         data, model, method: of the method.
-        train: as ``tutelage.cli.train.train``.
 
-    Returns:
-        a record of each control; of SFT to its plateau the best run by sampled answers, and the best by greedy ones,
-        both chosen on validation rows.
+    Raises:
+        UserError: as ``parse_controls``; streamed data; too few rows to choose on; or settings that a control refuses.
     """
-    home = Path(str(method.output_dir)) / "controls"
-    found: list[RunRecord] = []
-    for name in names:
-        wanted = controls(name, adapter=_trains_adapter(model), takes_prompts=hasattr(method, "prompt_dataset"))
-        chooses = len(wanted) > 1
-        split = _Split(data, model, method, home) if chooses else None
-        records, values = [], []
-        for control in wanted:
-            folder = home / control.name
-            if not (folder / "README.md").exists():  # written last
-                console.print(f"\n[bold]control[/bold] {name}: {control.name}", highlight=False)
-                own = replace(split.data if split else data, overwrite_output_dir=True, resume=False)
-                with OutputFolder(str(folder), overwrite=True) as output:
-                    train(
-                        control.algorithm,
-                        own,
-                        model,
-                        control_config(control, method, str(folder)),
-                        console,
-                        before_training=output.clear,
-                        **({"after": split.measure_into(folder)} if split else {}),
-                    )
-            records.append(load_results(folder))
-            if split:
-                values.append(read_json(folder / "validation.json"))
-        found += _chosen(name, records, values) if chooses else records
-    return found
+
+    def __init__(self, names: Sequence[str], data: DataArguments, model: ModelArguments, method: DemonstrationConfig):
+        self.data, self.model, self.home = data, model, Path(str(method.output_dir)) / "controls"
+        wanted = parse_controls(names, has_prompts=bool(getattr(method, "prompt_dataset", None)))
+        if wanted and data.dataset_streaming:
+            raise UserError(
+                "controls make passes over the data, and streamed data have no end.",
+                remedy="Leave --dataset_streaming or --controls out.",
+                field="controls",
+            )
+        adapter = bool(model.use_peft or model.continues_adapter)
+        self.runs: dict[str, list[tuple[Control, DemonstrationConfig]]] = {
+            name: [
+                (control, control_config(control, method, str(self.home / control.name)))
+                for control in controls(name, adapter=adapter)
+            ]
+            for name in wanted
+        }
+        chooses = any(len(runs) > 1 for runs in self.runs.values())
+        self._split = _Split(data, model, method, self.home) if chooses else None
+
+    def train(self, console: Console, train: Callable[..., RunRecord]) -> list[RunRecord]:
+        """Train them into ``controls`` in the method's folder; what is finished there is not trained again.
+
+        Args:
+            train: as ``tutelage.cli.train.train``.
+
+        Returns:
+            a record of each control; of a control with several runs the best by sampled answers, and the best by greedy
+            ones, both chosen on validation rows.
+        """
+        found: list[RunRecord] = []
+        for name, runs in self.runs.items():
+            split = self._split if len(runs) > 1 else None
+            records, values = [], []
+            for control, config in runs:
+                folder = self.home / control.name
+                if not (folder / "README.md").exists():  # written last
+                    console.print(f"\n[bold]control[/bold] {name}: {control.name}", highlight=False)
+                    data = split.data if split else self.data
+                    with OutputFolder(str(folder), overwrite=True) as output:
+                        train(
+                            control.algorithm,
+                            replace(data, overwrite_output_dir=True, resume=False),
+                            self.model,
+                            config,
+                            console,
+                            before_training=output.clear,
+                            **({"after": split.measure_into(folder)} if split else {}),
+                        )
+                records.append(load_results(folder))
+                if split:
+                    values.append(read_json(folder / "validation.json"))
+            found += _chosen(records, values) if split else records
+        return found
 
 
-def _chosen(name: str, records: list[RunRecord], values: list[dict[str, float]]) -> list[RunRecord]:
+def _chosen(records: list[RunRecord], values: list[dict[str, float]]) -> list[RunRecord]:
     """The best on validation rows, by each of the values; once where it is the same run."""
     found: dict[str, RunRecord] = {}
     for value in sorted(set.intersection(*map(set, values))):
         best = max(range(len(records)), key=lambda place: values[place][value])
         found.setdefault(records[best].name, records[best])
     return list(found.values())
-
-
-def _trains_adapter(model: ModelArguments) -> bool:
-    return bool(model.use_peft or model.continues_adapter)
 
 
 class _Split:
@@ -113,15 +140,17 @@ class _Split:
     """
 
     def __init__(self, data: DataArguments, model: ModelArguments, method: DemonstrationConfig, home: Path):
+        self._data, self._path = data, home / "train.jsonl"
         source, turns = str(data.dataset_name), cast(Turns, method.turns)
         self.tokenization = method.tokenization(load_tokenizer(model.require_name()))
-        dataset = cast(Any, load_dataset(source, config_name=data.dataset_config, split=data.dataset_train_split))
+        dataset = load_dataset(source, config_name=data.dataset_config, split=data.dataset_train_split)
+        assert not isinstance(dataset, IterableDataset)
         tokenized = cast(Any, tokenize_dataset(dataset, self.tokenization, turns=turns, source=source))
         given = getattr(method, "validation_dataset", None)
         if given:
             raw = load_dataset(given)
         else:
-            rows = getattr(method, "validation_rows", None)
+            rows = getattr(method, "validation_rows", None) or min(max(16, len(dataset) // 10), 128, len(dataset) // 2)
             raw, _ = split_validation(
                 dataset, tokenized, self.tokenization, rows=rows, seed=method.seed, turns=turns, source=source
             )
@@ -129,13 +158,19 @@ class _Split:
             cast(Any, raw), self.tokenization, verifier=method.verifier, turns=turns, source=given or source
         )
         left = without_prompts(tokenized, {group.prompt_ids for group in self.rows.groups}, source=source)
-        home.mkdir(parents=True, exist_ok=True)
-        path = home / "train.jsonl"
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(dataset[row], ensure_ascii=False) + "\n" for row in sorted(set(left["row"])))
-        self.data = replace(data, dataset_name=str(path), dataset_config=None, dataset_train_split="train")
+        self._kept = None if len(left) == len(tokenized) else [dataset[row] for row in sorted(set(left["row"]))]
 
-    def measure_into(self, folder: Path) -> Any:
+    @property
+    def data(self) -> DataArguments:
+        """The training data without the validation rows: a file of its own, where they were among them."""
+        if self._kept is None:
+            return self._data
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._kept)
+        return replace(self._data, dataset_name=str(self._path), dataset_config=None, dataset_train_split="train")
+
+    def measure_into(self, folder: Path) -> Callable[[DemonstrationTrainer], None]:
         """Writes ``validation.json``: what the choice goes by, of a trained policy."""
 
         def measure(trainer: DemonstrationTrainer) -> None:

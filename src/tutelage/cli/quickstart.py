@@ -228,7 +228,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
         "continued-sft": ("sft", {"num_train_epochs": 3, "learning_rate": rate / 2}),
         "self-training": (
             "rft",
-            sampled | dict(controls("self_training", adapter=True, takes_prompts=True)[0].settings),
+            sampled | dict(controls("self_training", adapter=True)[0].settings),
         ),
         "rft": ("rft", sampled),
     }

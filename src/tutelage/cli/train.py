@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tutelage.algorithms.registry import find
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
-from tutelage.cli.controls import parse_controls, train_controls
+from tutelage.cli.controls import Controls
 from tutelage.cli.libraries import quiet_libraries
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.progress import LogLines, TerminalProgress
@@ -43,13 +43,13 @@ def main(args: Sequence[str], console: Console) -> None:
     if not data.dataset_name:
         raise UserError("no dataset is given.", remedy="Add --dataset_name DATA.", field="dataset_name")
     model.require_name()
-    wanted = parse_controls(data.controls)
+    controls = Controls(data.controls, data, model, training)
     with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
         record = train(algorithm, data, model, training, console, before_training=output.clear)
     folder = Path(training.output_dir)
     report = folder / "report.html"
     write_report([record], report)  # before the controls, which may fail
-    records = [record, *train_controls(wanted, data, model, training, console, train)]
+    records = [record, *controls.train(console, train)]
     write_report(records, report)
     console.print(summary_table(records))
     for sentence in verdicts(records):

@@ -122,6 +122,8 @@ def policy_rewards(group: Group, truncated_samples: TruncatedSamples) -> list[fl
 def reward_scale(rewards: Sequence[Sequence[float | None]], *, down_only: bool = False) -> float:
     """The divisor of the rewards: their standard deviation within a prompt; 1 where they do not vary.
 
+    Prompts whose samples all have the same reward, such as copies of one answer, say nothing of its spread.
+
     Divided by it, rewards have the same spread whatever the reward's own unit, and the weight of the KL means the same.
 
     Args:
@@ -132,7 +134,7 @@ def reward_scale(rewards: Sequence[Sequence[float | None]], *, down_only: bool =
         root of the mean variance within a prompt; at least 1 with ``down_only``.
     """
     told = ([reward for reward in row if reward is not None] for row in rewards)
-    variances = [torch.tensor(row).var().item() for row in told if len(row) > 1]
+    variances = [torch.tensor(row).var().item() for row in told if len(set(row)) > 1]
     spread = (sum(variances) / len(variances)) ** 0.5 if variances else 0.0
     return max(1.0, spread) if down_only else spread or 1.0
 

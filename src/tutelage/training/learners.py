@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from tutelage.data.tokenization import Tokenization
+from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import load_weights, save_weights
@@ -43,6 +44,11 @@ class Learner(Protocol):
     @property
     def compares_across_prompts(self) -> bool:
         """Whether rewards of different prompts' completions can be held against each other."""
+        ...
+
+    @property
+    def reads_logps(self) -> bool:
+        """Whether the reward reads log-probs of the policy."""
         ...
 
     def fit(
@@ -84,6 +90,8 @@ class ModelLearner:
         seed: of dropout.
         compares_across_prompts: whether there will be samples of prompts without a demonstration to compare with.
     """
+
+    reads_logps = False
 
     def __init__(
         self,
@@ -178,6 +186,11 @@ class FeatureLearner:
         self.truncated_samples: TruncatedSamples = truncated_samples
 
     @property
+    def reads_logps(self) -> bool:
+        """See ``Learner.reads_logps``."""
+        return any(features.name == "logp" for features in self.reward.sets)
+
+    @property
     def compares_across_prompts(self) -> bool:
         """See ``Learner.compares_across_prompts``."""
         return self.reward.compares_across_prompts
@@ -197,7 +210,16 @@ class FeatureLearner:
         """See ``Learner.load``."""
         if not (folder / "reward-features").exists():
             return False
-        self.reward = FeatureReward.load(folder / "reward-features", self.parts)
+        saved = FeatureReward.load(folder / "reward-features", self.parts)
+        names, own = ([features.name for features in reward.sets] for reward in (saved, self.reward))
+        if names != own:
+            raise UserError(
+                f"the reward of the run is on the features {','.join(names)}, not {','.join(own)}.",
+                remedy="Resume with the settings of the first run.",
+                file=str(folder / "reward-features"),
+                field="reward_features",
+            )
+        self.reward = saved
         return True
 
     def export(self, folder: Path, tokenization: Tokenization) -> None:
@@ -219,6 +241,7 @@ class FixedLearner:
     """
 
     tokens_done = 0
+    reads_logps = True
 
     def __init__(self, make: Callable[[], Reward], *, compares_across_prompts: bool = False):
         self._make, self.compares_across_prompts = make, compares_across_prompts
@@ -270,6 +293,11 @@ class EnsembleLearner:
     def tokens_done(self) -> int:
         """Of all members."""
         return sum(member.tokens_done for member in self.members)
+
+    @property
+    def reads_logps(self) -> bool:
+        """Whether any member does."""
+        return any(member.reads_logps for member in self.members)
 
     @property
     def compares_across_prompts(self) -> bool:
@@ -332,6 +360,11 @@ class AutoLearner:
     def tokens_done(self) -> int:
         """Of all learners."""
         return sum(learner.tokens_done for learner in self.learners.values())
+
+    @property
+    def reads_logps(self) -> bool:
+        """See ``Learner.reads_logps``."""
+        return self.learners[self.taken].reads_logps
 
     @property
     def compares_across_prompts(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from tutelage.errors import UserError
@@ -11,6 +12,7 @@ from tutelage.groups import Group
 from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress
 from tutelage.training.folds import Folds
+from tutelage.training.gate import copied_share
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
 from tutelage.training.store import FORMAT, StageStore
@@ -18,6 +20,8 @@ from tutelage.training.store import FORMAT, StageStore
 __all__ = ["NEGATIVES", "Kind", "Negatives", "parse_negatives"]
 
 Kind = Literal["own", "initial", "out_of_fold"]
+
+logger = logging.getLogger(__name__)
 
 NEGATIVES: tuple[Kind, ...] = ("own", "initial", "out_of_fold")
 """Where samples come from that a reward puts demonstrations above: the policy of the stage, the model before SFT, and
@@ -57,6 +61,7 @@ class Negatives:
         store: of the run.
         base: the weights of the initial model; asked for only when something is drawn.
         folds: of the out-of-fold policies, likewise.
+        settings: what they depend on besides what the samples of a stage do; JSON values.
         costs, progress: as in the trainer.
     """
 
@@ -69,12 +74,13 @@ class Negatives:
         base: Callable[[], WeightSet],
         folds: Callable[[], Folds],
         *,
+        settings: Mapping[str, Any],
         costs: Costs,
         progress: Progress,
     ):
         self.kinds, self._groups, self.rollout, self.store = tuple(kinds), list(groups), rollout, store
         self._base, self.folds = base, folds
-        self.costs, self.progress = costs, progress
+        self.settings, self.costs, self.progress = settings, costs, progress
         self._found: dict[str, list[Group]] | None = None
 
     def groups(self) -> dict[str, list[Group]]:
@@ -96,6 +102,14 @@ class Negatives:
                     )
                 ]
             self._found = found
+            for kind, groups in found.items():
+                if (share := copied_share(groups)) > 0.5:
+                    logger.warning(
+                        "%.0f%% of the negatives '%s' equal the demonstration: the model that they come from was trained on "
+                        "the demonstrations. Name the model before SFT: --base_model_name_or_path",
+                        100 * share,
+                        kind,
+                    )
         return self._found
 
     def count(self) -> None:
@@ -121,7 +135,7 @@ class Negatives:
 
     def _kept(self, name: str, demonstrations: Sequence[Group], draw: Callable[[], list[Group]]) -> list[Group]:
         """The groups of a file of the run's, which is written first if it is not there."""
-        manifest = {"format": FORMAT, "settings": self.store.settings}
+        manifest = {"format": FORMAT, "settings": {**self.store.settings, **self.settings}}
         folder = self.store.folder / "negatives"
         path = folder / "manifest.json"
         if not path.exists():
@@ -129,8 +143,8 @@ class Negatives:
             write_json(path, manifest)
         elif read_json(path) != manifest:
             raise UserError(
-                "the negatives were drawn under other settings.",
-                remedy="Resume with the settings of the first run.",
+                "the negatives were drawn from another start or base, or under other settings.",
+                remedy="Resume with the model and settings of the first run.",
                 file=str(path),
             )
         if not (folder / f"{name}.jsonl").exists():

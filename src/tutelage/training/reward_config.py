@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tutelage.errors import UserError
+from tutelage.training.config import default_of
 from tutelage.training.negatives import Kind, parse_negatives
 from tutelage.training.stage_config import StageConfig
 
-__all__ = ["RewardStageConfig"]
+__all__ = ["NEURAL_SETTINGS", "RewardStageConfig"]
+
+NEURAL_SETTINGS = (
+    "preference_dataset",
+    "preference_weight",
+    "demonstration_weight",
+    "reward_model_name_or_path",
+    "init_reward_from",
+    "reward_learning_rate",
+    "reward_batch_size",
+    "reward_loss",
+    "reward_margin",
+    "reward_label_smoothing",
+    "reward_centering",
+    "reward_regularization",
+    "reward_epochs",
+    "reward_steps",
+    "early_stopping",
+    "saturation",
+)
+"""What only a neural reward reads."""
 
 _FIXED = ("likelihood", "logp")  # rewards that are fitted to nothing
 
@@ -393,18 +414,39 @@ class RewardStageConfig(StageConfig):
 
     def _refuse_what_has_no_effect(self) -> None:
         """Settings of another reward than the one that is learned."""
-        for name in ("preference_dataset", "reward_model_name_or_path", "init_reward_from", "reward_steps"):
-            if getattr(self, name) is not None and self.reward != "model":
+        given = {entry.name for entry in fields(self) if getattr(self, entry.name) != default_of(entry)}
+        for name in NEURAL_SETTINGS:
+            if name in given and self.reward != "model":
                 raise UserError(
                     f"only a neural reward takes it, and the reward is '{self.reward}'.",
                     remedy="Add --reward model, or leave it out.",
                     field=name,
                 )
-        if self.reward_features != "text" and self.reward != "features":
+        if "reward_features" in given and self.reward != "features":
             raise UserError(
                 f"only a reward on features takes it, and the reward is '{self.reward}'.",
                 remedy="Use --reward features, or leave it out.",
                 field="reward_features",
+            )
+        reads_hidden = self.reward == "auto" or "hidden" in self.reward_features
+        for name, is_read, remedy in (
+            ("hidden_depths", reads_hidden, "Add hidden to --reward_features, or leave it out."),
+            ("hidden_pooling", reads_hidden, "Add hidden to --reward_features, or leave it out."),
+            ("reward_combine", self.reward_ensemble > 1, "Add --reward_ensemble, or leave it out."),
+        ):
+            if name in given and not is_read:
+                raise UserError("no reward of this run reads it.", remedy=remedy, field=name)
+        if self.reward == "logp" and self.reward_gate != "off":
+            raise UserError(
+                "the policy's own log-prob cannot beat itself, so the policy would never move.",
+                remedy="Add --reward_gate off.",
+                field="reward_gate",
+            )
+        if self.drop_below is not None and self.reward_ensemble > 1 and self.reward_combine != "mean":
+            raise UserError(
+                f"'{self.reward_combine}' compares only the answers to one prompt, so no prompt's best can be called too low.",
+                remedy="Use --reward_combine mean, or leave --drop_below out.",
+                field="drop_below",
             )
 
     def sample_settings(self) -> dict[str, Any]:

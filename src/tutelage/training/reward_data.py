@@ -53,6 +53,16 @@ def make_candidates(
     looks = args.reward_gate != "off" or args.keep_policy == "best" or args.reward == "auto"
     if validation is not None:
         rows = EvaluationSet.of(validation, trainer.tokenization, verifier=args.verifier, turns=turns, source=source)
+        evaluated = {group.prompt_ids for group in trainer.evaluation_set.groups} if trainer.evaluation_set else set()
+        for group, demonstration in zip(rows.groups, rows.demonstrations, strict=True):
+            if group.prompt_ids in evaluated:
+                raise UserError(
+                    "the prompt is also one of the evaluation rows, which nothing may be chosen on.",
+                    remedy="Give other validation rows.",
+                    file=source,
+                    row=demonstration.number,
+                    field="validation_dataset",
+                )
         left = without_prompts(
             trainer.train_dataset, {group.prompt_ids for group in rows.groups}, source=trainer.source
         )

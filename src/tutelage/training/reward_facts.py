@@ -9,7 +9,7 @@ import numpy as np
 
 from tutelage.groups import Completion, Group
 from tutelage.rewards.comparisons import TruncatedSamples, policy_rewards, reward_scale
-from tutelage.training.gate import Yardsticks, own_logp
+from tutelage.training.gate import Yardsticks, copied_share, own_logp
 from tutelage.training.selection import CandidateScore
 
 __all__ = ["facts_of_samples", "facts_of_validation", "obstacle_to_learning"]
@@ -36,14 +36,8 @@ def facts_of_samples(
         "scale": reward_scale(seen, down_only=down_only),
         "samples/left_out": float(np.mean([reward is None for row in seen for reward in row])),
     }
-    copies = [
-        sample.token_ids in {c.token_ids for c in group.demonstrations}
-        for group in scored
-        if group.demonstrations
-        for sample in group.samples
-    ]
-    if copies:
-        found["samples/copies"] = float(np.mean(copies))
+    if any(group.demonstrations for group in scored):
+        found["samples/copies"] = copied_share(scored)
     if plain:
         found["policy/entropy"] = _entropy(samples)
     return found
@@ -56,6 +50,7 @@ def facts_of_validation(score: CandidateScore, measures: Yardsticks | None) -> d
         "validation/reward": score.reward.mean,
         "validation/kl": candidate.kl,
         "validation/demonstration_logp": candidate.demonstration_logp,
+        "validation/copies": copied_share(candidate.groups),
     }
     if score.accuracy is not None:
         found |= {"validation/accuracy": score.accuracy.mean, "validation/accuracy_low": score.accuracy.low}
@@ -80,8 +75,9 @@ def obstacle_to_learning(scored: Sequence[Group], fit: Mapping[str, float]) -> s
             "differ from it by being truncated; then start from an SFT checkpoint, raise --max_completion_length or "
             "use --truncated_samples score"
         )
-    if max(float(np.ptp([c.values["reward"] for c in group.samples])) for group in scored) < 1e-6:
-        return "the reward is the same for all samples of each prompt"
+    # Over all prompts of the draw: those of few prompts may be copies of one answer each.
+    if float(np.ptp([c.values["reward"] for group in scored for c in group.samples])) < 1e-6:
+        return "the reward is the same for all samples"
     return None
 
 

@@ -20,7 +20,7 @@ from tutelage.progress import Progress
 from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward, scores_by_group
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, policy_rewards
-from tutelage.training.gate import Gate, obstacle, yardsticks
+from tutelage.training.gate import Gate, Yardsticks, copied_share, cross_validated, obstacle, yardsticks
 from tutelage.training.learners import Learner
 from tutelage.training.metrics import Costs
 from tutelage.training.negatives import Negatives
@@ -281,6 +281,7 @@ class RewardPhase:
             beta=self.settings.beta,
             truncated_samples=self.settings.truncated_samples,
             down_only=self.settings.down_only,
+            reads_logps=self.learner.reads_logps,
         )
 
     def _judge(
@@ -299,7 +300,7 @@ class RewardPhase:
             last = scores[max(scores)]
             measures = yardsticks(last.candidate.groups, treat)
             found |= facts_of_validation(last, measures)
-            reason = reason or obstacle(self.settings.gate, last.accuracy, measures)
+            reason = reason or self._gate(stage, last, measures, fit)
             self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
         if self.preferences:
             found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.preferences[:256])))
@@ -314,6 +315,27 @@ class RewardPhase:
         if reason and stage >= self.settings.warmup_stages:
             logger.warning("stage %d: the policy stays as it is: %s", stage, reason)
         return found | {"policy/phase": int(reason is None), "reason": reason}
+
+    def _gate(
+        self, stage: int, last: CandidateScore, measures: Yardsticks | None, fit: dict[str, float]
+    ) -> str | None:
+        """Why the reward may not move the policy; None if it may.
+
+        Rows that the start was trained on tell nothing of a reward, because the policy repeats their demonstrations:
+        there the cross-validation of the fit is asked, if there was one.
+        """
+        gate, held_out = self.settings.gate, cross_validated(fit)
+        if gate == "off" or copied_share(last.candidate.groups) <= 0.5:
+            return obstacle(gate, last.accuracy, measures)
+        if stage == 0:
+            logger.warning(
+                "most samples for the validation rows equal the demonstration: the start was trained on these rows. %s "
+                "Better give rows that it was not trained on: --validation_dataset",
+                "The gate goes by out-of-fold samples instead." if held_out else "They tell little of a reward.",
+            )
+        if held_out is None:
+            return obstacle(gate, last.accuracy, measures)
+        return obstacle("chance", held_out, None, "on out-of-fold samples, cross-validated")
 
     def _facts_of_demonstrations(self, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
         """Of the demonstrations that the stage sampled beside; where there are none, of all that are compared."""

@@ -137,6 +137,9 @@ def refusal(learner: Learner) -> Callable[[Sequence[Group]], list[bool]] | None:
     return refused
 
 
+_FOLD_SETTINGS = ("num_folds", "fold_epochs", "fold_learning_rate", "fold_batch_size")
+
+
 def make_folds(
     trainer: DemonstrationTrainer, groups: Sequence[Group], base: Callable[[], WeightSet], folder: Path
 ) -> Folds:
@@ -204,6 +207,11 @@ def make_negatives(
         store,
         base,
         folds,
+        settings={
+            "start": rollout.start,
+            "base": args.base_model_name_or_path,
+            "folds": {name: getattr(args, name) for name in _FOLD_SETTINGS},
+        },
         costs=trainer.costs,
         progress=trainer.progress,
     )

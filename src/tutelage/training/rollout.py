@@ -89,6 +89,11 @@ class Rollout:
         self._start = self._now = self._trained()
 
     @property
+    def start(self) -> str:
+        """A name for the trainable weights that training started with."""
+        return self._start
+
+    @property
     def has_moved(self) -> bool:
         """Whether the policy of ``begin`` was another than the one that training started with."""
         return self._now != self._start
