@@ -250,7 +250,7 @@ class Candidates:
             version: names the state of the reward; what it scored once it is not asked again.
             reads_logps: as for ``Candidate.scored``.
         """
-        if version != self._scored_by:
+        if reads_logps or version != self._scored_by:  # the policy may have moved since
             self._scored, self._scored_by = {}, version
         stages = sorted(self.by_stage)
         for stage in stages:
