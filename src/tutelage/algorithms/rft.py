@@ -265,7 +265,7 @@ class RFTTrainer(DemonstrationTrainer):
             peft_config=reward_peft_config,
             preferences=preferences,
             has_prompts=prompt_dataset is not None,
-            tell=logger.info,
+            tell=logger.warning,
         )
         phase = RewardPhase(
             rollout,
