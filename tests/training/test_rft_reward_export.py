@@ -91,6 +91,8 @@ def test_an_ensemble_is_read_again(training, score, kind):
         # Alone for its prompt, an answer leaves the members nothing to disagree on.
         assert found == pytest.approx([sum(pair) / 2 for pair in zip(one, other, strict=True)], abs=1e-3)
         assert one != other
+        assert "6 of 6 rows hold a lone answer: its reward is the mean of the members" in said
+        assert not [said for *_, said in members if "lone answer" in said]
 
 
 def test_an_ensemble_that_is_explained_or_damaged_is_an_error(training, score):

@@ -110,7 +110,7 @@ class RFTConfig(RewardStageConfig):
 
 
 class RFTObjective:
-    """Raises E r/s − β KL(π‖π_0) on samples scored by the reward; s ≥ 1 is its scale.
+    """Raises E r/s − β KL(π‖π_0) on samples scored by the reward; s is its scale.
 
     Args:
         beta: weight of the KL to π_0.

@@ -40,10 +40,12 @@ class Comparisons:
         paired: by kind of negative, groups with demonstrations (or preferred completions) and samples of the same prompt.
         unpaired: prompts without demonstration, with samples alone. What holds for each demonstration and for no such
             sample tells them apart, if features compare across prompts.
+        times: how often a prompt was drawn for a resample, where its groups are there as often; 1 where it is not named.
     """
 
     paired: Mapping[str, Sequence[Group]]
     unpaired: Sequence[Group] = field(default_factory=tuple)
+    times: Mapping[tuple[int, ...], int] = field(default_factory=dict)
 
     @property
     def paired_groups(self) -> list[Group]:
@@ -67,7 +69,7 @@ class Comparisons:
         def drawn(groups: Sequence[Group]) -> list[Group]:
             return [group for group in groups for _ in range(times[group.prompt_ids])]
 
-        return Comparisons({kind: drawn(groups) for kind, groups in self.paired.items()}, drawn(self.unpaired))
+        return Comparisons({kind: drawn(groups) for kind, groups in self.paired.items()}, drawn(self.unpaired), times)
 
 
 def hardest_kind(kinds: Collection[str]) -> str | None:

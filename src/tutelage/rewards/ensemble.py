@@ -13,7 +13,7 @@ from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.paths import ENSEMBLE
-from tutelage.rewards.base import Reward
+from tutelage.rewards.base import Reward, own_logps
 
 __all__ = [
     "Combine",
@@ -31,23 +31,22 @@ class RewardEnsemble:
     """The mean of members' rewards, the mean minus their standard deviation, or the least.
 
     Members must agree in their units. Feature rewards do: each is in units of its deviation within a prompt. So do
-    reward models trained alike. ``standardize`` is for others. Before "mean_minus_std" and "min", the mean of each
-    member's rewards within a prompt is taken off (and the mean of all members put back), because members that compare
-    within a prompt each add a constant of their own to it, which is no disagreement.
+    reward models trained alike. Before "mean_minus_std" and "min", the mean of each member's rewards within a prompt is
+    taken off (and the mean of all members put back), because members that compare within a prompt each add a constant of
+    their own to it, which is no disagreement. So an answer that is alone for its prompt loses nothing, and of two answers
+    both lose the same by "mean_minus_std".
 
     Args:
         members: any rewards, two at least.
         combine: how.
-        standardize: divide each member's rewards by their standard deviation within a prompt, over the groups of the
-            call; scores then depend on what is scored together.
     """
 
-    def __init__(self, members: Sequence[Reward], combine: Combine = "mean", *, standardize: bool = False):
+    def __init__(self, members: Sequence[Reward], combine: Combine = "mean"):
         if len(members) < 2:
             raise ValueError(f"an ensemble needs two members, not {len(members)}")
         if combine not in get_args(Combine):
             raise ValueError(f"combine is {combine!r}, not 'mean', 'mean_minus_std' or 'min'")
-        self.members, self.combine, self.standardize = list(members), combine, standardize
+        self.members, self.combine = list(members), combine
 
     def score(self, groups: Sequence[Group]) -> Tensor:
         """[C] rewards; see ``Reward``."""
@@ -68,12 +67,8 @@ class RewardEnsemble:
         return _aligned(self._members(groups), groups).std(dim=0)
 
     def _members(self, groups: Sequence[Group]) -> Tensor:
-        rewards_MC = torch.stack([member.score(groups) for member in self.members])
-        if not self.standardize:
-            return rewards_MC
-        deviations_MC = rewards_MC - _means(rewards_MC, groups)
-        spread_M = deviations_MC.square().mean(dim=1).sqrt()
-        return rewards_MC / torch.where(spread_M > 1e-9, spread_M, 1.0)[:, None]
+        """[M, C] the members' rewards."""
+        return torch.stack([member.score(groups) for member in self.members])
 
 
 def _means(rewards_MC: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -165,15 +160,4 @@ class OwnLogpReward:
 
     def score(self, groups: Sequence[Group]) -> Tensor:
         """[C] rewards; see ``Reward``."""
-        unknown = [group for group in groups if any("old_logps" not in c.token_values for c in group.completions)]
-        found = iter(self.logps(unknown) if unknown else ())
-        sums = [
-            value
-            for group in groups
-            for value in (
-                group.sums("old_logps")
-                if all("old_logps" in c.token_values for c in group.completions)
-                else [sum(logps) for logps in next(found)]
-            )
-        ]
-        return torch.tensor(sums, dtype=torch.float32)
+        return torch.tensor(own_logps(groups, self.logps), dtype=torch.float32)

@@ -12,6 +12,7 @@ import numpy as np
 
 from tutelage.errors import UserError
 from tutelage.groups import Group
+from tutelage.rewards.base import own_logps
 from tutelage.rewards.hidden_features import HiddenFeatures, HiddenSource
 from tutelage.rewards.text_features import TextFeatures
 from tutelage.rewards.vocabulary import Feature, Vocabulary
@@ -107,23 +108,7 @@ class LogpFeatures:
         Raises:
             UserError: some completion does not know its ``old_logps``, and no ``logps`` was given.
         """
-        unknown = [group for group in groups if not all("old_logps" in c.token_values for c in group.completions)]
-        if unknown and self.logps is None:
-            raise UserError(
-                "the features 'logp' need the policy, to find log-probs of completions that were not sampled in this run.",
-                remedy="Give the policy (--logp_model).",
-                field="logp_model",
-            )
-        found = iter(self.logps(unknown) if unknown and self.logps else ())
-        sums = [
-            total
-            for group in groups
-            for total in (
-                group.sums("old_logps")
-                if all("old_logps" in c.token_values for c in group.completions)
-                else map(sum, next(found))
-            )
-        ]
+        sums = own_logps(groups, self.logps or _no_policy)
         return np.array(sums, dtype=np.float64).reshape(-1, 1)
 
     def readable(self, column: int, text: Callable[[Sequence[int]], str] | None = None) -> str:
@@ -133,6 +118,14 @@ class LogpFeatures:
     def settings(self) -> dict[str, Any]:
         """Nothing."""
         return {}
+
+
+def _no_policy(groups: Sequence[Group]) -> Sequence[Sequence[Sequence[float]]]:
+    raise UserError(
+        "the features 'logp' need the policy, to find log-probs of completions that were not sampled in this run.",
+        remedy="Give the policy (--logp_model).",
+        field="logp_model",
+    )
 
 
 class FunctionFeatures:

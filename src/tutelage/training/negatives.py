@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress
+from tutelage.rewards.comparisons import NegativeKind
 from tutelage.training.folds import Folds
 from tutelage.training.gate import copied_share
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
 from tutelage.training.store import FORMAT, StageStore
 
-__all__ = ["NEGATIVES", "Kind", "Negatives", "parse_negatives"]
-
-Kind = Literal["own", "initial", "out_of_fold"]
+__all__ = ["NEGATIVES", "Negatives", "parse_negatives"]
 
 logger = logging.getLogger(__name__)
 
-NEGATIVES: tuple[Kind, ...] = ("own", "initial", "out_of_fold")
+NEGATIVES: tuple[NegativeKind, ...] = ("own", "initial", "out_of_fold")
 """Where samples come from that a reward puts demonstrations above: the policy of the stage, the model before SFT, and
 policies that were trained on other folds of the demonstrations."""
 
 _DRAW = 1 << 22  # names these samples in the random stream; those of the stages count from 0
 
 
-def parse_negatives(text: str) -> tuple[Kind, ...]:
+def parse_negatives(text: str) -> tuple[NegativeKind, ...]:
     """Names separated by commas, in the order of ``NEGATIVES``.
 
     Raises:
@@ -67,7 +66,7 @@ class Negatives:
 
     def __init__(
         self,
-        kinds: Sequence[Kind],
+        kinds: Sequence[NegativeKind],
         groups: Sequence[Group],
         rollout: Rollout,
         store: StageStore,

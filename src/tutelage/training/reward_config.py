@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tutelage.errors import UserError
+from tutelage.rewards.comparisons import NegativeKind
 from tutelage.training.config import default_of
-from tutelage.training.negatives import Kind, parse_negatives
+from tutelage.training.negatives import parse_negatives
 from tutelage.training.stage_config import StageConfig
 
 __all__ = ["NEURAL_SETTINGS", "RewardStageConfig"]
@@ -408,7 +409,7 @@ class RewardStageConfig(StageConfig):
             raise UserError("must be above 0.5 and at most 1.", field="saturation")
 
     @property
-    def negative_kinds(self) -> tuple[Kind, ...]:
+    def negative_kinds(self) -> tuple[NegativeKind, ...]:
         """The negatives that the reward is fitted to; one that is fitted to nothing needs none."""
         return ("own",) if self.reward in _FIXED else parse_negatives(self.reward_negatives)
 
