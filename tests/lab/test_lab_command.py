@@ -11,6 +11,7 @@ import yaml
 
 from tutelage.cli import main
 from tutelage.lab import pool
+from tutelage.lab.code import code_version
 from tutelage.lab.grid import read_grid
 from tutelage.lab.measures import concordance
 from tutelage.lab.page import render
@@ -77,6 +78,8 @@ def test_the_table_has_a_row_per_run(finished):
         assert math.isfinite(row["score"])
         assert (row["reward_auc"] is not None) == (row["method"] == "recipe")
         assert (row["steps"] > 0) == (row["method"] != "untouched")
+        assert (row["flops"] > 0) == (row["method"] != "untouched")
+        assert row["code"] == code_version()
         if row["method"] == "untouched":
             assert row["kl"] == pytest.approx(0, abs=1e-3)
 
@@ -114,6 +117,33 @@ def test_what_is_finished_is_not_run_again(finished, monkeypatch, capsys):
     assert main(["lab", "run", str(grid), "--output_dir", str(folder)]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == before
     assert "runs.parquet" in capsys.readouterr().out
+
+
+def test_results_of_another_version_are_kept_and_counted(finished, tmp_path, monkeypatch, capsys):
+    """One of another version, one from before versions were recorded, with no number of operations either."""
+    grid, folder = finished
+    (tmp_path / "runs").mkdir()
+    paths = sorted((folder / "runs").iterdir())
+    for place, path in enumerate(paths):
+        result = json.loads(path.read_text())
+        if place == 0:
+            result["code"] = "another"
+        if place == 1:
+            del result["code"], result["costs"]["flops"]
+        (tmp_path / "runs" / path.name).write_text(json.dumps(result))
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", None)  # no worker may be asked for
+    assert main(["lab", "run", str(grid), "--output_dir", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"2 of {len(paths)} finished runs are of another version of the code, and are kept" in said
+    rows = {row["run"]: row for row in pq.read_table(tmp_path / "runs.parquet").to_pylist()}
+    assert [rows[path.stem]["code"] for path in paths] == ["another", "unknown"] + [code_version()] * (len(paths) - 2)
+    assert [rows[path.stem]["flops"] is None for path in paths] == [False, True] + [False] * (len(paths) - 2)
+    page = (tmp_path / "lab.html").read_text()
+    assert "different versions of the code" in page
+    assert "1 of another" in page
+    assert main(["lab", "run", str(grid), "--output_dir", str(folder)]) == 0
+    assert "another version" not in capsys.readouterr().out
+    assert "different versions" not in (folder / "lab.html").read_text()
 
 
 def test_a_killed_grid_goes_on_where_it_was(finished, tmp_path, monkeypatch, capsys):
@@ -170,6 +200,10 @@ def test_what_starts_from_a_run_that_diverged_has_no_numbers(tmp_path, monkeypat
         ("sft", True, None),
         ("untouched", True, None),
     }
+    assert {row["code"] for row in rows} == {code_version()}
+    page = (tmp_path / "out" / "lab.html").read_text()
+    assert page.count("<td>2 of 2</td>") == 2
+    assert "0 of 2; either diverged on 2, so no win is claimed" in page
     assert "diverged" in capsys.readouterr().out
 
 

@@ -49,4 +49,7 @@ def _plausible(grid: Grid, cell: Cell, name: str, value: Any) -> Any:
     other = grid.method(value.method).candidates(cell)[0].get(setting)
     if other is None:
         raise UserError(f"the method '{value.method}' has no setting '{setting}' to follow.", field=name)
-    return followed(_plausible(grid, cell, setting, other), value)
+    found = _plausible(grid, cell, setting, other)
+    if value.times != 1 and (isinstance(found, bool) or not isinstance(found, (int, float))):
+        raise UserError(f"'{setting}' of the method '{value.method}' is no number that can be multiplied.", field=name)
+    return followed(found, value)

@@ -1,4 +1,4 @@
-"""What a run is. Its name is a hash of everything that its numbers depend on."""
+"""What a run is. Its name is a hash of its definition; the code that it ran with is told by its result (``code.py``)."""
 
 from __future__ import annotations
 

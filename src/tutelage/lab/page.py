@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -15,7 +16,7 @@ import numpy as np
 from tutelage.lab.figure import draw_scores, draw_sweep
 from tutelage.lab.grid import Cell, Grid
 from tutelage.lab.plan import OBJECTIVES, Choice, Plan
-from tutelage.lab.table import differences, seed_values, strongest_control
+from tutelage.lab.table import Difference, differences, reported_runs, seed_values, strongest_control
 
 __all__ = ["render", "write_page"]
 
@@ -36,8 +37,10 @@ _COLUMNS = (  # measure, objective whose settings it is of, heading, digits
     ("logp_best", "score", "best of 8, by own log-prob", 3),
     ("sampled_tokens", "score", "sampled tokens", 0),
     ("trained_tokens", "score", "trained tokens", 0),
+    ("flops", "score", "operations, 10⁹", 1),
     ("seconds", "score", "seconds", 1),
 )
+_UNITS = {"flops": 1e9}
 
 
 def write_page(grid: Grid, plan: Plan, rows: Rows, path: Path) -> None:
@@ -67,8 +70,19 @@ def _head(grid: Grid, rows: Rows) -> str:
         f'<h1>{escape(grid.name)}</h1><p class="meta">{escape(grid.description)}</p>'
         f'<p class="note">{len(runs)} runs, {minutes:.0f} minutes on one core. Settings were chosen on validation rows of '
         f"seeds {_list(grid.tuning_seeds)}, for samples at temperature 1 and for the likeliest tokens apart; numbers are of "
-        f"test rows of seeds {_list(grid.report_seeds)}. No prompt serves both. ± is the standard error over seeds.</p>"
+        f"test rows of seeds {_list(grid.report_seeds)}. No prompt serves both. ± is the standard error over seeds. "
+        "Means are of the runs that did not diverge; those that did are counted beside them.</p>"
+        f"{_versions(rows)}"
     )
+
+
+def _versions(rows: Rows) -> str:
+    """A sentence where not all runs are of one version of the code."""
+    found = Counter({row["run"]: row["code"] for row in rows}.values())
+    if len(found) < 2:
+        return ""
+    told = ", ".join(f"{count} of {escape(code)}" for code, count in found.most_common())
+    return f'<p class="note"><strong>The runs are of different versions of the code:</strong> {told}.</p>'
 
 
 def _verdicts(grid: Grid, rows: Rows) -> str:
@@ -83,11 +97,11 @@ def _verdicts(grid: Grid, rows: Rows) -> str:
             if best is None or best not in found:
                 continue
             interval, won = found[best].interval, found[best].won
-            tone = "helped" if interval.low > 0 else "hurt" if interval.high < 0 else "neutral"
             items.append(
-                f'<li class="{tone}"><strong>{escape(cell.title)}, {_NAMES[objective]}:</strong> {escape(grid.recipe)} '
+                f'<li class="{found[best].tone}"><strong>{escape(cell.title)}, {_NAMES[objective]}:</strong> {escape(grid.recipe)} '
                 f"against {escape(best)}, the strongest of the others, {_signed(interval.mean)} "
-                f"({_signed(interval.low)} to {_signed(interval.high)}), higher on {won} of {interval.n} seeds.</li>"
+                f"({_signed(interval.low)} to {_signed(interval.high)}), higher on {won} of {interval.n} seeds"
+                f"{_without_claim(found[best])}.</li>"
             )
     return f'<ul class="verdicts">{"".join(items)}</ul>'
 
@@ -133,15 +147,32 @@ def _cell(grid: Grid, plan: Plan, rows: Rows, cell: Cell) -> str:
     heads = "".join(f'<th scope="col">{escape(heading)}</th>' for _, _, heading, _ in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(method.name)}</th>'
+        f"<td>{len(method.candidates(cell))}</td><td>{_diverged(rows, cell, method.name)}</td>"
         + "".join(
-            f"<td>{_value(list(seed_values(rows, cell, method.name, measure, objective).values()), digits)}</td>"
+            f"<td>{_value(_shown(rows, cell, method.name, measure, objective), digits)}</td>"
             for measure, objective, _, digits in columns
         )
         + "</tr>"
         for method in grid.methods
     )
-    table = f'<div class="wide"><table><thead><tr><th scope="col">method</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    first = "".join(f'<th scope="col">{name}</th>' for name in ("method", "settings tried", "diverged"))
+    table = f'<div class="wide"><table><thead><tr>{first}{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     return f"<h2>{escape(cell.title)}</h2>{table}{_differences(grid, rows, cell)}{_settings(grid, plan, cell)}"
+
+
+def _diverged(rows: Rows, cell: Cell, method: str) -> str:
+    """How many of a method's reporting runs, those of both objectives, diverged."""
+    runs = reported_runs(rows, cell, method)
+    return f"{sum(row['diverged'] for row in runs.values())} of {len(runs)}"
+
+
+def _shown(rows: Rows, cell: Cell, method: str, measure: str, objective: str) -> list[float]:
+    unit = _UNITS.get(measure, 1)
+    return [value / unit for value in seed_values(rows, cell, method, measure, objective).values()]
+
+
+def _without_claim(found: Difference) -> str:
+    return f"; either diverged on {found.diverged}, so no win is claimed" if found.diverged else ""
 
 
 def _differences(grid: Grid, rows: Rows, cell: Cell) -> str:
@@ -164,12 +195,14 @@ def _differences(grid: Grid, rows: Rows, cell: Cell) -> str:
             mark = " · strongest" if strongest[objective] == control else ""
             cells += (
                 f"<td>{_signed(interval.mean)} ({_signed(interval.low)} to {_signed(interval.high)}), "
-                f"{found.won} of {interval.n}{mark}</td>"
+                f"{found.won} of {interval.n}{_without_claim(found)}{mark}</td>"
             )
         body += f'<tr><th scope="row">{escape(control)}</th>{cells}</tr>'
     heads = "".join(f'<th scope="col">{_NAMES[objective]}</th>' for objective in OBJECTIVES)
     return (
-        f"<h3>{escape(grid.recipe)} minus …</h3><p class=note>Paired over seeds, 95% intervals of Student; seeds won.</p>"
+        f"<h3>{escape(grid.recipe)} minus …</h3><p class=note>Paired over seeds, 95% intervals of Student; seeds won. "
+        "A run that diverged counts as score 0, and from a pair with one, whichever it is, the recipe gains nothing and can "
+        "claim no win.</p>"
         f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead><tbody>{body}</tbody></table>'
     )
 

@@ -21,6 +21,7 @@ import numpy as np
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.files import read_json, write_json
 from tutelage.lab.base import base_folder
+from tutelage.lab.code import code_of, code_version
 from tutelage.lab.definitions import Run
 from tutelage.lab.grid import Grid
 from tutelage.lab.plan import Plan, Wanted, expected_runs, make_plan
@@ -53,6 +54,7 @@ def run_grid(grid: Grid, folder: Path, *, jobs: int, say: Say, cache: Path | Non
     failures: dict[str, tuple[Wanted, str]] = {}
     progress = _Progress(grid, results, say)
     plan = make_plan(grid, results)
+    _tell_other_code(plan, results, folder, say)
     if plan.complete and all(wanted.run.name in results for wanted in plan.wanted):
         return plan
     say("the base model: pretrained once, about a minute on a core, if it is not there yet")
@@ -129,6 +131,16 @@ def finished_runs(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: read_json(path) for path in sorted((folder / "runs").glob("*.json"))}
 
 
+def _tell_other_code(plan: Plan, results: Mapping[str, Any], folder: Path, say: Say) -> None:
+    names = {wanted.run.name for wanted in plan.wanted} & results.keys()
+    others = sum(code_of(results[name]) != code_version() for name in names)
+    if others:
+        say(
+            f"{others} of {len(names)} finished runs are of another version of the code, and are kept; "
+            f"remove {folder} to repeat them"
+        )
+
+
 def _title(wanted: Wanted) -> str:
     return f"{wanted.cell.title} · {wanted.method} · {wanted.run.phase} seed {wanted.run.seed}"
 
@@ -160,6 +172,7 @@ def _begin() -> None:
 
     parent = multiprocessing.parent_process()
     assert parent is not None
+    code_version()  # of the sources that were imported, not of those that an edit leaves later
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     gc.collect()
@@ -180,7 +193,7 @@ def _work(run: Run, weights: Path, cache: Path | None) -> dict[str, Any]:
 
 
 def _diverged(run: Run, why: str) -> dict[str, Any]:
-    return {"definition": run.definition, "measures": None, "costs": {}, "diverged": why}
+    return {"definition": run.definition, "code": code_version(), "measures": None, "costs": {}, "diverged": why}
 
 
 class _Progress:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tutelage.algorithms.registry import Algorithm, find
 from tutelage.errors import UserError
 from tutelage.lab.base import base_folder
+from tutelage.lab.code import code_version
 from tutelage.lab.definitions import Run
 from tutelage.lab.measures import LENGTHS, measure, measure_reward
 from tutelage.lab.mixture import retention_rows
@@ -58,7 +59,7 @@ def execute(run: Run, weights: Path, cache: str | Path | None = None) -> dict[st
         cache: see ``base_folder``.
 
     Returns:
-        the definition, the measures, and what it cost.
+        the definition, the version of the code, the measures, and what it cost; ``flops`` are None where not known.
 
     Raises:
         UserError: settings that the algorithm refuses.
@@ -72,7 +73,13 @@ def execute(run: Run, weights: Path, cache: str | Path | None = None) -> dict[st
     policy = copy.deepcopy(start)
     world = World(run.world, run.seed, run.phase, run.options)
     rows = world.validation() if run.phase == "tuning" else world.test()
-    costs: dict[str, Any] = {"trained_tokens": 0, "sampled_tokens": 0, "steps": 0, "seconds_training": 0.0}
+    costs: dict[str, Any] = {
+        "trained_tokens": 0,
+        "sampled_tokens": 0,
+        "steps": 0,
+        "flops": 0.0,
+        "seconds_training": 0.0,
+    }
     reward_measures: dict[str, float] = {}
     if run.algorithm != "none":
         with tempfile.TemporaryDirectory(prefix="tutelage-lab-") as temporary:
@@ -82,6 +89,7 @@ def execute(run: Run, weights: Path, cache: str | Path | None = None) -> dict[st
                 "trained_tokens": trainer.costs.trained_tokens,
                 "sampled_tokens": trainer.costs.sampled_tokens,
                 "steps": trainer.state.global_step,
+                "flops": None if trainer.costs.flops is None else sum(trainer.costs.flops.values()),
                 "seconds_training": time.perf_counter() - begun,
             }
             reward = trainer.stages.phase.reward if trainer.stages else None
@@ -93,6 +101,7 @@ def execute(run: Run, weights: Path, cache: str | Path | None = None) -> dict[st
     seconds = {"seconds_measuring": time.perf_counter() - trained, "seconds": time.perf_counter() - begun}
     return {
         "definition": run.definition,
+        "code": code_version(),
         "measures": asdict(found) | reward_measures,
         "costs": costs | seconds,
     }
