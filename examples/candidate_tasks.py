@@ -51,7 +51,7 @@ class Task:
 
     Attributes:
         gym: its name there; None for ``arrange``.
-        options: of its generator.
+        options: of its generator; for ``arrange`` the number of words of a kind.
         cut: what stands before the line of the question that is kept; by default it is the first.
         say: what is written before that part.
         spaced: letters are separated by spaces, so that each is a token.
@@ -68,7 +68,7 @@ class Task:
     def rows(self, count: int, seed: int) -> list[dict[str, str]]:
         """Rows without a prompt in common."""
         if self.gym is None:
-            made = arrange_rows(count, seed)
+            made = arrange_rows(count, seed, **self.options)
         else:
             made = [self._short(row) for row in reasoning_gym_rows(self.gym, 3 * count, 1000 * seed, **self.options)]
         rows = list({row["prompt"]: row for row in made}.values())[:count]
@@ -86,7 +86,8 @@ class Task:
 
 
 TASKS = {
-    "arrange": Task(None),
+    "arrange": Task(None, {"words": 6}),
+    "arrange_16": Task(None, {"words": 4}),
     "palindrome": Task("palindrome_generation", {"min_length": 6, "max_length": 9}, "letters: ", "Letters", True),
     "word_sorting": Task("word_sorting", {"min_words": 3, "max_words": 5}, "Now, ", "Task"),
     "number_sorting": Task(
@@ -111,15 +112,16 @@ TASKS = {
 }
 
 
-def arrange_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Six words of four kinds, in an order without two of one kind side by side: there are many such orders."""
+def arrange_rows(count: int, seed: int, words: int) -> list[dict[str, str]]:
+    """Six of the first ``words`` of each of four kinds, in an order without two of one kind side by side: there are many."""
     rng, rows = random.Random(f"arrange/{seed}"), []
+    known = sorted(word for line in KINDS.values() for word in line.split()[:words])
     while len(rows) < 2 * count:
-        words = rng.sample(sorted(KIND_OF), 6)
-        orders = (rng.sample(words, 6) for _ in range(200))
+        asked = rng.sample(known, 6)
+        orders = (rng.sample(asked, 6) for _ in range(200))
         answer = next((order for order in orders if is_arranged(order)), None)
-        if answer is not None and not is_arranged(words):
-            prompt = f"Words: {' '.join(words)}\nAnswer:"
+        if answer is not None and not is_arranged(asked):
+            prompt = f"Words: {' '.join(asked)}\nAnswer:"
             rows.append({"prompt": prompt, "completion": f" {' '.join(answer)}", "gym": "None", "spaced": "False"})
     return rows
 

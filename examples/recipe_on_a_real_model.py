@@ -122,8 +122,8 @@ class Seed:
         quality = found.reward_quality()
         self.found[label] = {
             **summary(found),
-            "trained_tokens": trainer.trained_tokens,
-            "sampled_tokens": trainer.sampled_tokens,
+            "trained_tokens": trainer.costs.trained_tokens,
+            "sampled_tokens": trainer.costs.sampled_tokens,
             "steps": trainer.state.global_step,
             "seconds": time.perf_counter() - begun,
             "reward_quality": asdict(quality) if quality else None,
