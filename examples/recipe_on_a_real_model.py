@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -143,7 +144,14 @@ class Seed:
         if algorithm == "sft":
             return SFTTrainer(model, SFTConfig(**settings), self.train, self.test, **parts)
         parts["prompt_dataset"] = self.prompts
+        self._share_negatives(label)
         return RFTTrainer(model, RFTConfig(save_each_stage=False, **settings), self.train, self.test, **parts)
+
+    def _share_negatives(self, label: str) -> None:
+        """The negatives that ``rewards`` made serve the arms after it too: they do not depend on the policy phase."""
+        made, wanted = (self.folder / name / "stages" / "negatives" for name in ("rewards", label))
+        if made.exists() and not wanted.exists():
+            shutil.copytree(made, wanted)
 
     def rewards(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """By negatives and features: how a reward ranks the SFT policy's answers to the held-out rows."""
