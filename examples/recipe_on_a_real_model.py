@@ -1,6 +1,6 @@
 """Does the recipe beat SFT on a real model? A task of candidate_tasks.py, several seeds, controls that are hard to beat.
 
-    python examples/recipe_on_a_real_model.py --model MODEL --task arrange --seeds 0 1 2 --output_dir OUT
+    python examples/recipe_on_a_real_model.py --model MODEL --task arrange_16 --seeds 0 1 2 --output_dir OUT
 
 For each seed: SFT on new demonstrations; then arms, most of them from the SFT checkpoint. The recipe and self-training also get
 prompts without demonstrations. The arm ``rewards`` trains no policy: it fits rewards on several sets of features to the same
@@ -45,7 +45,7 @@ RECIPE = {
     "reward": "features",
     "reward_features": "text",
     "reward_negatives": "initial,out_of_fold",
-    "fold_epochs": 6,
+    "fold_epochs": 12,
     "prompt_mix": 1.0,
     "reward_gate": "off",
     "keep_policy": "last",
@@ -58,10 +58,10 @@ RECIPE = {
 
 ARMS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     # name: (algorithm, what it starts from, settings)
-    "sft": ("sft", "base", {"num_train_epochs": 6}),
-    "plateau": ("sft", "base", {"num_train_epochs": 12}),
+    "sft": ("sft", "base", {"num_train_epochs": 12}),
+    "plateau": ("sft", "base", {"num_train_epochs": 24}),
     "gentle": ("sft", "base", {"num_train_epochs": 24, "learning_rate": 2e-5}),
-    "continued": ("sft", "sft", {"num_train_epochs": 6, "learning_rate": 1e-4}),
+    "continued": ("sft", "sft", {"num_train_epochs": 12, "learning_rate": 1e-4}),
     "self-training": ("rft", "sft", {**RECIPE, "reward": "logp", "policy_update": "best_of_n"}),
     "recipe": ("rft", "sft", RECIPE),
     "recipe-best-of-n": ("rft", "sft", {**RECIPE, "policy_update": "best_of_n"}),
@@ -232,11 +232,11 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="The model to start from.")
-    parser.add_argument("--task", choices=TASKS, default="arrange")
+    parser.add_argument("--task", choices=TASKS, default="arrange_16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=128, help="Demonstrations.")
-    parser.add_argument("--prompts", type=int, default=300, help="Prompts without demonstrations.")
-    parser.add_argument("--test_rows", type=int, default=64, help="Held-out rows.")
+    parser.add_argument("--rows", type=int, default=64, help="Demonstrations.")
+    parser.add_argument("--prompts", type=int, default=240, help="Prompts without demonstrations.")
+    parser.add_argument("--test_rows", type=int, default=48, help="Held-out rows.")
     parser.add_argument("--answers", type=int, default=8, help="Sampled answers per held-out row.")
     parser.add_argument("--arms", nargs="+", default=["rewards", *list(ARMS)[1:]], choices=["rewards", *ARMS])
     parser.add_argument("--settings", default="{}", help='JSON by arm, for example {"recipe": {"beta": 0.1}}.')
