@@ -1,4 +1,4 @@
-"""Does the recipe beat SFT on a real model? A task of candidate_tasks.py, several seeds, controls that are hard to beat.
+"""Does the recipe beat SFT on a real model? A task of short_tasks.py, several seeds, controls that are hard to beat.
 
     python examples/recipe_on_a_real_model.py --model MODEL --task arrange_16 --seeds 0 1 2 --output_dir OUT
 
@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidate_tasks import TASKS, Task, summary
+from candidate_tasks import summary
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from short_tasks import TASKS, Task
 
 from tutelage.algorithms import RFTConfig, RFTTrainer, SFTConfig, SFTTrainer
 from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
@@ -81,7 +82,7 @@ def common(task: Task, seed: int, options: argparse.Namespace, folder: Path) -> 
         "warmup_steps": 0.1,
         "per_device_eval_batch_size": 16,
         "max_completion_length": task.tokens,
-        "verifier": "candidate_tasks:judge",
+        "verifier": "short_tasks:judge",
         "eval_samples": options.answers,
         "bf16": options.bf16,
         "save_strategy": "no",
