@@ -173,6 +173,7 @@ class Seed:
         unpaired = self._unpaired(trainer)
         paired = negatives.groups()
         parts = FeatureParts(
+            text=trainer.tokenization.text,
             hidden=HiddenSource(
                 lambda: trainer.policy,
                 layout=trainer.layout,
@@ -183,7 +184,7 @@ class Seed:
         )
         results: dict[str, Any] = {}
         for kinds in (("out_of_fold",), ("initial",), ("initial", "out_of_fold")):
-            for names in SETS:
+            for names in self.options.sets:
                 reward = FeatureReward.of(names, parts)
                 facts = reward.fit(Comparisons({kind: paired[kind] for kind in kinds}, unpaired), seed=self.seed)
                 values = zip(reward.scores(groups), found.logps, lengths, found.scores, strict=True)
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--test_rows", type=int, default=48, help="Held-out rows.")
     parser.add_argument("--answers", type=int, default=8, help="Sampled answers per held-out row.")
     parser.add_argument("--arms", nargs="+", default=["rewards", *list(ARMS)[1:]], choices=["rewards", *ARMS])
+    parser.add_argument("--sets", nargs="+", default=SETS, help="Sets of features that the arm rewards compares.")
     parser.add_argument("--settings", default="{}", help='JSON by arm, for example {"recipe": {"beta": 0.1}}.')
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output_dir", required=True, help="Where models and results go.")

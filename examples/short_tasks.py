@@ -109,6 +109,18 @@ def judge(text: str, row: Mapping[str, Any]) -> float:
     return float(gym_verifier(row["gym"])(answer, row) >= 1)
 
 
+def echoes(prompt: str, completion: str) -> dict[str, float]:
+    """Features for a reward: which of the answer's first words is which of its last."""
+    words = completion.split()
+    ends = range(min(6, len(words)))
+    return {
+        f"word {i} = word -{j + 1}": 1.0
+        for i in ends
+        for j in ends
+        if i + j < len(words) - 1 and words[i] == words[-1 - j]
+    }
+
+
 @cache
 def gym_verifier(task: str) -> Verifier:
     return load_verifier(f"reasoning_gym:{task}")
