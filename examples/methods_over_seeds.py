@@ -133,12 +133,12 @@ def run_seed(
             found[name] = {
                 "sampled": float((scores >= 1).mean()),
                 "demonstration_logp": metrics["demonstration_logp"],
-                "trained_tokens": trainer.trained_tokens,
-                "sampled_tokens": trainer.sampled_tokens,
+                "trained_tokens": trainer.costs.trained_tokens,
+                "sampled_tokens": trainer.costs.sampled_tokens,
                 "seconds": sum(trainer.costs.seconds.values()),
             }
             if isinstance(trainer, RFTTrainer):
-                found[name]["selection"] = trainer.selection
+                found[name]["selection"] = trainer.record(name=name).selection
                 found[name]["history"] = [line for line in trainer.state.log_history if "reward/gap" in line]
                 found["best_of_n"] = best_of_n(trainer, rows, options.best_of)
             save()

@@ -132,6 +132,35 @@ def test_unknown_step_after_the_head_is_an_error():
         probe_layout(model)
 
 
+class RoundsByBatch:
+    """Changes the last states of rows that stand in a batch, as other kernels do in low precision; by whole nats."""
+
+    def __call__(self, module, inputs, output):
+        return output * (1.5 if len(output) > 1 else 1.0)
+
+
+def test_rounding_of_low_precision_is_no_unknown_step_after_the_head():
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.lm_head.weight.data *= 40
+    model.model.norm.register_forward_hook(RoundsByBatch())
+    assert probe_layout(model).layout == "shared_prefix"
+
+
+def test_unknown_step_after_the_head_is_an_error_in_low_precision():
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.lm_head.weight.data *= 40
+    forward = model.forward
+
+    def doubled(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 2
+        return outputs
+
+    model.forward = doubled
+    with pytest.raises(UserError, match="after the head"):
+        probe_layout(model)
+
+
 def test_padding_token_and_block_size_change_nothing():
     model, groups = tiny_model("qwen3"), random_groups()
     first = completion_logps(model, groups, pad_token_id=0, block_size=1)
