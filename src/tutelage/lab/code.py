@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tutelage
+from tutelage import errors
 
 __all__ = ["UNKNOWN", "code_of", "code_version", "hash_sources", "numeric_sources"]
 
@@ -22,7 +22,7 @@ _OF_THE_LAB = ("base.py", "measures.py", "mixture.py", "running.py", "vocabulary
 @cache
 def code_version() -> str:
     """A short hash of the sources that a run's numbers come from, as they were at the first call of this process."""
-    root = Path(tutelage.__file__).parent
+    root = Path(errors.__file__).parent
     return hash_sources(root, numeric_sources(root))
 
 
