@@ -44,7 +44,7 @@ __all__ = ["Pace", "Plan", "main", "size_for"]
 class _Work:
     """What a part does for each demonstration: completions passed with and without gradient, and answers drawn.
 
-    There are as many prompts without demonstrations as demonstrations.
+    There are twice as many prompts without demonstrations as demonstrations.
     """
 
     trained: int = 0
@@ -88,18 +88,18 @@ _TASK_OPTIONS = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, 
 # What the parts do, for the time they will take. Each also evaluates on the held-out rows.
 _PARTS = {
     "base": _Work(),
-    "sft": _Work(trained=3),
-    "continued-sft": _Work(trained=3),
-    "self-training": _Work(trained=1, scored=4, sampled=4),
-    # Two out-of-fold policies of three passes over half of the demonstrations each, and the policy's four samples; four samples
+    "sft": _Work(trained=10),
+    "continued-sft": _Work(trained=5),
+    "self-training": _Work(trained=2, scored=8, sampled=8),
+    # Two out-of-fold policies of ten passes over half of the demonstrations each, and the policy's four samples; four samples
     # of the initial model, of the out-of-fold policies and of the policy, and a look at the validation rows per stage.
-    "rft": _Work(trained=3 + 4, scored=6, sampled=4 + 4 + 4 + 2),
+    "rft": _Work(trained=10 + 8, scored=10, sampled=4 + 4 + 8 + 2),
 }
 
 _MINUTES = 7.0
 """What the quickstart may take; a machine on which it would take longer gets fewer rows."""
 
-_ROWS, _TEST_ROWS, _VALIDATION_ROWS = 160, 160, 32
+_ROWS, _TEST_ROWS, _VALIDATION_ROWS = 64, 96, 32
 
 _SLOW = f"{_MINUTES:.0f} minutes"
 
@@ -176,7 +176,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     training = {
         "max_completion_length": options.max_completion_length,
         "seed": options.seed,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 8,
         "warmup_steps": 0.1,
         "logging_steps": 4,
         "save_strategy": "no",
@@ -204,7 +204,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
         )
     plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})
     out.mkdir(parents=True, exist_ok=True)
-    rows |= {"train": train_rows, "test": test_rows, "prompts": rows["prompts"][: len(train_rows)]}
+    rows |= {"train": train_rows, "test": test_rows, "prompts": rows["prompts"][: 2 * len(train_rows)]}
     files = {name: str(_save(part, out / f"{name}.jsonl")) for name, part in rows.items()}
     data = DataArguments(dataset_name=files["train"], eval_dataset_name=files["test"])
     records = []
@@ -223,14 +223,15 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     }
     rate = find("sft").config.adapter_learning_rate
     settings: dict[str, tuple[str, dict[str, Any]]] = {
-        "sft": ("sft", {"num_train_epochs": 3}),
+        "sft": ("sft", {"num_train_epochs": 10}),
         # Going on at the rate that SFT began with undoes some of it; half of it is the stronger control.
-        "continued-sft": ("sft", {"num_train_epochs": 3, "learning_rate": rate / 2}),
+        "continued-sft": ("sft", {"num_train_epochs": 5, "learning_rate": rate / 2}),
         "self-training": (
             "rft",
             sampled | dict(controls("self_training", adapter=True)[0].settings),
         ),
-        "rft": ("rft", sampled),
+        # Sixteen steps are few: they are larger than by default.
+        "rft": ("rft", {**sampled, "learning_rate": rate / 2, "fold_epochs": 10}),
     }
     for name, (algorithm, own) in settings.items():
         with plan.part(name, f"{name} from {'base' if name == 'sft' else 'sft'}"):
@@ -244,7 +245,7 @@ def _data(options: argparse.Namespace) -> dict[str, list[dict[str, str]]]:
     """Demonstrations, prompts without them, validation and held-out rows, without a prompt in common."""
     sizes = {
         "train": options.rows,
-        "prompts": options.rows,
+        "prompts": 2 * options.rows,
         "validation": _VALIDATION_ROWS,
         "test": options.test_rows,
     }
