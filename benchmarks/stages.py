@@ -243,18 +243,21 @@ def ours_rft_stage(work: Work, turns: Turns) -> None:
         per_device_train_batch_size=_BATCH // work.samples,
         max_prompt_length=work.prompt_tokens,
         max_completion_length=work.completion_tokens,
+        reward="model",
+        reward_negatives="own",
+        reward_replay_stages=0,
         reward_epochs=1,
-        reward_warmup_stages=0,
+        reward_gate="off",  # random words teach a reward nothing, and the policy phase would wait for it
+        samplings_per_stage=1,
+        gradient_accumulation_steps=1,
+        warmup_steps=0,
         early_stopping="never",
         **_SHARED,
         **own,
     )
     data = Dataset.from_list(rows(replace(work, prompts=work.prompts + 1)))
     stages = _Stages(turns, steps=work.prompts * work.samples // _BATCH)
-    trainer = _FullBatches(model, args, data, callbacks=[stages])
-    # Random words teach a reward nothing, and the policy phase would wait for it: here it always follows.
-    trainer.stages.phase.obstacle = lambda *_: None
-    trainer.train()
+    _FullBatches(model, args, data, callbacks=[stages]).train()
 
 
 def peer_rft_stage(work: Work, turns: Turns) -> None:

@@ -51,6 +51,23 @@ TASKS = {
 }
 
 
+# RFT as it was when docs/results.md was written: a neural reward on the policy's own samples.
+_NEURAL_RFT = {
+    "reward": "model",
+    "reward_negatives": "own",
+    "reward_gate": "chance",
+    "reward_scaling": "down_only",
+    "reward_replay_stages": 0,
+    "reward_warmup_stages": 1,
+    "samplings_per_stage": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "beta": 0.1,
+    "learning_rate": 5e-6,
+}
+
+
 def methods(num_samples: int) -> dict[str, tuple[type, type, dict[str, Any]]]:
     """Config, trainer and settings of each run; every run but the first starts from the first one's checkpoint."""
     return {
@@ -58,7 +75,7 @@ def methods(num_samples: int) -> dict[str, tuple[type, type, dict[str, Any]]]:
         "continued-sft": (SFTConfig, SFTTrainer, {"learning_rate": 1e-4}),
         "spin": (SPINConfig, SPINTrainer, {"num_samples": num_samples}),
         "irft": (IRFTConfig, IRFTTrainer, {"num_samples": num_samples}),
-        "rft": (RFTConfig, RFTTrainer, {"num_samples": num_samples, "per_device_train_batch_size": 2}),
+        "rft": (RFTConfig, RFTTrainer, {"num_samples": num_samples, "per_device_train_batch_size": 2, **_NEURAL_RFT}),
     }
 
 

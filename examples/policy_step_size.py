@@ -3,8 +3,8 @@
     python examples/policy_step_size.py --model OUT/sft --run OUT/rft --stages 0 1 --task word_sequence_reversal \\
         --dataset_name HELD_OUT --max_completion_length 32 --try 5e-6,2,1 5e-6,8,4 5e-5,8,1
 
-Takes the samples that an RFT run drew from its start (in its warm-up stages) and scores them with the reward of the last of
-these stages. Then runs a policy phase from the same start for each ``rate,batch,passes`` (learning rate; batch in prompts).
+Takes the samples that an RFT run with a neural reward (--reward model) drew from its start (in its warm-up stages) and
+scores them with the reward of the last of these stages. Then runs a policy phase from the same start for each ``rate,batch,passes`` (learning rate; batch in prompts).
 Shows accuracy, learned reward and KL to the start on fresh samples for held-out prompts, and the held-out log-prob.
 """
 

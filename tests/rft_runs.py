@@ -3,6 +3,7 @@
 from training_runs import history
 from tutelage.groups import Role
 from tutelage.sampling.base import Sample
+from tutelage.training.reward_config import NEURAL_SETTINGS
 
 # Two stages of two steps on 16 rows, 4 kept. Random policies do not end by themselves, so that a reward finds soon
 # enough what demonstrations have and samples have not.
@@ -32,10 +33,17 @@ QUICK = {
 }
 
 
+def readable(settings):
+    """The settings without those that the reward they name does not read."""
+    neural = settings["reward"] == "model"
+    return {name: value for name, value in settings.items() if neural or name not in NEURAL_SETTINGS}
+
+
 def make(training, *, adapter=False, data=None, options=None, **settings):
     options = {"peft_config": training.lora() if adapter else None, **(options or {})}
     data = training.rows(20) if data is None else data
-    return training.trainer("rft", data=data, options=options, **{**QUICK, **settings})
+    quick = {name: QUICK[name] for name in readable({**QUICK, **settings}) if name in QUICK}
+    return training.trainer("rft", data=data, options=options, **{**quick, **settings})
 
 
 def run(training, **arguments):

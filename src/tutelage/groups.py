@@ -145,6 +145,16 @@ class Group:
         """The group with numbers per token, one list per completion; None leaves a completion as it is."""
         return self._with("token_values", name, [None if v is None else tuple(v) for v in values])
 
+    def without(self, name: str) -> Group:
+        """The group without what ``token_values`` calls ``name``."""
+        return replace(
+            self,
+            completions=tuple(
+                replace(c, token_values={key: value for key, value in c.token_values.items() if key != name})
+                for c in self.completions
+            ),
+        )
+
     def with_values(self, name: str, values: Sequence[float | None]) -> Group:
         """The group with one number per completion; None leaves a completion as it is."""
         return self._with("values", name, values)

@@ -2,6 +2,8 @@
 
 import json
 import os
+from functools import partial
+from shutil import copytree, rmtree
 
 import pytest
 import torch
@@ -14,9 +16,13 @@ from tutelage.evaluation.cleaning import number_dropped, rank_rows
 from tutelage.groups import Completion, Role
 from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.report.cleaning import WorstRow, cleaning_page
-from tutelage.rewards import ExplicitReward
+from tutelage.rewards import Comparisons, ExplicitReward, FeatureReward
 from tutelage.rewards.base import scores_by_group
+from tutelage.rewards.ensemble import write_ensemble
+from tutelage.rewards.feature_sets import FeatureParts
+from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.sampling import SamplingParams, TransformersSampler
+from tutelage.scoring.logps import cached_token_logps
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
 from tutelage.training.folds import Folds
@@ -197,6 +203,63 @@ def test_by_a_reward(command, model, data, out, reward):
     found = {row["row"]: row["value"] for row in lines(out / "ranking.jsonl")}
     assert [found[place] for place in range(24)] == pytest.approx(expected, abs=1e-4)
     assert not (out / "folds").exists()
+
+
+@pytest.fixture(scope="module")
+def runs(model, reward, tmp_path_factory):
+    """The folders of runs by what their reward is; those of ensembles are pessimistic."""
+    home = tmp_path_factory.mktemp("runs")
+    base, tokenization = load_model(str(model)), Tokenization(load_tokenizer(str(model)), 512, 8)
+    groups = [
+        tokenization.group(found).add(
+            [tokenization.completion(found.prompt, text, Role.SAMPLE) for text in (" No", " 1")]
+        )
+        for found in (found for (found,) in read_rows(_Rows(rows()), source="rows"))
+    ]
+    parts = FeatureParts(hidden=HiddenSource(lambda: base), logps=lambda found: cached_token_logps(base, found))
+
+    def features(seed, folder):
+        learned = FeatureReward.of("text,hidden,logp", parts)
+        learned.fit(Comparisons({"own": groups}).resampled(seed), truncated_samples="score")
+        learned.save(
+            folder, tokenization.tokenizer, base_model=str(model), max_prompt_length=64, max_completion_length=8
+        )
+
+    features(0, home / "features" / "reward")
+    members = {
+        "features": [partial(features, 1), partial(features, 2)],
+        "models": [partial(copytree, reward), partial(copytree, reward)],
+    }
+    for name, writers in members.items():
+        write_ensemble(home / f"ensemble of {name}" / "reward", writers, "mean_minus_std")
+    return home
+
+
+@pytest.mark.parametrize("kind", ["features", "ensemble of features", "ensemble of models"])
+def test_by_the_reward_of_a_run(command, model, data, out, runs, kind):
+    """Of two answers, both lose the same by the members' deviation, so that the difference is that of their mean."""
+    code, shown = command(*clean(model, data, out, "--by", "reward", "--reward", runs / kind))
+    assert code == 0, shown
+    folder = runs / kind / "reward"
+    members = sorted(folder.glob("member-*")) or [folder]
+    means = {row["row"]: row["value"] for row in lines(out / "ranking.jsonl")}
+    assert len(set(means.values())) > 4
+    singly = []
+    for member in members:
+        again = out.with_name(member.name)
+        code, shown = command(*clean(model, data, again, "--by", "reward", "--reward", member))
+        assert code == 0, shown
+        singly.append({row["row"]: row["value"] for row in lines(again / "ranking.jsonl")})
+    expected = [sum(values[place] for values in singly) / len(singly) for place in range(24)]
+    assert [means[place] for place in range(24)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_ensemble_without_a_member_is_an_error(command, model, data, out, runs, tmp_path):
+    copytree(runs / "ensemble of models", tmp_path / "run")
+    rmtree(tmp_path / "run" / "reward" / "member-01")
+    code, shown = command(*clean(model, data, out, "--by", "reward", "--reward", tmp_path / "run"))
+    assert code == 2
+    assert "the member is missing" in shown
 
 
 class _Rows(list):

@@ -95,13 +95,13 @@ def test_a_thread_tells_it(clock):
 
 
 def test_a_fast_machine_gets_what_was_asked_for():
-    pace = Pace(scored=0.01, answered=0.05)
+    pace = Pace(scored=0.003, answered=0.005)
     assert size_for(pace, 420, 256, 200) == (256, 200)
 
 
 @pytest.mark.parametrize("budget", [420, 360, 300])
 def test_a_slow_machine_gets_fewer_rows_within_the_time(budget):
-    pace = Pace(scored=0.08, answered=0.25)
+    pace = Pace(scored=0.015, answered=0.03)
     assert pace.total(256, 200) > 420
     rows, test_rows = size_for(pace, budget, 256, 200)
     assert pace.total(rows, test_rows) <= budget
@@ -115,8 +115,8 @@ def test_some_rows_remain_whatever_the_machine():
 
 
 def test_work_by_hand():
-    """SPIN: 2 completions with gradient (3 passes each), 2 without, 1 answer; and 2 passes and 2 answers held out."""
-    assert Pace(scored=1, answered=10).seconds("spin", rows=4, test_rows=3) == 4 * (6 + 2 + 10) + 3 * (2 + 20)
+    """Self-training: 2 picks with gradient (3 passes), 8 samples drawn and scored; and 2 passes and 2 answers held out."""
+    assert Pace(scored=1, answered=10).seconds("self-training", 4, 3) == 4 * (6 + 8 + 80) + 3 * (2 + 20)
 
 
 def test_time_left_of_the_parts(clock):

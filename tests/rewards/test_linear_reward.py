@@ -85,6 +85,40 @@ def test_weights_of_a_prompt_and_kind_sum_to_one():
     assert (design.kinds == UNPAIRED).sum() == 3 * 4  # once for each prompt, whatever the kinds
 
 
+def test_samples_of_several_stages_leave_the_weight_of_a_prompt():
+    """The first prompt has samples of five stages, the second of one and in another stage a copy of its demonstration."""
+    first, second = _without_copies()[:2]
+    copy = second.select([0]).add([completion(second.completions[0].token_ids[:-1])])
+    replayed = [first.select([0, 1 + stage % 3]) for stage in range(5)]
+    design = compare(Comparisons({"own": [*replayed, second, copy], "initial": [first]}))
+    assert _weights(design) == {
+        ("own", first.prompt_ids): pytest.approx(1),
+        ("own", second.prompt_ids): pytest.approx(1),
+        ("initial", first.prompt_ids): pytest.approx(1),
+    }
+
+
+def test_in_a_resample_a_prompt_weighs_as_often_as_it_was_drawn():
+    replayed = [group.select([0, place]) for group in _without_copies()[:8] for place in (1, 2)]
+    drawn = Comparisons({"own": replayed}).resampled(0)
+    times = {prompt: [group.prompt_ids for group in drawn.paired["own"]].count(prompt) / 2 for prompt in drawn.prompts}
+    assert max(times.values()) > 1
+    assert _weights(compare(drawn)) == {("own", prompt): pytest.approx(count) for prompt, count in times.items()}
+
+
+def _without_copies():
+    return [g for g in TRAINING if g.completions[0].token_ids not in {sample.token_ids for sample in g.samples}]
+
+
+def _weights(design):
+    """The sum of the weights of the pairs by kind and prompt."""
+    prompts = [group.prompt_ids for group in design.groups for _ in group.completions]
+    found = {}
+    for better, kind, weight in zip(design.better, design.kinds, design.weights, strict=True):
+        found[kind, prompts[better]] = found.get((kind, prompts[better]), 0) + weight
+    return found
+
+
 def test_truncated_samples_are_compared_as_contrast_says():
     cut = Group((1, 5, 9), (completion([20, 21], Role.DEMONSTRATION), completion([20], finished=False)))
     assert len(compare(Comparisons({"own": [cut]})).better) == 0

@@ -5,7 +5,9 @@ import torch
 
 from rewards.planted import auc, reversed_prompts
 from tutelage.rewards import Comparisons, FeatureReward
-from tutelage.rewards.ensemble import LikelihoodReward, RewardEnsemble, fit_members
+from tutelage.rewards.base import own_logps
+from tutelage.rewards.ensemble import LikelihoodReward, OwnLogpReward, RewardEnsemble
+from tutelage.rewards.feature_sets import LogpFeatures
 from tutelage.scoring.logps import cached_logps, cached_token_logps
 from tutelage.testing.models import tiny_model
 
@@ -51,11 +53,32 @@ def test_less_where_members_disagree():
     ]
 
 
-def test_members_of_other_units_are_standardized():
-    large = Given(1000, 3000, 0, 4000)
-    found = RewardEnsemble([ONE, large], "mean_minus_std", standardize=True)
-    assert found.disagreement(GROUPS).tolist() == pytest.approx([0] * 4, abs=1e-5)
-    assert RewardEnsemble([ONE, large]).disagreement(GROUPS).min() > 100
+def test_an_answer_alone_loses_nothing_and_of_two_both_lose_the_same():
+    lone = [group.select([0]) for group in GROUPS]
+    for combine in ("mean_minus_std", "min"):
+        assert RewardEnsemble([Given(1, 3), Given(11, 9)], combine).score(lone).tolist() == [6, 6]
+    found = RewardEnsemble([ONE, OTHER], "mean_minus_std").score(GROUPS)
+    plain = RewardEnsemble([ONE, OTHER]).score(GROUPS)
+    assert (found - plain).tolist() == pytest.approx([-(2**0.5)] * 4)
+
+
+def test_own_log_probs_are_those_that_are_known_and_else_a_scorers():
+    known = GROUPS[0].with_token_values("old_logps", [[-1.0] * len(c.token_ids) for c in GROUPS[0].completions])
+    asked = []
+
+    def scorer(groups):
+        asked.append(list(groups))
+        return [[[-2.0] * len(c.token_ids) for c in group.completions] for group in groups]
+
+    groups = [GROUPS[1], known]
+    expected = [
+        factor * len(c.token_ids) for factor, group in ((-2, GROUPS[1]), (-1, known)) for c in group.completions
+    ]
+    assert own_logps(groups, scorer) == expected
+    assert OwnLogpReward(scorer).score(groups).tolist() == expected
+    assert LogpFeatures(scorer).matrix(groups)[:, 0].tolist() == expected
+    assert asked == [[GROUPS[1]]] * 3
+    assert own_logps([known], None) == expected[2:]
 
 
 @pytest.mark.parametrize(("members", "combine"), [([ONE], "mean"), ([ONE, OTHER], "median")])
@@ -67,17 +90,17 @@ def test_what_is_no_ensemble(members, combine):
 def test_members_on_bootstraps_differ_and_agree_on_the_rule():
     def fitted(seed):
         members = [FeatureReward.of("text") for _ in range(3)]
-        facts = fit_members(members, Comparisons({"own": TRAINING}), seed=seed)
-        return RewardEnsemble(members, "mean_minus_std"), facts
+        for place, member in enumerate(members):
+            member.fit(Comparisons({"own": TRAINING}).resampled(3 * seed + place))
+        return RewardEnsemble(members, "mean_minus_std")
 
-    ensemble, facts = fitted(0)
+    ensemble = fitted(0)
     scores = [member.score(TEST) for member in ensemble.members]
     assert not scores[0].equal(scores[1])
     assert ensemble.disagreement(TEST).min() > 0
     assert auc(ensemble, TEST, TRUTH) > 0.85
-    assert facts["accuracy/own"] > 0.85
-    assert fitted(0)[0].score(TEST).equal(ensemble.score(TEST))
-    assert not fitted(1)[0].score(TEST).equal(ensemble.score(TEST))
+    assert fitted(0).score(TEST).equal(ensemble.score(TEST))
+    assert not fitted(1).score(TEST).equal(ensemble.score(TEST))
 
 
 def test_the_likelihood_is_the_mean_over_models():

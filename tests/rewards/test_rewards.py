@@ -687,10 +687,13 @@ def test_cut_samples_in_the_policy_phase(truncated_samples, finished, expected):
     assert policy_rewards(group, truncated_samples) == expected
 
 
-def test_rewards_are_scaled_down_by_their_spread_within_a_prompt_and_never_up():
-    assert reward_scale([[0.0, 4.0], [7.0, 7.0]]) == 2.0  # variances 8 and 0
-    assert reward_scale([[100.0, 101.0], [-5.0, -5.5]]) == 1.0  # far apart between prompts, near within
-    assert reward_scale([[3.0]]) == 1.0
+def test_rewards_are_scaled_by_their_spread_within_a_prompt():
+    near = [[100.0, 101.0], [-5.0, -5.5]]  # far apart between prompts, near within: variances 1/2 and 1/8
+    copies = [[0.0, 4.0], [7.0, 7.0]]  # variances 8 and 0: two copies of one answer say nothing of the spread
+    assert reward_scale(copies) == reward_scale(copies, down_only=True) == pytest.approx(8**0.5)
+    assert reward_scale(near) == pytest.approx((5 / 16) ** 0.5)
+    assert reward_scale(near, down_only=True) == 1.0, "noise is not amplified"
+    assert reward_scale([[3.0]]) == reward_scale([[3.0, 3.0], [None, 1.0]]) == 1.0
 
 
 def test_pair_indices_point_at_each_groups_first_and_others():

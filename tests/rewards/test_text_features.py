@@ -58,6 +58,13 @@ def test_coverage():
     assert found["new",] == pytest.approx(1 / 4)
 
 
+def test_of_an_empty_prompt_nothing_is_missing():
+    found = features([20, 21], prompt=())
+    assert {found[name,] for name in ("too_often", "covered", "missing")} == {0}
+    assert found["new",] == 1
+    assert not [name for name in found if name[0] in ("copy", "uses", "last", "step")]
+
+
 def test_length_and_repeats():
     found = features([20, 20, 20, 21])
     assert found["length_is", 4] == 1

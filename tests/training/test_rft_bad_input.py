@@ -10,6 +10,7 @@ from peft import get_peft_model
 from rft_runs import QUICK, make, run, saved
 from training_runs import assert_same_weights
 from tutelage.algorithms import RFTConfig
+from tutelage.algorithms.controls import control_config, controls
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.testing.models import tiny_model
 from tutelage.testing.tokenizers import tiny_tokenizer
@@ -25,7 +26,7 @@ BAD_SETTINGS = {
     "warm-up below 0": ({"reward_warmup_stages": -1}, r"'reward_warmup_stages': must be at least 0"),
     "no reward rate": ({"reward_learning_rate": 0.0}, r"'reward_learning_rate': must be above 0"),
     "smoothing": ({"reward_label_smoothing": 0.5}, r"'reward_label_smoothing': .*below 0.5"),
-    "saturation": ({"saturation": 0.5}, r"'saturation': .*above 0.5"),
+    "saturation": ({"reward": "model", "saturation": 0.5}, r"'saturation': .*above 0.5"),
     "clip range": ({"clip_range": 0.0}, r"'clip_range': must be above 0"),
     "reference": ({"reference": "stage"}, r"'reference': must be one of initial"),
     "reward loss": ({"reward_loss": "hinge"}, r"'reward_loss': must be one of logistic, linear"),
@@ -34,6 +35,60 @@ BAD_SETTINGS = {
     "cut samples": ({"truncated_samples": "keep"}, r"'truncated_samples': must be one of floor, score, drop"),
     "advantages": ({"advantages": "none"}, r"'advantages': must be one of"),
     "kl": ({"kl": "none"}, r"'kl': must be one of reward, loss"),
+    "reward": ({"reward": "human"}, r"'reward': must be one of features, model, likelihood, logp, auto"),
+    "gate": ({"reward_gate": "on"}, r"'reward_gate': must be one of yardsticks, chance, off"),
+    "scaling": ({"reward_scaling": "up"}, r"'reward_scaling': must be one of spread, down_only"),
+    "combine": ({"reward_combine": "max"}, r"'reward_combine': must be one of mean, mean_minus_std, min"),
+    "keep": ({"keep_policy": "first"}, r"'keep_policy': must be one of best, last"),
+    "update": ({"policy_update": "ppo"}, r"'policy_update': must be one of gradient, best_of_n"),
+    "no negatives": ({"reward_negatives": ","}, r"'reward_negatives': must be one or several of"),
+    "one fold": ({"num_folds": 1}, r"'num_folds': must be at least 2, not 1"),
+    "no fold batch": ({"fold_batch_size": 0}, r"'fold_batch_size': must be at least 1, not 0"),
+    "no fold epochs": ({"fold_epochs": 0.0}, r"'fold_epochs': must be above 0, not 0"),
+    "no fold rate": ({"fold_learning_rate": -1.0}, r"'fold_learning_rate': must be above 0, not -1"),
+    "no draw": ({"samplings_per_stage": 0}, r"'samplings_per_stage': must be at least 1, not 0"),
+    "no member": ({"reward_ensemble": 0}, r"'reward_ensemble': must be at least 1, not 0"),
+    "no prompts": ({"prompt_mix": 0.0}, r"'prompt_mix': must be above 0 and at most 1, not 0"),
+    "too many prompts": ({"prompt_mix": 1.5}, r"'prompt_mix': must be above 0 and at most 1, not 1.5"),
+    "below nothing": ({"drop_below": -0.1}, r"'drop_below': must be at least 0 and below 1, not -0.1"),
+    "below all": ({"drop_below": 1.0}, r"'drop_below': must be at least 0 and below 1, not 1"),
+    "negative replay": ({"reward_replay_stages": -1}, r"'reward_replay_stages': must be at least 0, not -1"),
+    "two ways": (
+        {"validation_dataset": "rows.jsonl", "validation_rows": 4},
+        r"'validation_rows': the validation rows are given by --validation_dataset.*Leave --validation_rows out",
+    ),
+    "ensemble of auto": (
+        {"reward": "auto", "reward_ensemble": 2},
+        r"'reward_ensemble': there is no ensemble of the reward 'auto'",
+    ),
+    "ensemble of likelihood": (
+        {"reward": "likelihood", "reward_ensemble": 2},
+        r"'reward_ensemble': there is no ensemble of",
+    ),
+    "nothing of its own": (
+        {"reward_negatives": "own", "prompt_mix": 1.0},
+        r"'reward_negatives': the policy samples for no demonstrated prompt",
+    ),
+    **{
+        f"{name} of {reward}": (
+            {"reward": reward, name: value},
+            rf"'{name}': only a neural reward takes it, and the reward is '{reward}'.*--reward model",
+        )
+        for reward, name, value in [
+            ("features", "preference_dataset", "pairs.jsonl"),
+            ("auto", "preference_dataset", "pairs.jsonl"),
+            ("likelihood", "reward_model_name_or_path", "model"),
+            ("features", "init_reward_from", "reward"),
+            ("features", "reward_steps", 3),
+        ]
+    },
+    **{
+        f"features of {reward}": (
+            {"reward": reward, "reward_features": "hidden"},
+            rf"'reward_features': only a reward on features takes it, and the reward is '{reward}'",
+        )
+        for reward in ("model", "auto", "likelihood")
+    },
 }
 
 
@@ -42,6 +97,43 @@ def test_settings_that_make_no_sense(tmp_path, case):
     settings, said = BAD_SETTINGS[case]
     with pytest.raises(UserError, match=said):
         RFTConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reward_features": "words"}, r"'reward_features': 'words' is not a set of features"),
+        ({"reward_features": "text,text"}, r"'reward_features': 'text,text' names a set twice"),
+        ({"reward_features": ""}, r"'reward_features': '' names no set"),
+        ({"reward_features": "no_such_module:function"}, r"'reward_features': .*cannot be imported"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, r"/nowhere/at/all, .*no such folder"),
+    ],
+    ids=str,
+)
+def test_features_and_bases_that_are_not_there(training, settings, said):
+    with pytest.raises(UserError, match=said):
+        make(training, **{"reward": "features", "reward_negatives": "initial", **settings})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reward": "model", "reward_steps": 3}, {"reward_features": "text,logp"}], ids=str
+)
+def test_a_control_leaves_out_what_has_no_effect(tmp_path, settings):
+    control = controls("self_training", adapter=True)[0]
+    config = control_config(control, RFTConfig(output_dir=str(tmp_path), **settings), str(tmp_path / "control"))
+    assert config.reward == "logp"
+
+
+def test_a_base_is_not_named_beside_an_adapter(training):
+    with pytest.raises(UserError, match=r"'base_model_name_or_path': the model before SFT is the adapter's base"):
+        make(training, adapter=True, reward="features", base_model_name_or_path=saved(training))
+
+
+def test_more_folds_than_prompts(training):
+    for settings in ({"reward": "features", "reward_negatives": "out_of_fold"}, {"reward": "likelihood"}):
+        with pytest.raises(UserError, match=r"'num_folds': 16 different prompts cannot be divided into 17 folds"):
+            make(training, num_folds=17, **settings)
+    make(training, num_folds=17, reward="features", reward_negatives="initial")
 
 
 def test_too_few_rows(training):

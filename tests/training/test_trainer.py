@@ -493,6 +493,35 @@ class FakeHub:
         self.uploaded[repo_id] = ModelCard.load(f"{folder_path}/README.md"), left
 
 
+DATA_OF_A_RUN = (
+    "results.json",
+    "report.html",
+    "stages/stage-0000/draw-000/samples.jsonl",
+    "stages/negatives/initial.jsonl",
+    "retention-start/results.json",
+    "controls/train.jsonl",
+    "controls/self_training/results.json",
+    "controls/self_training/report.html",
+    "controls/self_training/stages/stage-0000/draw-000/samples.jsonl",
+)
+
+
+def test_pushing_uploads_nothing_of_the_users_data(training, monkeypatch):
+    hub = FakeHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
+    trainer = training.trainer("sft", name="my-policy")
+    trainer.save_model()
+    for name in DATA_OF_A_RUN:
+        path = Path(trainer.args.output_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}", encoding="utf-8")
+    trainer.push_to_hub()
+    ((_, files),) = hub.uploaded.values()
+    assert not set(files) & set(DATA_OF_A_RUN)
+    assert {"model.safetensors", "config.json", "README.md"} <= set(files)
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_pushing_uploads_the_runs_own_card(training, monkeypatch, adapter):
     hub = FakeHub()

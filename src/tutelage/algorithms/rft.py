@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from tutelage.algorithms.registry import Algorithm
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
 from tutelage.errors import UserError
-from tutelage.groups import Group, Role
+from tutelage.groups import Group
 from tutelage.losses import (
     group_normalized_advantages,
     importance_ratio,
@@ -38,17 +38,9 @@ from tutelage.scoring.logps import TokenLogps
 from tutelage.training.config import SFT_LEARNING_RATES
 from tutelage.training.objective import Step
 from tutelage.training.reward_config import RewardStageConfig
+from tutelage.training.reward_data import known_demonstrations, make_candidates, read_preferences, with_prompts
 from tutelage.training.reward_phase import RewardPhase
-from tutelage.training.reward_setup import (
-    known_demonstrations,
-    make_candidates,
-    make_learner,
-    make_negatives,
-    phase_settings,
-    read_preferences,
-    refusal,
-    with_prompts,
-)
+from tutelage.training.reward_setup import make_learner, make_negatives, phase_settings, refusal
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.trainer import DemonstrationTrainer
 
@@ -78,7 +70,7 @@ class RFTConfig(RewardStageConfig):
         metadata={
             "help": (
                 "How the reward moves the policy: gradient (policy gradient on all samples), or best_of_n (SFT on the "
-                "best sample of each prompt, and on the demonstration where there is one)."
+                "best sample of a prompt without a demonstration, and on the demonstration where there is one)."
             ),
             "choices": ["gradient", "best_of_n"],
         },
@@ -118,7 +110,7 @@ class RFTConfig(RewardStageConfig):
 
 
 class RFTObjective:
-    """Raises E r/s − β KL(π‖π_0) on samples scored by the reward; s ≥ 1 is its scale.
+    """Raises E r/s − β KL(π‖π_0) on samples scored by the reward; s is its scale.
 
     Args:
         beta: weight of the KL to π_0.
@@ -191,10 +183,9 @@ class BestOfNObjective:
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The mean loss per token."""
         step.track("logps/picked", tokens.sums())
-        picked = [value for group in tokens.groups for c in group.samples for value in (c.values["reward"],)]
-        if picked:
+        if picked := [c.values["reward"] for group in tokens.groups for c in group.samples]:
             step.track("policy/reward", picked)
-        return sft_loss(tokens.logps_of(Role)).sum() / max(1, step.counts["tokens"])
+        return sft_loss(tokens.logps_N).sum() / max(1, step.counts["tokens"])
 
 
 class RFTTrainer(DemonstrationTrainer):
@@ -269,7 +260,12 @@ class RFTTrainer(DemonstrationTrainer):
         preferences = [pair for pair in preferences if pair.prompt_ids not in held_out]
         negatives = make_negatives(self, demonstrations, rollout, store)
         learner = make_learner(
-            self, negatives, peft_config=reward_peft_config, preferences=preferences, tell=logger.info
+            self,
+            negatives,
+            peft_config=reward_peft_config,
+            preferences=preferences,
+            has_prompts=prompt_dataset is not None,
+            tell=logger.warning,
         )
         phase = RewardPhase(
             rollout,

@@ -24,6 +24,12 @@ RFT_CURVES = (
             "share of validation pairs; faint: training, before their step",
             faint="reward/accuracy",
         ),
+        _by_stage(
+            "validation/accuracy_logp",
+            "What costs nothing: accuracy of own log-prob",
+            "share of validation pairs; faint: of length",
+            faint="validation/accuracy_length",
+        ),
         _by_stage("preference/accuracy", "Accuracy on preference pairs", "share of pairs"),
         _by_stage("reward/gap", "Reward gap", "demonstration minus sample, training rows"),
         _by_stage(
@@ -33,7 +39,14 @@ RFT_CURVES = (
             faint="reward/samples",
         ),
         _by_stage("validation/verifier_gap", "Reward gap of right and wrong samples", "right minus wrong"),
-        _by_stage("reward/length_correlation", "Correlation of reward and length", "−1 to 1"),
+        _by_stage(
+            "reward/logp_correlation",
+            "Correlation of reward and own log-prob",
+            "−1 to 1, near −1: improbable is good; faint: with length",
+            faint="reward/length_correlation",
+        ),
+        _by_stage("samples/copies", "Samples that equal the demonstration", "share, demonstrated prompts"),
+        _by_stage("reward/refused", "Prompts on which the ensemble disagrees", "share"),
         _by_stage("reward/loss", "Reward loss", "of training pairs"),
         _by_stage("reward/steps", "Length of the reward phase", "optimizer steps"),
         _by_stage("reward/saturated", "Reward phase stopped early", "1: accuracy saturated, 0: no"),

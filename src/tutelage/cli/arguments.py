@@ -52,6 +52,17 @@ class DataArguments(ScriptArguments):
     resume: bool = field(
         default=False, metadata={"help": "Resume the run in --output_dir from its last checkpoint and samples."}
     )
+    controls: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": (
+                "Afterwards train what the method has to beat, from the same start and data, and judge it against that: "
+                "plateau (SFT at several rates and passes, the best on validation rows), gentle (SFT at a tenth of the "
+                "rate), self_training (the policy distilled into its own likeliest answers to the --prompt_dataset, in one "
+                "round or four, the better on validation rows), or all."
+            )
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in --output_dir."})
 
 
@@ -101,12 +112,12 @@ class ModelArguments(ModelConfig):
             self.precision = choose_precision(
                 size,
                 device="cpu" if use_cpu else None,
-                frozen=bool((self.use_peft or self._has_adapter) and self.dtype is None),
+                frozen=bool((self.use_peft or self.continues_adapter) and self.dtype is None),
             )
         return self.precision
 
     @property
-    def _has_adapter(self) -> bool:
+    def continues_adapter(self) -> bool:
         """Whether the model is an adapter, which training continues on its frozen base."""
         return (Path(run_part(self.require_name(), "policy")) / "adapter_config.json").exists()
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from tutelage.cli.common import computing, load_data, load_policy, load_tokenization, on_device, precision_of
 from tutelage.cli.progress import TerminalProgress
+from tutelage.cli.rewards import first_member, load_reward
 from tutelage.data import Tokenization
 from tutelage.data.readers import extension, read_file
 from tutelage.data.tokenization import TokenizedRow, tokenized_rows
@@ -27,11 +28,11 @@ from tutelage.evaluation.cleaning import Ranked, number_dropped, rank_rows
 from tutelage.evaluation.policy import can_sample
 from tutelage.files import write_json_lines
 from tutelage.groups import Group
-from tutelage.models.loading import add_adapter, load_model, load_tokenizer
-from tutelage.models.paths import FEATURE_REWARD, run_part
+from tutelage.models.loading import add_adapter, load_tokenizer
+from tutelage.models.paths import run_part
 from tutelage.progress import Progress
 from tutelage.report.cleaning import WorstRow, cleaning_page, worst_table
-from tutelage.rewards import ExplicitReward, FeatureReward, Reward
+from tutelage.rewards import Reward
 from tutelage.rewards.base import scores_by_group
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 from tutelage.scoring.logps import cached_logps
@@ -228,33 +229,16 @@ def _lora(rank: int) -> LoraConfig:
 
 
 def _reward(options: argparse.Namespace, tokenization: Tokenization) -> Reward:
-    folder = run_part(options.reward, "reward")
-    if load_tokenizer(folder).get_vocab() != tokenization.tokenizer.get_vocab():
+    name = run_part(options.reward, "reward")
+    tokenizer = load_tokenizer(first_member(name), trust_remote_code=options.trust_remote_code)
+    if tokenizer.get_vocab() != tokenization.tokenizer.get_vocab():
         raise UserError(
             "its tokenizer is not the model's: a reward reads the model's tokens.",
             remedy="Give a reward that was learned for this model.",
             file=options.reward,
             field="reward",
         )
-    weights = precision_of(options, options.model_name_or_path).weights
-    trust = options.trust_remote_code
-    if (Path(folder) / FEATURE_REWARD).is_file():
-
-        def load(name: str) -> nn.Module:
-            return on_device(load_model(name, dtype=weights, trust_remote_code=trust))
-
-        return FeatureReward.from_pretrained(
-            folder, logp_model=options.model_name_or_path, load=load, batch_size=options.batch_size
-        )
-    reward = ExplicitReward.from_pretrained(
-        folder,
-        dtype=weights,
-        trust_remote_code=trust,
-        batch_size=options.batch_size,
-        pad_token_id=tokenization.pad_id,
-    )
-    on_device(reward.model)
-    return reward
+    return load_reward(options, name, tokenization, logp_model=options.model_name_or_path)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------------

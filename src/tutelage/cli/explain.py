@@ -1,64 +1,41 @@
-"""What `tutelage score` does with a feature reward: score, and tell what spoke for and against each answer."""
+"""What `tutelage score` tells of a feature reward: what spoke for and against each answer."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
-from tutelage.cli.common import computing, load_policy
 from tutelage.data import Tokenization
 from tutelage.groups import Group
 from tutelage.progress import Progress
-from tutelage.rewards import FeatureReward, Reward
-from tutelage.rewards.feature_reward import Spoken, saved_facts
+from tutelage.rewards import FeatureReward
+from tutelage.rewards.feature_reward import Spoken
 
-__all__ = ["Explanation", "feature_rewards", "score_in_parts", "show_explanations"]
+__all__ = ["Explanation", "explanations", "show_explanations"]
 
 Explanation = list[Spoken]
 
 _SHOWN = 4  # answers on the screen; all are in the file
 
 
-def feature_rewards(
-    options: argparse.Namespace, name: str, groups: Sequence[Group], tokenization: Tokenization, progress: Progress
-) -> tuple[Tensor, list[list[Explanation]] | None]:
-    """[C] rewards under a feature reward and, with --explain, what spoke for and against each completion.
+def explanations(
+    reward: FeatureReward, groups: Sequence[Group], top: int, tokenization: Tokenization, progress: Progress
+) -> list[list[Explanation]]:
+    """Of each completion of each group, the ``top`` features that spoke most for and against it."""
 
-    Args:
-        options: the command's.
-        name: the reward's folder.
-    """
-    reward = FeatureReward.from_pretrained(
-        name,
-        base_model=options.base_model,
-        logp_model=options.logp_model,
-        load=lambda model: load_policy(options, model, tokenization),
-        batch_size=options.batch_size,
-    )
-    model = options.base_model or options.logp_model or saved_facts(name).get("base_model")
-    needs_model = any(features.name in ("hidden", "logp") for features in reward.sets)
-    with computing(options, model, None) if needs_model and model else nullcontext():
-        rewards_C = score_in_parts(reward, groups, options.batch_size, progress)
-        if options.explain is None:
-            return rewards_C, None
+    def text(ids: Sequence[int]) -> str:
+        return tokenization.text(ids, skip_special_tokens=False)
 
-        def text(ids: Sequence[int]) -> str:
-            return tokenization.text(ids, skip_special_tokens=False)
-
-        told: list[list[Explanation]] = []
-        with progress.phase("explaining", len(groups)) as advance:
-            for group in groups:
-                told.append(reward.explain_all(group, top=options.explain, text=text))
-                advance(len(told))
-    return rewards_C, told
+    told: list[list[Explanation]] = []
+    with progress.phase("explaining", len(groups)) as advance:
+        for group in groups:
+            told.append(reward.explain_all(group, top=top, text=text))
+            advance(len(told))
+    return told
 
 
 def show_explanations(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -81,13 +58,3 @@ def show_explanations(lines: Sequence[Mapping[str, Any]], console: Console) -> N
 def _short(text: str, limit: int = 60) -> str:
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-def score_in_parts(reward: Reward, groups: Sequence[Group], batch_size: int, progress: Progress) -> Tensor:
-    """[C] rewards, found some batches at a time to show how far it is."""
-    size, parts = 16 * batch_size, []
-    with progress.phase("scoring", len(groups)) as advance:
-        for start in range(0, len(groups), size):
-            parts.append(reward.score(groups[start : start + size]))
-            advance(min(start + size, len(groups)))
-    return torch.cat(parts)

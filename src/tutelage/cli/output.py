@@ -14,6 +14,7 @@ __all__ = ["OutputFolder"]
 _OUTPUTS = (
     "checkpoint-*",
     "stages",
+    "controls",
     "retention-start",
     "policy",
     "reward",

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
+from tutelage.algorithms.controls import controls
 from tutelage.algorithms.registry import find
 from tutelage.cli.arguments import DataArguments, ModelArguments
 from tutelage.cli.libraries import quiet_libraries
@@ -27,6 +28,7 @@ from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.record import evaluated
 from tutelage.evaluation.verifiers import reasoning_gym_rows
+from tutelage.lab.english import english_rows
 from tutelage.models.loading import load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
@@ -40,7 +42,10 @@ __all__ = ["Pace", "Plan", "main", "size_for"]
 
 @dataclass(frozen=True)
 class _Work:
-    """What a part does for each demonstration: completions passed with and without gradient, and answers drawn."""
+    """What a part does for each demonstration: completions passed with and without gradient, and answers drawn.
+
+    There are twice as many prompts without demonstrations as demonstrations.
+    """
 
     trained: int = 0
     scored: int = 0
@@ -75,22 +80,26 @@ def size_for(pace: Pace, budget: float, rows: int, test_rows: int) -> tuple[int,
     return tuple(min(n, max(48, int(share * n) // 16 * 16)) if share < 1 else n for n in (rows, test_rows))  # type: ignore[return-value]
 
 
+_ARRANGE = "arrange"  # a task of ours, with many right answers; see tutelage.lab.english
+
 # Sums of two numbers of two digits: hard for 270M parameters, easy to get better at, checked by arithmetic.
 _TASK_OPTIONS = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
 
 # What the parts do, for the time they will take. Each also evaluates on the held-out rows.
 _PARTS = {
     "base": _Work(),
-    "sft": _Work(trained=3),
-    "continued-sft": _Work(trained=1),
-    "spin": _Work(trained=2, scored=2, sampled=1),
-    "irft": _Work(trained=2, scored=2, sampled=1),
+    "sft": _Work(trained=10),
+    "continued-sft": _Work(trained=5),
+    "self-training": _Work(trained=2, scored=8, sampled=8),
+    # Two out-of-fold policies of ten passes over half of the demonstrations each, and the policy's four samples; four samples
+    # of the initial model, of the out-of-fold policies and of the policy, and a look at the validation rows per stage.
+    "rft": _Work(trained=10 + 8, scored=10, sampled=4 + 4 + 8 + 2),
 }
 
 _MINUTES = 7.0
 """What the quickstart may take; a machine on which it would take longer gets fewer rows."""
 
-_ROWS, _TEST_ROWS = 256, 200
+_ROWS, _TEST_ROWS, _VALIDATION_ROWS = 64, 96, 32
 
 _SLOW = f"{_MINUTES:.0f} minutes"
 
@@ -98,7 +107,7 @@ _TRIAL = 16  # rows of the trial that tells how fast the machine is
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Train SFT, then continued SFT, SPIN and IRFT from its checkpoint; evaluate all of them and write the report."""
+    """Train SFT, then from its checkpoint RFT and its controls: continued SFT and self-training. Evaluate and report."""
     quiet_libraries()
     options = _parse(args)
     out = Path(options.output_dir)
@@ -120,7 +129,11 @@ def main(args: Sequence[str], console: Console) -> None:
 def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="tutelage quickstart", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--model_name_or_path", help="Any model. By default Gemma 3 270M, from the package index.")
-    parser.add_argument("--task", default="chain_sum", help="A reasoning-gym task that comes with written solutions.")
+    parser.add_argument(
+        "--task",
+        default=_ARRANGE,
+        help="arrange: words in an order without two of one kind side by side. Or a reasoning-gym task that comes with written solutions.",
+    )
     parser.add_argument(
         "--rows", type=int, help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long."
     )
@@ -128,7 +141,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max_completion_length",
         type=int,
-        default=16,
+        default=20,
         help="Maximum completion length, in tokens; longer completions are truncated.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Random seed of data, training and samples.")
@@ -149,7 +162,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRecord]:
     begun = time.monotonic()
-    train_rows, test_rows = _data(options)
+    rows = _data(options)
+    train_rows, test_rows = rows["train"], rows["test"]
     if options.model_name_or_path is None:
         console.print(GEMMA_LICENSE, style="dim", highlight=False)
         with (
@@ -162,12 +176,12 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     training = {
         "max_completion_length": options.max_completion_length,
         "seed": options.seed,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 8,
         "warmup_steps": 0.1,
         "logging_steps": 4,
         "save_strategy": "no",
         "report_to": "none",
-        "verifier": f"reasoning_gym:{options.task}",
+        "verifier": "tutelage.lab.english:judge" if options.task == _ARRANGE else f"reasoning_gym:{options.task}",
         "bf16": precision.dtype is torch.bfloat16,
     }
     start = _Start(base, training)
@@ -190,46 +204,69 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
         )
     plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})
     out.mkdir(parents=True, exist_ok=True)
-    train_file, test_file = _save(train_rows, out / "train.jsonl"), _save(test_rows, out / "test.jsonl")
-    data = DataArguments(dataset_name=str(train_file), eval_dataset_name=str(test_file))
+    rows |= {"train": train_rows, "test": test_rows, "prompts": rows["prompts"][: 2 * len(train_rows)]}
+    files = {name: str(_save(part, out / f"{name}.jsonl")) for name, part in rows.items()}
+    data = DataArguments(dataset_name=files["train"], eval_dataset_name=files["test"])
     records = []
     with plan.part("base", "the base model, untrained"):
-        records.append(start.evaluate(str(test_file), console))
+        records.append(start.evaluate(files["test"], console))
         write_results(out / "base", records[0])
     del start
-    # The same passes over the demonstrations for the control and both methods, from the same checkpoint.
     after_sft = replace(base, model_name_or_path=str(out / "sft"))
     after_sft.precision = precision
-    for name, algorithm, before, epochs in (
-        ("sft", "sft", "base", 3),
-        ("continued-sft", "sft", "sft", 1),
-        ("spin", "spin", "sft", 1),
-        ("irft", "irft", "sft", 1),
-    ):
-        with plan.part(name, f"{name} from {before}, {epochs} epoch(s)"):
+    sampled = {
+        "prompt_dataset": files["prompts"],
+        "validation_dataset": files["validation"],
+        "prompt_mix": 1.0,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+    }
+    rate = find("sft").config.adapter_learning_rate
+    settings: dict[str, tuple[str, dict[str, Any]]] = {
+        "sft": ("sft", {"num_train_epochs": 10}),
+        # Going on at the rate that SFT began with undoes some of it; half of it is the stronger control.
+        "continued-sft": ("sft", {"num_train_epochs": 5, "learning_rate": rate / 2}),
+        "self-training": (
+            "rft",
+            sampled | dict(controls("self_training", adapter=True)[0].settings),
+        ),
+        # Sixteen steps are few: they are larger than by default.
+        "rft": ("rft", {**sampled, "learning_rate": rate / 2, "fold_epochs": 10}),
+    }
+    for name, (algorithm, own) in settings.items():
+        with plan.part(name, f"{name} from {'base' if name == 'sft' else 'sft'}"):
             config = find(algorithm).config
-            # Going on at the rate that SFT began with undoes some of it; half of it is the stronger control.
-            rate: dict[str, Any] = (
-                {"learning_rate": config.adapter_learning_rate / 2} if name == "continued-sft" else {}
-            )
-            args = config(output_dir=str(out / name), run_name=name, num_train_epochs=epochs, **training, **rate)
-            model = base if before == "base" else after_sft
-            records.append(train(algorithm, data, model, args, console))
+            args = config(output_dir=str(out / name), run_name=name, **(training | own))
+            records.append(train(algorithm, data, base if name == "sft" else after_sft, args, console))
     return records
 
 
-def _data(options: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and held-out rows without a prompt in common."""
-    wanted = options.rows + options.test_rows
-    made = reasoning_gym_rows(options.task, 3 * wanted, options.seed, **_TASK_OPTIONS.get(options.task, {}))
-    rows = list({row["prompt"]: row for row in made}.values())
+def _data(options: argparse.Namespace) -> dict[str, list[dict[str, str]]]:
+    """Demonstrations, prompts without them, validation and held-out rows, without a prompt in common."""
+    sizes = {
+        "train": options.rows,
+        "prompts": 2 * options.rows,
+        "validation": _VALIDATION_ROWS,
+        "test": options.test_rows,
+    }
+    wanted = sum(sizes.values())
+    if options.task == _ARRANGE:
+        rows = english_rows(wanted, options.seed)
+    else:
+        made = reasoning_gym_rows(options.task, 3 * wanted, options.seed, **_TASK_OPTIONS.get(options.task, {}))
+        rows = list({row["prompt"]: row for row in made}.values())
     if len(rows) < wanted:
         raise UserError(
             f"the task '{options.task}' gave only {len(rows)} different prompts; {wanted} are needed.",
             remedy="Lower --rows or --test_rows.",
             field="rows",
         )
-    return rows[: options.rows], rows[options.rows : wanted]
+    found, start = {}, 0
+    for name, size in sizes.items():
+        found[name] = rows[start : start + size]
+        start += size
+    found["prompts"] = [{"prompt": row["prompt"]} for row in found["prompts"]]
+    return found
 
 
 def _save(rows: list[dict[str, str]], path: Path) -> Path:

@@ -18,7 +18,7 @@ from tutelage.cli.parser import (
 )
 from tutelage.data.columns import check_demonstrations, peek
 from tutelage.errors import UserError
-from tutelage.models.paths import FEATURE_REWARD, require_model, run_part
+from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD, require_model, run_part
 
 __all__ = ["main"]
 
@@ -96,14 +96,26 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
 
 def _check_feature_options(options: argparse.Namespace) -> None:
     given = [field for field in ("explain", "base_model", "logp_model") if getattr(options, field) is not None]
-    if given and not (options.reward and (Path(run_part(options.reward, "reward")) / FEATURE_REWARD).exists()):
+    folder = Path(run_part(options.reward, "reward")) if options.reward else None
+    if folder and options.explain is not None and (folder / ENSEMBLE).exists():
+        raise UserError(
+            "an ensemble is no sum of features.",
+            remedy=f"Explain one of its members: --reward {folder / 'member-00'}.",
+            field="explain",
+        )
+    if given and not (folder and _are_features(folder)):
         raise UserError(
             "applies only to a feature reward.", remedy="Leave it out, or give one as --reward.", field=given[0]
         )
 
 
+def _are_features(folder: Path) -> bool:
+    return any((part / FEATURE_REWARD).exists() for part in (folder, folder / "member-00"))
+
+
 def _take_lengths(options: argparse.Namespace, folder: Path) -> None:
     """Limits that were not given are those the reward was trained with."""
+    folder = folder / "member-00" if (folder / ENSEMBLE).exists() else folder
     found = [path for name in ("reward.json", FEATURE_REWARD) if (path := folder / name).exists()]
     known = json.loads(found[0].read_text(encoding="utf-8")) if options.reward and found else {}
     for field, default in (("max_prompt_length", 512), ("max_completion_length", 256)):

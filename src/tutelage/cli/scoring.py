@@ -13,16 +13,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tutelage.cli.common import (
-    computing,
-    load_data,
-    load_policy,
-    load_tokenization,
-    on_device,
-    precision_of,
-)
-from tutelage.cli.explain import Explanation, feature_rewards, score_in_parts, show_explanations
+from tutelage.cli.common import computing, load_data, load_policy, load_tokenization
+from tutelage.cli.explain import Explanation, explanations, show_explanations
 from tutelage.cli.progress import TerminalProgress
+from tutelage.cli.rewards import computing_reward, first_member, load_reward, score_in_parts
 from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
 from tutelage.data.records import group_from_record
 from tutelage.errors import UserError
@@ -30,10 +24,10 @@ from tutelage.evaluation.statistics import Interval, bootstrap_mean, mean_interv
 from tutelage.files import write_json_lines
 from tutelage.groups import Group, Role
 from tutelage.losses import implicit_reward
-from tutelage.models.loading import check_vocabulary, load_tokenizer
-from tutelage.models.paths import FEATURE_REWARD
+from tutelage.models.loading import load_tokenizer
 from tutelage.progress import Progress
-from tutelage.rewards import ExplicitReward, ImplicitReward
+from tutelage.rewards import FeatureReward, ImplicitReward, Reward
+from tutelage.rewards.ensemble import RewardEnsemble
 from tutelage.scoring.logps import cached_logps
 
 __all__ = ["score"]
@@ -50,30 +44,35 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
         name: of the reward model or the policy.
         output: file to write.
     """
-    tokenization = load_tokenization(options, name)
+    tokenization = load_tokenization(options, first_member(name) if options.reward else name)
     groups = _groups(load_data(options), tokenization, options.dataset_name)
-    is_feature_reward = bool(options.reward) and (Path(name) / FEATURE_REWARD).exists()
-    explanations: list[list[Explanation]] | None = None
-    if is_feature_reward:
-        with TerminalProgress(console, "score") as progress:
-            rewards_C, explanations = feature_rewards(options, name, groups, tokenization, progress)
-    else:
-        with computing(options, name, console), TerminalProgress(console, "score") as progress:
-            rewards_of = _learned_rewards if options.reward else _implied_rewards
-            rewards_C = rewards_of(options, name, groups, tokenization, progress)
+    reward: Reward | None = None
+    told: list[list[Explanation]] | None = None
+    with TerminalProgress(console, "score") as progress:
+        if options.reward:
+            with progress.phase("loading the reward"):
+                models = {"base_model": options.base_model, "logp_model": options.logp_model}
+                reward = load_reward(options, name, tokenization, **models)
+            with computing_reward(options, name, reward, console):
+                rewards_C = score_in_parts(reward, groups, options.batch_size, progress)
+                if options.explain is not None and isinstance(reward, FeatureReward):
+                    told = explanations(reward, groups, options.explain, tokenization, progress)
+        else:
+            with computing(options, name, console):
+                rewards_C = _implied_rewards(options, name, groups, tokenization, progress)
     if not rewards_C.isfinite().all():
         raise UserError("the rewards are NaN or infinite.", remedy="Check its weights.", file=name)
     rewards = iter(rewards_C.tolist())
     scored = [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
-    summary = list(_summary(scored))
+    summary = [*_summary(scored), *_pessimism(reward, scored)]
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [_line(group, tokenization) for group in scored]
-    if explanations:
-        for line, of_line in zip(lines, explanations, strict=True):
+    if told:
+        for line, of_line in zip(lines, told, strict=True):
             for answer, spoken in zip(line["completions"], of_line, strict=True):
                 answer["explanation"] = [asdict(said) for said in spoken]
     write_json_lines(output, lines)
-    if explanations:
+    if told:
         show_explanations(lines, console)
     console.print(f"{len(scored)} rows: {output}", highlight=False, markup=False)
     for line in summary:
@@ -130,23 +129,6 @@ def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization) -> Grou
 
 
 # --- scoring -----------------------------------------------------------------------------------------------------------
-
-
-def _learned_rewards(
-    options: argparse.Namespace, name: str, groups: Sequence[Group], tokenization: Tokenization, progress: Progress
-) -> Tensor:
-    """[C] rewards under a reward model."""
-    with progress.phase("loading the reward"):
-        reward = ExplicitReward.from_pretrained(
-            name,
-            dtype=precision_of(options, name).weights,
-            trust_remote_code=options.trust_remote_code,
-            batch_size=options.batch_size,
-            pad_token_id=tokenization.pad_id,
-        )
-        check_vocabulary(reward.model, tokenization.tokenizer)
-        on_device(reward.model)
-    return score_in_parts(reward, groups, options.batch_size, progress)
 
 
 def _implied_rewards(
@@ -208,6 +190,16 @@ def _summary(groups: Sequence[Group]) -> Iterator[str]:
     wins = [(preferred > rejected) + (preferred == rejected) / 2 for (preferred,), (rejected,) in pairs]
     if wins:
         yield f"accuracy, preferred over rejected: {_shown(mean_interval(wins))}; a tie counts half"
+
+
+def _pessimism(reward: Reward | None, groups: Sequence[Group]) -> Iterator[str]:
+    """That an ensemble which should be pessimistic is not, where an answer is alone for its prompt."""
+    lone = sum(len(group.completions) == 1 for group in groups)
+    if lone and isinstance(reward, RewardEnsemble) and reward.combine != "mean":
+        yield (
+            f"{lone} of {len(groups)} rows hold a lone answer: its reward is the mean of the members, without the pessimism "
+            f"of {reward.combine}, because members are compared within a prompt"
+        )
 
 
 def _rewards(group: Group, role: Role) -> list[float]:

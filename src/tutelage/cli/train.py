@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tutelage.algorithms.registry import find
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
+from tutelage.cli.controls import Controls
 from tutelage.cli.libraries import quiet_libraries
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.progress import LogLines, TerminalProgress
@@ -42,13 +43,16 @@ def main(args: Sequence[str], console: Console) -> None:
     if not data.dataset_name:
         raise UserError("no dataset is given.", remedy="Add --dataset_name DATA.", field="dataset_name")
     model.require_name()
+    controls = Controls(data.controls, data, model, training)
     with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
         record = train(algorithm, data, model, training, console, before_training=output.clear)
     folder = Path(training.output_dir)
     report = folder / "report.html"
-    write_report([record], report)
-    console.print(summary_table([record]))
-    for sentence in verdicts([record]):
+    write_report([record], report)  # before the controls, which may fail
+    records = [record, *controls.train(console, train)]
+    write_report(records, report)
+    console.print(summary_table(records))
+    for sentence in verdicts(records):
         console.print(sentence, highlight=False, markup=False)
     console.print(f"model and results: {folder}\nreport: {report}", highlight=False, markup=False)
 
@@ -61,11 +65,13 @@ def train(
     console: Console,
     *,
     before_training: Callable[[], None] = lambda: None,
+    after: Callable[[DemonstrationTrainer], None] = lambda trainer: None,
 ) -> RunRecord:
     """Train, save, evaluate; returns what results.json holds.
 
     Args:
         before_training: called when data, model and settings have been found good.
+        after: called with the trainer when all is measured.
     """
     trainer_class = find(algorithm).trainer
     name = training.run_name or algorithm
@@ -111,6 +117,7 @@ def train(
         record = trainer.record(name=name)
         write_results(folder, record)  # before the evaluation, which may fail
         record = _final_evaluation(trainer, record, progress)
+        after(trainer)
     console.print(f"  {name} took {duration(record.time_s['total'])}", highlight=False)
     write_results(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")

@@ -164,7 +164,7 @@ def holds_prompts_alone(dataset: Any) -> bool:
     return "prompt" in columns and not {"completion", "chosen"} & set(columns)
 
 
-def read_prompts(dataset: Dataset | IterableDataset, *, source: str = "dataset") -> Iterator[str | Messages]:
+def read_prompts(dataset: Dataset | IterableDataset | Peek, *, source: str = "dataset") -> Iterator[str | Messages]:
     """The ``prompt`` column, row by row: text, or a list of messages that ends with the user's.
 
     Raises:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import cast
 
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from tutelage.data.tokenization import FEATURES, Tokenization, row_of_group, tokenized_prompts
 from tutelage.errors import UserError
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def tokenize_prompts(
-    dataset: Dataset | IterableDataset,
+    dataset: Dataset,
     tokenization: Tokenization,
     *,
     first_row: int,
@@ -65,6 +65,8 @@ def tokenize_prompts(
         rows.append(row_of_group(Group(prompt.group.prompt_ids, row=first_row + prompt.group.row)))
     if not rows:
         raise UserError("no prompt remains.", remedy="Give at least one that is short enough.", file=source)
+    if left_out := len(dataset) - len(rows):
+        logger.warning("%s: left out %d of %d: the prompt is too long", source, left_out, len(dataset))
     pieces = iter(rows)
     chunks = iter(lambda: list(islice(pieces, 1000)), [])
     return concatenate_datasets([Dataset.from_list(chunk, features=FEATURES) for chunk in chunks])

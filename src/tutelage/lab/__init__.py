@@ -7,6 +7,7 @@
     mixture.py      what the base model is pretrained on, and the rows that show what a run forgets
     base.py         the base model, trained once and kept
     definitions.py  what a run is, and its name
+    code.py         which version of the library a result is of
     grid.py         a grid as a file; the strict reader
     plan.py         which runs a grid wants, given those that are done
     running.py      one run through the library's own trainers

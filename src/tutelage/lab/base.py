@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -45,9 +46,14 @@ class BaseModel:
     @property
     def key(self) -> str:
         """A name for everything that made it: the settings, the words and the mixture."""
-        sources = [inspect.getsource(module) for module in (mixture, vocabulary)]
-        content = json.dumps([asdict(self), sources], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return _key(self)
+
+
+@cache
+def _key(base: BaseModel) -> str:
+    sources = [inspect.getsource(module) for module in (mixture, vocabulary)]
+    content = json.dumps([asdict(base), sources], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def base_folder(base: BaseModel, cache: str | Path | None = None) -> Path:

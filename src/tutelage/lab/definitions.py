@@ -1,4 +1,4 @@
-"""What a run is. Its name is a hash of everything that its numbers depend on."""
+"""What a run is. Its name is a hash of its definition; the code that it ran with is told by its result (``code.py``)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tutelage.lab.base import BaseModel
@@ -16,7 +17,7 @@ __all__ = ["Run"]
 _FORMAT = 1  # raised where the same definition would give other numbers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
     """An algorithm with its settings in a world.
 
@@ -55,7 +56,7 @@ class Run:
             "base": self.base.key,
         }
 
-    @property
+    @cached_property  # a plan asks for it many times
     def name(self) -> str:
         """Equal runs have equal names."""
         text = json.dumps(self.definition, sort_keys=True, ensure_ascii=False)

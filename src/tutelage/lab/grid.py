@@ -15,7 +15,7 @@ from tutelage.errors import UserError
 from tutelage.lab.base import BaseModel
 from tutelage.lab.worlds import WORLDS, WorldOptions
 
-__all__ = ["Cell", "Grid", "Like", "Method", "read_grid", "shipped_grids"]
+__all__ = ["Cell", "Grid", "Like", "Method", "Where", "read_grid", "shipped_grids"]
 
 _HOME = "tutelage.lab.grids"
 
@@ -27,10 +27,31 @@ class Like:
     Attributes:
         method: whose chosen setting (for samples at temperature 1) is taken.
         times: what it is multiplied by.
+        setting: its name there; None for the same name.
     """
 
     method: str
     times: float = 1.0
+    setting: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Settings in some cells alone.
+
+    Attributes:
+        world: of the cells; None for all.
+        varied: values of varied options of the cells.
+        settings: fixed ones that go before the method's.
+    """
+
+    world: str | None
+    varied: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether the cell is one of them."""
+        return self.world in (None, cell.world) and all(cell.varied.get(k) == v for k, v in self.varied.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +65,7 @@ class Method:
         settings: fixed ones; a ``Like`` follows another method.
         tune: values to choose from, for each setting; all combinations are tried.
         takes_prompts: it gets the prompts without demonstrations.
+        where: other fixed settings in some cells; the last that holds goes before the others.
     """
 
     name: str
@@ -52,18 +74,21 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     takes_prompts: bool = False
+    where: tuple[Where, ...] = ()
 
-    @property
-    def candidates(self) -> list[dict[str, Any]]:
-        """The settings of each combination, with ``Like`` where they follow another method."""
-        return [
-            {**self.settings, **dict(zip(self.tune, values, strict=True))} for values in product(*self.tune.values())
-        ]
+    def candidates(self, cell: Cell) -> list[dict[str, Any]]:
+        """The settings of each combination in a cell, with ``Like`` where they follow another method."""
+        fixed = dict(self.settings)
+        for part in self.where:
+            fixed |= part.settings if part.holds(cell) else {}
+        return [{**fixed, **dict(zip(self.tune, values, strict=True))} for values in product(*self.tune.values())]
 
     @property
     def needs(self) -> set[str]:
         """The methods whose choice must be known before this one can run."""
-        values = [value for candidate in self.candidates for value in candidate.values()]
+        mappings = [self.settings, *(part.settings for part in self.where)]
+        values = [value for mapping in mappings for value in mapping.values()]
+        values += [value for tried in self.tune.values() for value in tried]
         return {value.method for value in values if isinstance(value, Like)} | ({self.start} if self.start else set())
 
 
@@ -183,7 +208,7 @@ def _grid(name: str, content: Any) -> Grid:
     required, optional = ("description", "worlds", "tuning", "report", "methods"), ("vary", "recipe", "base")
     content = _mapping(content, "", required, optional)
     methods = _methods(content["methods"])
-    recipe = content.get("recipe")
+    recipe = _text_or_none(content.get("recipe"), "recipe")
     if recipe is not None and recipe not in {method.name for method in methods}:
         raise UserError(f"there is no method '{recipe}'.", field="recipe")
     tuning, report = (_seeds(content[part], part) for part in ("tuning", "report"))
@@ -193,15 +218,18 @@ def _grid(name: str, content: Any) -> Grid:
             remedy="Report other seeds than those of 'tuning'.",
             field="report.seeds",
         )
+    cells = _cells(content["worlds"], _given(content.get("vary")))
+    for method in methods:
+        _check_where(method, cells)
     return Grid(
         name=name,
-        description=str(content["description"]).strip(),
-        cells=_cells(content["worlds"], content.get("vary") or {}),
+        description=_text(content["description"], "description").strip(),
+        cells=cells,
         methods=methods,
         recipe=recipe,
         tuning_seeds=tuning,
         report_seeds=report,
-        base=_made(BaseModel(), content.get("base") or {}, "base"),
+        base=_made(BaseModel(), _given(content.get("base")), "base"),
     )
 
 
@@ -213,24 +241,30 @@ def _cells(worlds: Any, vary: Any) -> tuple[Cell, ...]:
     for name, values in vary.items():
         if not isinstance(values, list) or not values:
             raise UserError("must be a list of values.", field=f"vary.{name}")
-    cells = []
-    for world, given in worlds.items():
-        place = f"worlds.{world}"
-        given = dict(given or {})
-        tuning = given.pop("tuning", None) or {}
-        limits = {name: given.pop(f"most_{name}", None) for name in ("demonstrations", "prompts")}
-        base = _made(WorldOptions(), given, place)
-        for values in product(*vary.values()):
-            varied = dict(zip(vary, values, strict=True))
-            if any(limit is not None and varied.get(name, 0) > limit for name, limit in limits.items()):
-                continue
-            options = _made(base, varied, "vary")
-            # What is varied is varied where settings are chosen too, up to what the smaller half of prompts has.
-            own = {
-                name: min(varied[name], tuning[name]) if name in varied else value for name, value in tuning.items()
-            }
-            cells.append(Cell(world, options, _made(options, own, f"{place}.tuning"), varied))
-    return tuple(cells)
+        for value in values:
+            _made(WorldOptions(), {name: value}, "vary")
+    return tuple(cell for world, given in worlds.items() for cell in _cells_of(world, given, vary))
+
+
+def _cells_of(world: str, given: Any, vary: Mapping[str, Sequence[Any]]) -> Iterator[Cell]:
+    place = f"worlds.{world}"
+    given = _open_mapping(given, place)
+    tuning = _open_mapping(given.pop("tuning", None), f"{place}.tuning")
+    most = [name for name in ("demonstrations", "prompts") if f"most_{name}" in given]
+    limits = {name: _number(given.pop(f"most_{name}"), f"{place}.most_{name}") for name in most}
+    for name in limits:
+        if name not in vary:
+            raise UserError(f"limits what 'vary' has of {name}, which it has not.", field=f"{place}.most_{name}")
+    base = _made(WorldOptions(), given, place)
+    _made(base, tuning, f"{place}.tuning")
+    for values in product(*vary.values()):
+        varied = dict(zip(vary, values, strict=True))
+        if any(varied[name] > limit for name, limit in limits.items()):
+            continue
+        options = _made(base, varied, "vary")
+        # What is varied is varied where settings are chosen too, up to what the smaller half of prompts has.
+        own = {name: min(varied[name], tuning[name]) if name in varied else value for name, value in tuning.items()}
+        yield Cell(world, options, _made(options, own, f"{place}.tuning"), varied)
 
 
 def _made(start: Any, given: Any, place: str) -> Any:
@@ -238,9 +272,7 @@ def _made(start: Any, given: Any, place: str) -> Any:
     old = asdict(start)
     given = _mapping(given, place, (), tuple(old))
     for name, value in given.items():
-        wanted = (int, float) if isinstance(old[name], float) else int
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            raise UserError(f"must be a number, not {value!r}.", field=f"{place}.{name}")
+        _number(value, f"{place}.{name}", whole=not isinstance(old[name], float))
     try:
         return replace(start, **given)
     except UserError as error:
@@ -249,7 +281,7 @@ def _made(start: Any, given: Any, place: str) -> Any:
 
 def _seeds(content: Any, part: str) -> tuple[int, ...]:
     seeds = _mapping(content, part, ("seeds",), ())["seeds"]
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UserError("must be a list of whole numbers.", field=f"{part}.seeds")
     if len(set(seeds)) < len(seeds):
         raise UserError("names a seed twice.", field=f"{part}.seeds")
@@ -265,7 +297,7 @@ def _methods(content: Any) -> tuple[Method, ...]:
 
 def _method(name: str, content: Any) -> Method:
     place = f"methods.{name}"
-    content = _mapping(content, place, ("algorithm",), ("start", "settings", "tune", "takes_prompts"))
+    content = _mapping(content, place, ("algorithm",), ("start", "settings", "tune", "takes_prompts", "where"))
     settings, tune = (_open_mapping(content.get(part), f"{place}.{part}") for part in ("settings", "tune"))
     for key, values in tune.items():
         if not isinstance(values, list) or not values:
@@ -277,22 +309,68 @@ def _method(name: str, content: Any) -> Method:
         raise UserError(f"must be true or false, not {takes_prompts!r}.", field=f"{place}.takes_prompts")
     return Method(
         name=name,
-        algorithm=str(content["algorithm"]),
-        start=content.get("start"),
-        settings={key: _value(value, f"{place}.settings.{key}") for key, value in settings.items()},
+        algorithm=_text(content["algorithm"], f"{place}.algorithm"),
+        start=_text_or_none(content.get("start"), f"{place}.start"),
+        settings=_values(settings, f"{place}.settings"),
         tune={key: [_value(value, f"{place}.tune.{key}") for value in values] for key, values in tune.items()},
         takes_prompts=takes_prompts,
+        where=tuple(_wheres(content.get("where"), f"{place}.where", tune)),
     )
+
+
+def _wheres(content: Any, place: str, tune: Mapping[str, Any]) -> Iterator[Where]:
+    content = [] if content is None else content
+    if not isinstance(content, list):
+        raise UserError("must be a list of conditions with settings.", field=place)
+    for number, part in enumerate(content, 1):
+        yield _where(part, f"{place}.{number}", tune)
+
+
+def _where(content: Any, place: str, tune: Mapping[str, Any]) -> Where:
+    options = tuple(entry.name for entry in fields(WorldOptions))
+    content = dict(_mapping(content, place, ("settings",), ("world", *options)))
+    settings = _open_mapping(content.pop("settings"), f"{place}.settings")
+    if both := sorted(set(settings) & set(tune)):
+        raise UserError("is fixed and tuned.", field=f"{place}.settings.{both[0]}")
+    world = _text_or_none(content.pop("world", None), f"{place}.world")
+    return Where(world, content, _values(settings, f"{place}.settings"))
+
+
+def _check_where(method: Method, cells: Sequence[Cell]) -> None:
+    """Each condition can hold, and so do all conditions of one in some cell together."""
+    for number, part in enumerate(method.where, 1):
+        place = f"methods.{method.name}.where.{number}"
+        worlds = dict.fromkeys(cell.world for cell in cells)
+        if part.world not in (None, *worlds):
+            raise UserError(
+                f"the grid has no world '{part.world}'.",
+                remedy=f"Its worlds: {', '.join(worlds)}.",
+                field=f"{place}.world",
+            )
+        for name, value in part.varied.items():
+            found = [cell.varied[name] for cell in cells if name in cell.varied]
+            if not found:
+                raise UserError("is not varied, so this never holds.", remedy="See 'vary'.", field=f"{place}.{name}")
+            if value not in found:
+                raise UserError(
+                    f"{value!r} is none of the values in 'vary', so this never holds.", field=f"{place}.{name}"
+                )
+        if not any(part.holds(cell) for cell in cells):
+            raise UserError("holds in no cell of the grid.", field=place)
+
+
+def _values(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Fixed settings; null leaves one at the algorithm's default, also where a merged mapping (<<) has a value."""
+    return {key: _value(value, f"{place}.{key}") for key, value in settings.items() if value is not None}
 
 
 def _value(value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         return value
-    given = _mapping(value, place, ("like",), ("times",))
-    times = given.get("times", 1.0)
-    if isinstance(times, bool) or not isinstance(times, (int, float)):
-        raise UserError(f"must be a number, not {times!r}.", field=f"{place}.times")
-    return Like(str(given["like"]), float(times))
+    given = _mapping(value, place, ("like",), ("times", "setting"))
+    times = _number(given.get("times", 1.0), f"{place}.times")
+    setting = _text_or_none(given.get("setting"), f"{place}.setting")
+    return Like(_text(given["like"], f"{place}.like"), float(times), setting)
 
 
 def _in_order(methods: dict[str, Method]) -> Iterator[Method]:
@@ -310,6 +388,27 @@ def _in_order(methods: dict[str, Method]) -> Iterator[Method]:
             done.add(method.name)
             del waiting[method.name]
             yield method
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"must be a text, not {value!r}.", field=place)
+    return value
+
+
+def _text_or_none(value: Any, place: str) -> str | None:
+    return None if value is None else _text(value, place)
+
+
+def _number(value: Any, place: str, *, whole: bool = False) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise UserError(f"must be a {'whole ' if whole else ''}number, not {value!r}.", field=place)
+    return value
+
+
+def _given(content: Any) -> Any:
+    """A mapping that may be left out or empty."""
+    return {} if content is None else content
 
 
 def _open_mapping(content: Any, place: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.data.tokenization import Tokenization
 from tutelage.groups import Completion, Group, Role
 from tutelage.lab.worlds import Row, World
+from tutelage.rewards.base import Reward, scores_by_group
 from tutelage.sampling import SamplingParams, TransformersSampler
 from tutelage.sampling.base import Sample
 from tutelage.scoring.logps import cached_token_logps
 
-__all__ = ["LENGTHS", "SAMPLES", "Measures", "measure"]
+__all__ = ["LENGTHS", "SAMPLES", "Measures", "RewardMeasures", "measure", "measure_reward"]
 
 SAMPLES = 8
 """Samples per prompt at temperature 1."""
@@ -56,6 +57,71 @@ class Measures:
     retention_logp: float
 
 
+@dataclass(frozen=True, slots=True)
+class RewardMeasures:
+    """How a reward, and the start's own log-prob, tell the start's samples for a prompt apart.
+
+    Attributes:
+        reward_auc, logp_auc: share of the pairs of samples with different scores that it orders as the judge does; a tie
+            counts half. NaN where no prompt has such a pair.
+        reward_best, logp_best: score of the best of ``SAMPLES`` by it.
+        start_score, start_best: mean score of these samples, and of the best by the judge.
+    """
+
+    reward_auc: float
+    reward_best: float
+    logp_auc: float
+    logp_best: float
+    start_score: float
+    start_best: float
+
+
+def measure_reward(
+    reward: Reward, start: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World, rows: Sequence[Row]
+) -> RewardMeasures:
+    """Let a reward choose among samples of the policy that its run started from, for rows that it has not seen."""
+    tokenization = Tokenization(tokenizer, LENGTHS["max_prompt_length"], LENGTHS["max_completion_length"])
+    groups = [_group(tokenization, row.text, " ".join(row.answer), place) for place, row in enumerate(rows)]
+    sampled = _sample(start, tokenization, groups, temperature=1.0, num_samples=SAMPLES)
+    _, scores = _judged(tokenization, world, rows, sampled)
+    drawn = [
+        Group(group.prompt_ids, row=group.row).add(
+            replace(sample.completion, token_values={"old_logps": sample.token_logps}) for sample in samples
+        )
+        for group, samples in zip(groups, sampled, strict=True)
+    ]
+    rewards = np.asarray(scores_by_group(reward, drawn))
+    logps = np.asarray([group.sums("old_logps") for group in drawn])
+    return RewardMeasures(
+        reward_auc=concordance(rewards, scores),
+        reward_best=_score_of_best(rewards, scores),
+        logp_auc=concordance(logps, scores),
+        logp_best=_score_of_best(logps, scores),
+        start_score=float(scores.mean()),
+        start_best=float(scores.max(axis=1).mean()),
+    )
+
+
+def concordance(values: np.ndarray, scores: np.ndarray) -> float:
+    """Share of the pairs of a prompt with different scores that the values order as the scores do; a tie counts half.
+
+    Args:
+        values, scores: [prompts, samples].
+
+    >>> concordance(np.array([[3.0, 1.0, 1.0]]), np.array([[1.0, 0.0, 1.0]]))
+    0.75
+    """
+    value_gaps = values[:, :, None] - values[:, None, :]
+    score_gaps = scores[:, :, None] - scores[:, None, :]
+    above = score_gaps > 0
+    return float(((np.sign(value_gaps[above]) + 1) / 2).mean()) if above.any() else float("nan")
+
+
+def _score_of_best(values: np.ndarray, scores: np.ndarray) -> float:
+    """Mean score of the sample with the highest value of its prompt, the first of equals."""
+    return float(np.take_along_axis(scores, values.argmax(axis=1)[:, None], axis=1).mean())
+
+
 def measure(
     policy: nn.Module,
     start: nn.Module,
@@ -72,22 +138,13 @@ def measure(
         rows: validation or test rows of ``world``.
         retention: prompts and answers of another task.
     """
-    tokenization = Tokenization(tokenizer, **LENGTHS)
+    tokenization = Tokenization(tokenizer, LENGTHS["max_prompt_length"], LENGTHS["max_completion_length"])
     groups = [_group(tokenization, row.text, " ".join(row.answer), place) for place, row in enumerate(rows)]
     sampled = _sample(policy, tokenization, groups, temperature=1.0, num_samples=SAMPLES)
     greedy = _sample(policy, tokenization, groups, temperature=0.0, num_samples=1)
 
-    def judged(drawn: list[list[Sample]]) -> tuple[list[list[tuple[str, ...]]], np.ndarray]:
-        words = [[tuple(tokenization.text(s.token_ids).split()) for s in samples] for samples in drawn]
-        scores = [
-            [world.judge(row, answer) if sample.finished else min(0.0, world.judge(row, answer))
-             for answer, sample in zip(answers, samples, strict=True)]
-            for row, answers, samples in zip(rows, words, drawn, strict=True)
-        ]  # fmt: skip
-        return words, np.asarray(scores)
-
-    words, scores = judged(sampled)
-    _, greedy_scores = judged(greedy)
+    words, scores = _judged(tokenization, world, rows, sampled)
+    _, greedy_scores = _judged(tokenization, world, rows, greedy)
     right = [
         {answer for answer, score in zip(answers, values, strict=True) if score >= _RIGHT}
         for answers, values in zip(words, scores, strict=True)
@@ -114,6 +171,21 @@ def measure(
         ),
         retention_logp=_mean_logp(policy, asked),
     )
+
+
+def _judged(
+    tokenization: Tokenization, world: World, rows: Sequence[Row], drawn: Sequence[Sequence[Sample]]
+) -> tuple[list[list[tuple[str, ...]]], np.ndarray]:
+    """The words of the answers, and their scores [prompts, samples]; an answer that did not end is never good."""
+    words = [[tuple(tokenization.text(sample.token_ids).split()) for sample in samples] for samples in drawn]
+    scores = [
+        [
+            min(world.judge(row, answer), np.inf if sample.finished else 0.0)
+            for answer, sample in zip(answers, samples, strict=True)
+        ]
+        for row, answers, samples in zip(rows, words, drawn, strict=True)
+    ]
+    return words, np.asarray(scores)
 
 
 def _group(tokenization: Tokenization, prompt: str, answer: str, row: int) -> Group:

@@ -12,7 +12,7 @@ from tutelage.lab.definitions import Run
 from tutelage.lab.grid import Cell, Grid, Like, Method
 from tutelage.lab.worlds import Phase
 
-__all__ = ["OBJECTIVES", "Choice", "Plan", "Wanted", "expected_runs", "make_plan"]
+__all__ = ["OBJECTIVES", "Choice", "Plan", "Wanted", "expected_runs", "followed", "make_plan"]
 
 OBJECTIVES = ("score", "score_greedy")
 """What settings are chosen for, apart from one another: samples at temperature 1, and the likeliest tokens."""
@@ -74,7 +74,7 @@ def make_plan(grid: Grid, results: Results) -> Plan:
             if not method.needs <= chosen.keys():
                 complete = False
                 continue
-            tried = [_resolved(candidate, chosen) for candidate in method.candidates]
+            tried = [_resolved(candidate, chosen) for candidate in method.candidates(cell)]
             if len(tried) == 1:
                 choice = Choice(dict.fromkeys(OBJECTIVES, tried[0]), {})
             else:
@@ -98,8 +98,9 @@ def make_plan(grid: Grid, results: Results) -> Plan:
 
 def expected_runs(grid: Grid) -> int:
     """About how many runs the grid will want: at least as many, if no two methods share one."""
-    tuning = sum(len(m.candidates) * len(grid.tuning_seeds) for m in grid.methods if len(m.candidates) > 1)
-    return len(grid.cells) * (tuning + len(grid.methods) * len(grid.report_seeds))
+    tried = [len(method.candidates(cell)) for cell in grid.cells for method in grid.methods]
+    tuning = sum(count for count in tried if count > 1) * len(grid.tuning_seeds)
+    return tuning + len(tried) * len(grid.report_seeds)
 
 
 def _run(
@@ -130,7 +131,7 @@ def _run(
 
 def _want(wanted: dict[tuple[str, ...], Wanted], new: Wanted) -> None:
     """Add it behind its start. A start that no method wanted before it belongs to the method that starts there."""
-    if new.run.start is not None and not any(each.run.name == new.run.start.name for each in wanted.values()):
+    if new.run.start is not None and all(name != new.run.start.name for name, *_ in wanted):
         _want(wanted, Wanted(new.run.start, new.cell, f"start of {new.method}"))
     wanted.setdefault((new.run.name, new.method, *new.chosen_for), new)
 
@@ -140,10 +141,16 @@ def _resolved(settings: Mapping[str, Any], chosen: Mapping[str, Choice]) -> dict
     found = {}
     for name, value in settings.items():
         if isinstance(value, Like):
-            other = chosen[value.method].settings[OBJECTIVES[0]][name]
-            value = round(other * value.times) if isinstance(other, int) else float(f"{other * value.times:.6g}")
+            value = followed(chosen[value.method].settings[OBJECTIVES[0]][value.setting or name], value)
         found[name] = value
     return found
+
+
+def followed(other: Any, like: Like) -> Any:
+    """The value of a setting that follows another's: a whole number stays one, at least 1."""
+    if like.times == 1:
+        return other
+    return max(1, round(other * like.times)) if isinstance(other, int) else float(f"{other * like.times:.6g}")
 
 
 def _choose(tried: list[dict[str, Any]], runs: list[list[Run]], results: Results) -> Choice | None:

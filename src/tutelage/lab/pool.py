@@ -12,6 +12,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.files import read_json, write_json
 from tutelage.lab.base import base_folder
+from tutelage.lab.code import code_of, code_version
 from tutelage.lab.definitions import Run
 from tutelage.lab.grid import Grid
 from tutelage.lab.plan import Plan, Wanted, expected_runs, make_plan
@@ -52,6 +54,7 @@ def run_grid(grid: Grid, folder: Path, *, jobs: int, say: Say, cache: Path | Non
     failures: dict[str, tuple[Wanted, str]] = {}
     progress = _Progress(grid, results, say)
     plan = make_plan(grid, results)
+    _tell_other_code(plan, results, folder, say)
     if plan.complete and all(wanted.run.name in results for wanted in plan.wanted):
         return plan
     say("the base model: pretrained once, about a minute on a core, if it is not there yet")
@@ -61,8 +64,12 @@ def run_grid(grid: Grid, folder: Path, *, jobs: int, say: Say, cache: Path | Non
         running: dict[Future, Wanted] = {}
         try:
             while True:
+                for run in _without_start(plan, results):
+                    results[run.name] = _diverged(run, "its start diverged")
+                    write_json(runs / f"{run.name}.json", results[run.name])
+                    plan = make_plan(grid, results)
                 busy = {wanted.run.name for wanted in running.values()}
-                ready = _ready(plan, results, busy | failures.keys())
+                ready = _ready(plan, results, busy | failures.keys(), weights)
                 for wanted in ready[: 2 * jobs - len(running)]:  # one waits behind each that runs
                     running[pool.submit(_work, wanted.run, weights, cache)] = wanted
                 if not running:
@@ -92,21 +99,46 @@ def run_grid(grid: Grid, folder: Path, *, jobs: int, say: Say, cache: Path | Non
     return plan
 
 
-def _ready(plan: Plan, results: Mapping[str, Any], others: Set[str]) -> list[Wanted]:
-    """Runs that can begin, each once: those that others wait for go first."""
-    found = {
-        wanted.run.name: wanted
+def _ready(plan: Plan, results: Mapping[str, Any], others: Set[str], weights: Path) -> list[Wanted]:
+    """Runs that can begin, each once: those that others wait for go first.
+
+    A start whose policy is no longer there is run again for the runs that need it.
+    """
+    found: dict[str, Wanted] = {}
+    for wanted in plan.wanted:
+        if wanted.run.name in results:
+            continue
+        while (start := wanted.run.start) is not None and not (weights / f"{start.name}.safetensors").exists():
+            wanted = replace(wanted, run=start)
+        if wanted.run.name not in others:
+            found.setdefault(wanted.run.name, wanted)
+    return sorted(found.values(), key=lambda wanted: wanted.run.phase != "tuning")
+
+
+def _without_start(plan: Plan, results: Mapping[str, Any]) -> list[Run]:
+    """Unfinished runs whose start diverged: there is no policy that they could begin with."""
+    return [
+        wanted.run
         for wanted in plan.wanted
         if wanted.run.name not in results
-        and wanted.run.name not in others
-        and (wanted.run.start is None or wanted.run.start.name in results)
-    }
-    return sorted(found.values(), key=lambda wanted: wanted.run.phase != "tuning")
+        and wanted.run.start is not None
+        and results.get(wanted.run.start.name, {"measures": {}})["measures"] is None
+    ]
 
 
 def finished_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """The results in a folder by the names of their runs."""
     return {path.stem: read_json(path) for path in sorted((folder / "runs").glob("*.json"))}
+
+
+def _tell_other_code(plan: Plan, results: Mapping[str, Any], folder: Path, say: Say) -> None:
+    names = {wanted.run.name for wanted in plan.wanted} & results.keys()
+    others = sum(code_of(results[name]) != code_version() for name in names)
+    if others:
+        say(
+            f"{others} of {len(names)} finished runs are of another version of the code, and are kept; "
+            f"remove {folder} to repeat them"
+        )
 
 
 def _title(wanted: Wanted) -> str:
@@ -140,6 +172,7 @@ def _begin() -> None:
 
     parent = multiprocessing.parent_process()
     assert parent is not None
+    code_version()  # of the sources that were imported, not of those that an edit leaves later
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     gc.collect()
@@ -154,9 +187,13 @@ def _work(run: Run, weights: Path, cache: Path | None) -> dict[str, Any]:
         try:
             return execute(run, weights, cache)
         except NonFiniteLossError as error:  # a rate that is too high is a finding
-            return {"definition": run.definition, "measures": None, "costs": {}, "diverged": str(error)}
+            return _diverged(run, str(error))
         except Exception:
             return {"failure": traceback.format_exc()}
+
+
+def _diverged(run: Run, why: str) -> dict[str, Any]:
+    return {"definition": run.definition, "code": code_version(), "measures": None, "costs": {}, "diverged": why}
 
 
 class _Progress:

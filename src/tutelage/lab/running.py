@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tutelage.algorithms.registry import Algorithm, find
 from tutelage.errors import UserError
-from tutelage.files import write_json_lines
-from tutelage.lab.base import BaseModel, base_folder
+from tutelage.lab.base import base_folder
+from tutelage.lab.code import code_version
 from tutelage.lab.definitions import Run
-from tutelage.lab.measures import LENGTHS, measure
+from tutelage.lab.measures import LENGTHS, measure, measure_reward
 from tutelage.lab.mixture import retention_rows
-from tutelage.lab.worlds import Row, World
+from tutelage.lab.worlds import World
 
 __all__ = ["check_settings", "execute"]
 
@@ -44,8 +44,8 @@ _SETTINGS: dict[str, Any] = {
     "dataloader_pin_memory": False,
 }
 _STAGED: dict[str, Any] = {"save_each_stage": False}
-_PLACES = ("{base}", "{validation}")
-"""What settings may say in the place of a path: the base model's folder, and a file with the validation rows."""
+BASE = "{base}"
+"""What settings say in the place of the base model's folder."""
 
 _RETENTION_ROWS = 64
 
@@ -59,7 +59,7 @@ def execute(run: Run, weights: Path, cache: str | Path | None = None) -> dict[st
         cache: see ``base_folder``.
 
     Returns:
-        the definition, the measures, and what it cost.
+        the definition, the version of the code, the measures, and what it cost; ``flops`` are None where not known.
 
     Raises:
         UserError: settings that the algorithm refuses.
@@ -72,42 +72,52 @@ def execute(run: Run, weights: Path, cache: str | Path | None = None) -> dict[st
         start.load_state_dict(load_file(weights / f"{run.start.name}.safetensors"))
     policy = copy.deepcopy(start)
     world = World(run.world, run.seed, run.phase, run.options)
-    costs: dict[str, Any] = {"trained_tokens": 0, "sampled_tokens": 0, "steps": 0, "seconds_training": 0.0}
-    if run.algorithm != "none":
-        costs = _train(run, policy, tokenizer, world, folder)
-    trained = time.perf_counter()
     rows = world.validation() if run.phase == "tuning" else world.test()
+    costs: dict[str, Any] = {
+        "trained_tokens": 0,
+        "sampled_tokens": 0,
+        "steps": 0,
+        "flops": 0.0,
+        "seconds_training": 0.0,
+    }
+    reward_measures: dict[str, float] = {}
+    if run.algorithm != "none":
+        with tempfile.TemporaryDirectory(prefix="tutelage-lab-") as temporary:
+            trainer = _trainer(run, policy, tokenizer, world, folder, temporary)
+            trainer.train()
+            costs = {
+                "trained_tokens": trainer.costs.trained_tokens,
+                "sampled_tokens": trainer.costs.sampled_tokens,
+                "steps": trainer.state.global_step,
+                "flops": None if trainer.costs.flops is None else sum(trainer.costs.flops.values()),
+                "seconds_training": time.perf_counter() - begun,
+            }
+            reward = trainer.stages.phase.reward if trainer.stages else None
+            if reward is not None:
+                reward_measures = asdict(measure_reward(reward, start, tokenizer, world, rows))
+    trained = time.perf_counter()
     found = measure(policy.eval(), start, tokenizer, world, rows, retention_rows(_RETENTION_ROWS, run.seed))
     save_weights(policy, weights / f"{run.name}.safetensors")
     seconds = {"seconds_measuring": time.perf_counter() - trained, "seconds": time.perf_counter() - begun}
-    return {"definition": run.definition, "measures": asdict(found), "costs": costs | seconds}
+    return {
+        "definition": run.definition,
+        "code": code_version(),
+        "measures": asdict(found) | reward_measures,
+        "costs": costs | seconds,
+    }
 
 
-def _train(
-    run: Run, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, base: Path
-) -> dict[str, Any]:
-    """Train ``policy`` in place."""
-    begun = time.perf_counter()
+def _trainer(
+    run: Run, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, base: Path, folder: str
+) -> Any:
+    """The algorithm's trainer, which trains ``policy`` in place; what it writes goes into ``folder``."""
     algorithm = find(run.algorithm)
-    demonstrations = _dataset(world.demonstrations())
+    demonstrations = Dataset.from_list([row.demonstration for row in world.demonstrations()])
     options: dict[str, Any] = {}
-    if run.takes_prompts:
+    if run.takes_prompts and run.options.prompts:
         options["prompt_dataset"] = Dataset.from_dict({"prompt": world.prompts()})
-    with tempfile.TemporaryDirectory(prefix="tutelage-lab-") as temporary:
-        validation = Path(temporary) / "validation.jsonl"
-        if "{validation}" in run.settings.values():
-            write_json_lines(validation, (row.demonstration for row in world.validation()))
-        places = {"{base}": str(base), "{validation}": str(validation)}
-        args = config(algorithm, run.settings, run.seed, str(Path(temporary) / "run"), places)
-        trainer = algorithm.trainer(policy, args, demonstrations, processing_class=tokenizer, **options)
-        trainer.train()
-        costs = trainer.costs
-        return {
-            "trained_tokens": costs.trained_tokens,
-            "sampled_tokens": costs.sampled_tokens,
-            "steps": trainer.state.global_step,
-            "seconds_training": time.perf_counter() - begun,
-        }
+    args = config(algorithm, run.settings, run.seed, str(Path(folder) / "run"), {BASE: str(base)})
+    return algorithm.trainer(policy, args, demonstrations, processing_class=tokenizer, **options)
 
 
 def config(
@@ -151,7 +161,3 @@ def save_weights(policy: PreTrainedModel, path: Path) -> None:
 def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def _dataset(rows: list[Row]) -> Dataset:
-    return Dataset.from_list([row.demonstration for row in rows])

@@ -7,12 +7,15 @@ from typing import Literal
 
 from tutelage.errors import UserError
 
-__all__ = ["FEATURE_REWARD", "first_line", "require_exists", "require_model", "run_part"]
+__all__ = ["ENSEMBLE", "FEATURE_REWARD", "first_line", "require_exists", "require_model", "run_part"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
 
 FEATURE_REWARD = "feature_reward.json"
 """By this file, a folder with a feature reward is known."""
+
+ENSEMBLE = "ensemble.json"
+"""By this file, a folder with several rewards and how they are combined."""
 
 
 def require_exists(name_or_path: str, field: str = "model_name_or_path") -> None:
@@ -37,8 +40,15 @@ def require_model(
     """
     require_exists(name_or_path, field)
     folder = Path(run_part(name_or_path, part))
-    if part == "reward" and (folder / FEATURE_REWARD).is_file():
+    if part == "reward" and any((folder / name).is_file() for name in (FEATURE_REWARD, ENSEMBLE)):
         return
+    if part == "reward" and (folder / "policy").is_dir():
+        raise UserError(
+            "the run has exported no reward: those of --reward likelihood and logp are log-probs of its policies.",
+            remedy="Score with the policy (--policy), or give the run of another reward.",
+            file=name_or_path,
+            field=field,
+        )
     if folder.exists() and not any((folder / name).is_file() for name in _CONFIGS):
         raise UserError(
             "holds no model: there is neither config.json nor adapter_config.json.",

@@ -13,6 +13,7 @@ __all__ = [
     "candidates",
     "controls_of",
     "has_verifier_score",
+    "is_control",
     "is_graded",
     "is_method",
     "is_plain_sft",
@@ -64,8 +65,13 @@ def is_graded(evaluations: Iterable[EvaluationRecord | None], kind: str) -> bool
 
 
 def is_method(run: RunRecord) -> bool:
-    """Whether the run has something to prove: neither a model as it was found nor SFT, the baseline of all."""
-    return run.algorithm != "base" and not is_plain_sft(run)
+    """Whether the run has something to prove: neither a model as it was found nor a control."""
+    return run.algorithm != "base" and not is_control(run)
+
+
+def is_control(run: RunRecord) -> bool:
+    """Whether the run is there to be beaten: SFT, the baseline of all, or self-training, which learns no reward."""
+    return is_plain_sft(run) or (run.algorithm == "rft" and run.settings.get("reward") == "logp")
 
 
 def is_plain_sft(run: RunRecord) -> bool:
@@ -81,10 +87,10 @@ def starts_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def controls_of(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Continued SFT, by whatever name: runs of ``sft`` with the ordinary loss from the same start."""
+    """By whatever name: runs of ``sft`` with the ordinary loss, and of self-training, from the same start."""
     starts = starts_of(run, runs)
     others = [other for other in runs if other is not run and other not in starts]
-    return [other for other in others if is_plain_sft(other) and _same_start(other, run)]
+    return [other for other in others if is_control(other) and _same_start(other, run)]
 
 
 def same_place(a: str, b: str) -> bool:

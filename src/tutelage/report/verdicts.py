@@ -70,7 +70,7 @@ class Verdict:
 def verdicts(runs: Sequence[RunRecord]) -> list[str]:
     """Plain sentences on whether each method beat its control.
 
-    The control is a run of ``sft`` from the same start, or else the start itself. Of several, a method has to beat the
+    The control is a run of ``sft`` or of self-training from the same start, or else the start itself. Of several, a method has to beat the
     one that is best by the very number at hand, on the rows that both have. Names and the order of the runs decide
     nothing.
 
@@ -128,7 +128,7 @@ def _judge_method(method: RunRecord, runs: Sequence[RunRecord]) -> list[Verdict]
     name, controls = method.name, controls_of(method, runs) or starts_of(method, runs)
     controls = sorted(controls, key=lambda control: control.id)
     if not controls:
-        evidence = "neither a run of sft from the same start nor the start itself is here to compare it with"
+        evidence = "neither a control from the same start nor the start itself is here to compare it with"
         return [Verdict(f"{name} has no control", evidence, "note")]
     obstacles = {control.name: _obstacle(method, control) for control in controls}
     controls = [control for control in controls if obstacles[control.name] is None]

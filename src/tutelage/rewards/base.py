@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from tutelage.groups import Group
 
-__all__ = ["Reward", "scores_by_group"]
+__all__ = ["Reward", "own_logps", "scores_by_group"]
 
 
 class Reward(Protocol):
@@ -31,3 +31,25 @@ def scores_by_group(reward: Reward, groups: Sequence[Group]) -> list[tuple[float
     """Rewards of the completions, one tuple per group."""
     values = iter(reward.score(groups).tolist())
     return [tuple(next(values) for _ in group.completions) for group in groups]
+
+
+def own_logps(
+    groups: Sequence[Group], logps: Callable[[Sequence[Group]], Sequence[Sequence[Sequence[float]]]]
+) -> list[float]:
+    """Log-prob of each completion (nats per sequence) under the policy that drew it, or under a scorer.
+
+    Args:
+        logps: log-probs of the tokens of each completion of groups; asked, once, for the groups with a completion that
+            does not know its ``old_logps``, if there are any.
+
+    Returns:
+        C sums, groups in order and completions in order within each.
+    """
+    known = [all("old_logps" in c.token_values for c in group.completions) for group in groups]
+    unknown = [group for group, is_known in zip(groups, known, strict=True) if not is_known]
+    found = iter(logps(unknown) if unknown else ())
+    return [
+        total
+        for group, is_known in zip(groups, known, strict=True)
+        for total in (group.sums("old_logps") if is_known else map(sum, next(found)))
+    ]

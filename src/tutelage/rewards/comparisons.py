@@ -40,10 +40,12 @@ class Comparisons:
         paired: by kind of negative, groups with demonstrations (or preferred completions) and samples of the same prompt.
         unpaired: prompts without demonstration, with samples alone. What holds for each demonstration and for no such
             sample tells them apart, if features compare across prompts.
+        times: how often a prompt was drawn for a resample, where its groups are there as often; 1 where it is not named.
     """
 
     paired: Mapping[str, Sequence[Group]]
     unpaired: Sequence[Group] = field(default_factory=tuple)
+    times: Mapping[tuple[int, ...], int] = field(default_factory=dict)
 
     @property
     def paired_groups(self) -> list[Group]:
@@ -67,7 +69,7 @@ class Comparisons:
         def drawn(groups: Sequence[Group]) -> list[Group]:
             return [group for group in groups for _ in range(times[group.prompt_ids])]
 
-        return Comparisons({kind: drawn(groups) for kind, groups in self.paired.items()}, drawn(self.unpaired))
+        return Comparisons({kind: drawn(groups) for kind, groups in self.paired.items()}, drawn(self.unpaired), times)
 
 
 def hardest_kind(kinds: Collection[str]) -> str | None:
@@ -122,6 +124,8 @@ def policy_rewards(group: Group, truncated_samples: TruncatedSamples) -> list[fl
 def reward_scale(rewards: Sequence[Sequence[float | None]], *, down_only: bool = False) -> float:
     """The divisor of the rewards: their standard deviation within a prompt; 1 where they do not vary.
 
+    Prompts whose samples all have the same reward, such as copies of one answer, say nothing of its spread.
+
     Divided by it, rewards have the same spread whatever the reward's own unit, and the weight of the KL means the same.
 
     Args:
@@ -132,7 +136,7 @@ def reward_scale(rewards: Sequence[Sequence[float | None]], *, down_only: bool =
         root of the mean variance within a prompt; at least 1 with ``down_only``.
     """
     told = ([reward for reward in row if reward is not None] for row in rewards)
-    variances = [torch.tensor(row).var().item() for row in told if len(row) > 1]
+    variances = [torch.tensor(row).var().item() for row in told if len(set(row)) > 1]
     spread = (sum(variances) / len(variances)) ** 0.5 if variances else 0.0
     return max(1.0, spread) if down_only else spread or 1.0
 
@@ -152,7 +156,8 @@ def graded(group: Group, truncated_samples: TruncatedSamples, scale: float) -> l
 def best_of_n(group: Group, truncated_samples: TruncatedSamples, scale: float) -> list[Group]:
     """What a scored group has that is worth imitating: its demonstrations, and without one the best of its samples.
 
-    A truncated sample is never the best. Nothing where all are, or where all samples have the same reward.
+    A truncated sample is never the best, unless such samples are treated like any other. Nothing where all are truncated,
+    or where all samples have the same reward.
     """
     if group.demonstrations:
         return [group.select(group.places(Role.DEMONSTRATION))]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tutelage.errors import UserError
+from tutelage.files import read_json, write_json
 from tutelage.groups import Group
-from tutelage.rewards.base import Reward
-from tutelage.rewards.comparisons import Comparisons, TruncatedSamples
-from tutelage.rewards.feature_reward import FeatureReward
+from tutelage.models.paths import ENSEMBLE
+from tutelage.rewards.base import Reward, own_logps
 
-__all__ = ["Combine", "LikelihoodReward", "OwnLogpReward", "RewardEnsemble", "fit_members"]
+__all__ = [
+    "Combine",
+    "LikelihoodReward",
+    "OwnLogpReward",
+    "RewardEnsemble",
+    "read_ensemble",
+    "write_ensemble",
+]
 
 Combine = Literal["mean", "mean_minus_std", "min"]
 
@@ -23,23 +31,22 @@ class RewardEnsemble:
     """The mean of members' rewards, the mean minus their standard deviation, or the least.
 
     Members must agree in their units. Feature rewards do: each is in units of its deviation within a prompt. So do
-    reward models trained alike. ``standardize`` is for others. Before "mean_minus_std" and "min", the mean of each
-    member's rewards within a prompt is taken off (and the mean of all members put back), because members that compare
-    within a prompt each add a constant of their own to it, which is no disagreement.
+    reward models trained alike. Before "mean_minus_std" and "min", the mean of each member's rewards within a prompt is
+    taken off (and the mean of all members put back), because members that compare within a prompt each add a constant of
+    their own to it, which is no disagreement. So an answer that is alone for its prompt loses nothing, and of two answers
+    both lose the same by "mean_minus_std".
 
     Args:
         members: any rewards, two at least.
         combine: how.
-        standardize: divide each member's rewards by their standard deviation within a prompt, over the groups of the
-            call; scores then depend on what is scored together.
     """
 
-    def __init__(self, members: Sequence[Reward], combine: Combine = "mean", *, standardize: bool = False):
+    def __init__(self, members: Sequence[Reward], combine: Combine = "mean"):
         if len(members) < 2:
             raise ValueError(f"an ensemble needs two members, not {len(members)}")
-        if combine not in ("mean", "mean_minus_std", "min"):
+        if combine not in get_args(Combine):
             raise ValueError(f"combine is {combine!r}, not 'mean', 'mean_minus_std' or 'min'")
-        self.members, self.combine, self.standardize = list(members), combine, standardize
+        self.members, self.combine = list(members), combine
 
     def score(self, groups: Sequence[Group]) -> Tensor:
         """[C] rewards; see ``Reward``."""
@@ -60,12 +67,8 @@ class RewardEnsemble:
         return _aligned(self._members(groups), groups).std(dim=0)
 
     def _members(self, groups: Sequence[Group]) -> Tensor:
-        rewards_MC = torch.stack([member.score(groups) for member in self.members])
-        if not self.standardize:
-            return rewards_MC
-        deviations_MC = rewards_MC - _means(rewards_MC, groups)
-        spread_M = deviations_MC.square().mean(dim=1).sqrt()
-        return rewards_MC / torch.where(spread_M > 1e-9, spread_M, 1.0)[:, None]
+        """[M, C] the members' rewards."""
+        return torch.stack([member.score(groups) for member in self.members])
 
 
 def _means(rewards_MC: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -80,27 +83,45 @@ def _aligned(rewards_MC: Tensor, groups: Sequence[Group]) -> Tensor:
     return rewards_MC - means_MC + means_MC.mean(dim=0)
 
 
-def fit_members(
-    members: Sequence[FeatureReward],
-    comparisons: Comparisons,
-    *,
-    truncated_samples: TruncatedSamples = "floor",
-    seed: int = 0,
-) -> dict[str, float]:
-    """Fit each feature reward on a bootstrap of the prompts of its own.
+def write_ensemble(folder: Path, members: Sequence[Callable[[Path], None]], combine: Combine) -> None:
+    """Write an ensemble: each member in a folder of its own, and how they are combined.
 
-    Returns:
-        the members' facts (see ``FeatureReward.fit``), means over members; those that all have.
+    Args:
+        members: each writes itself into the folder that it is given.
     """
-    facts = [
-        member.fit(
-            comparisons.resampled(seed * len(members) + number),
-            truncated_samples=truncated_samples,
-            seed=seed * len(members) + number,
-        )
-        for number, member in enumerate(members)
-    ]
-    return {name: fmean(fact[name] for fact in facts) for name in facts[0] if all(name in fact for fact in facts)}
+    for place, write in enumerate(members):
+        write(folder / _member(place))
+    write_json(folder / ENSEMBLE, {"members": len(members), "combine": combine})
+
+
+def read_ensemble(folder: Path) -> tuple[list[Path], Combine]:
+    """The folders of an ensemble's members, and how they are combined.
+
+    Raises:
+        UserError: what says so cannot be read, or a member is missing.
+    """
+    path = folder / ENSEMBLE
+    try:
+        content = read_json(path)
+        members, combine = [folder / _member(place) for place in range(content["members"])], content["combine"]
+        if len(members) < 2 or combine not in get_args(Combine):
+            raise ValueError(f"{len(members)} members, combined as {combine!r}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the ensemble cannot be read: {type(error).__name__}: {error}.",
+            remedy="Export the run's reward anew.",
+            file=str(path),
+        ) from error
+    for member in members:
+        if not member.is_dir():
+            raise UserError(
+                "the member is missing.", remedy="Copy the whole reward folder of the run.", file=str(member)
+            )
+    return members, combine
+
+
+def _member(place: int) -> str:
+    return f"member-{place:02d}"
 
 
 class LikelihoodReward:
@@ -139,15 +160,4 @@ class OwnLogpReward:
 
     def score(self, groups: Sequence[Group]) -> Tensor:
         """[C] rewards; see ``Reward``."""
-        unknown = [group for group in groups if any("old_logps" not in c.token_values for c in group.completions)]
-        found = iter(self.logps(unknown) if unknown else ())
-        sums = [
-            value
-            for group in groups
-            for value in (
-                group.sums("old_logps")
-                if all("old_logps" in c.token_values for c in group.completions)
-                else [sum(logps) for logps in next(found)]
-            )
-        ]
-        return torch.tensor(sums, dtype=torch.float32)
+        return torch.tensor(own_logps(groups, self.logps), dtype=torch.float32)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -216,6 +216,17 @@ class FeatureReward:
 
         return feature_reward
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether a model for sequence classification can compute it: fitted on the last state of the last token alone."""
+        features = self.sets[0]
+        return (
+            len(self.sets) == 1
+            and isinstance(features, HiddenFeatures)
+            and (features.depths, features.pooling) == ((1.0,), "last")
+            and self.is_fitted
+        )
+
     def save_as_classifier(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> float:
         """Write what ``AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)`` loads.
 
@@ -228,26 +239,21 @@ class FeatureReward:
         Raises:
             UserError: the reward is made of other features, is not fitted, or its base has an adapter in it.
         """
-        features = self.sets[0]
-        if (
-            len(self.sets) != 1
-            or not isinstance(features, HiddenFeatures)
-            or (features.depths, features.pooling) != ((1.0,), "last")
-            or not self.is_fitted
-        ):
+        if not self.is_classifier:
             raise UserError(
                 "only a fitted reward on 'hidden' alone, at depth 1 with the last token's state, is a model for sequence "
                 "classification.",
                 remedy="Fit one with HiddenFeatures(source, depths=(1.0,), pooling='last').",
             )
-        body = features.source.model()
+        body = cast(HiddenFeatures, self.sets[0]).source.model()
         if isinstance(body, PeftModel):
             raise UserError("the base has an adapter in it.", remedy="Load the reward with the base model alone.")
+        pad_token_id = cast(HiddenFeatures, self.sets[0]).source.pad_token_id
         (term,) = self._terms
         weights = torch.tensor(term.weights / term.spread)
         head = nn.Linear(len(weights), 1, bias=False)
         head.weight = nn.Parameter(weights[None].to(base_causal_lm(body).dtype))
-        ExplicitReward(body, head, pad_token_id=features.source.pad_token_id).save_pretrained(folder, tokenizer)
+        ExplicitReward(body, head, pad_token_id=pad_token_id).save_pretrained(folder, tokenizer)
         return -term.center / term.spread
 
     # --- on disk --------------------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from tutelage.errors import UserError
 from tutelage.groups import Group
+from tutelage.rewards.base import own_logps
 from tutelage.rewards.hidden_features import HiddenFeatures, HiddenSource
 from tutelage.rewards.text_features import TextFeatures
 from tutelage.rewards.vocabulary import Feature, Vocabulary
@@ -70,11 +71,13 @@ class FeatureParts:
         hidden: for ``hidden``; rewards that share it compute the states of a completion once.
         logps: log-probs of the tokens of each completion of groups under the policy (nats per token), for ``logp``, where
             completions do not know their ``old_logps``. ``cached_token_logps`` of a model gives them.
+        settings: of sets by name, where they are made anew: ``{"hidden": {"depths": (1.0,), "pooling": "last"}}``.
     """
 
     text: Callable[[Sequence[int]], str] | None = None
     hidden: HiddenSource | None = None
     logps: Callable[[Sequence[Group]], Sequence[Sequence[Sequence[float]]]] | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class LogpFeatures:
@@ -105,23 +108,7 @@ class LogpFeatures:
         Raises:
             UserError: some completion does not know its ``old_logps``, and no ``logps`` was given.
         """
-        unknown = [group for group in groups if not all("old_logps" in c.token_values for c in group.completions)]
-        if unknown and self.logps is None:
-            raise UserError(
-                "the features 'logp' need the policy, to find log-probs of completions that were not sampled in this run.",
-                remedy="Give the policy (--logp_model).",
-                field="logp_model",
-            )
-        found = iter(self.logps(unknown) if unknown and self.logps else ())
-        sums = [
-            total
-            for group in groups
-            for total in (
-                group.sums("old_logps")
-                if all("old_logps" in c.token_values for c in group.completions)
-                else map(sum, next(found))
-            )
-        ]
+        sums = own_logps(groups, self.logps or _no_policy)
         return np.array(sums, dtype=np.float64).reshape(-1, 1)
 
     def readable(self, column: int, text: Callable[[Sequence[int]], str] | None = None) -> str:
@@ -131,6 +118,14 @@ class LogpFeatures:
     def settings(self) -> dict[str, Any]:
         """Nothing."""
         return {}
+
+
+def _no_policy(groups: Sequence[Group]) -> Sequence[Sequence[Sequence[float]]]:
+    raise UserError(
+        "the features 'logp' need the policy, to find log-probs of completions that were not sampled in this run.",
+        remedy="Give the policy (--logp_model).",
+        field="logp_model",
+    )
 
 
 class FunctionFeatures:
@@ -221,10 +216,11 @@ def feature_sets(names: str, parts: FeatureParts | None = None) -> list[FeatureS
     """The sets that a list of names stands for.
 
     Args:
-        names: ``text``, ``hidden``, ``logp`` and ``module:function``, separated by commas.
+        names: ``text``, ``hidden``, ``logp`` and ``module:function``, separated by commas. ``logp`` alone is
+            self-training, the control of every reward.
 
     Raises:
-        UserError: no such set, one named twice, or ``logp`` alone.
+        UserError: no such set, or one named twice.
     """
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed or len(set(listed)) < len(listed):
@@ -233,9 +229,8 @@ def feature_sets(names: str, parts: FeatureParts | None = None) -> list[FeatureS
             remedy="Write for example text,hidden.",
             field=_FIELD,
         )
-    if listed == ["logp"]:
-        raise UserError("'logp' alone learns nothing.", remedy="Add a set: text,logp or hidden,logp.", field=_FIELD)
-    return [feature_set({"name": name}, parts or FeatureParts()) for name in listed]
+    parts = parts or FeatureParts()
+    return [feature_set({"name": name, **parts.settings.get(name, {})}, parts) for name in listed]
 
 
 def feature_set(settings: Mapping[str, Any], parts: FeatureParts) -> FeatureSet:

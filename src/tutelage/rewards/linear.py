@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,8 @@ class Design:
         groups: hold every completion that is compared; C counts their completions in order.
         group_kinds: the kind of each group's samples: a kind of negative, or ``UNPAIRED``.
         better, worse: [P] which of the C completions.
-        weights: [P]; those of a prompt's pairs of one kind sum to 1.
+        weights: [P]; those of a prompt's pairs of one kind sum to 1, however many groups they are in; in a resample, to how
+            often the prompt was drawn.
         kinds: [P] of the pairs.
         folds: [P] the fold of a pair's prompt (an unpaired pair's is its demonstration's), from 0.
         folds_C: [C] the fold of a completion's prompt; -1 for unpaired ones.
@@ -93,8 +95,11 @@ def compare(
     fold_of = {prompt: place % num_folds for place, prompt in enumerate(shuffled)}
     layout = _Layout(truncated_samples)
     for kind, groups in comparisons.paired.items():
-        for group in groups:
-            layout.add_paired(group, kind, fold_of[group.prompt_ids])
+        parts = [contrast(group, truncated_samples) for group in groups]
+        compared = Counter(group.prompt_ids for group, found in zip(groups, parts, strict=True) if found)
+        for group, found in zip(groups, parts, strict=True):
+            weight = comparisons.times.get(group.prompt_ids, 1) / max(1, compared[group.prompt_ids])
+            layout.add_paired(group, found, kind, fold_of[group.prompt_ids], weight)
     for finished in (True, False):
         layout.add_unpaired(comparisons.unpaired, finished, generator, partners)
     judged_kind = hardest_kind(dict.fromkeys(pair[3] for pair in layout.pairs))
@@ -127,14 +132,14 @@ class _Layout:
         # One demonstration of each prompt and manner of ending: its place and its fold.
         self.demonstrated: dict[tuple[tuple[int, ...], bool], tuple[int, int]] = {}
 
-    def add_paired(self, group: Group, kind: str, fold: int) -> None:
-        parts = contrast(group, self.truncated_samples)
+    def add_paired(self, group: Group, parts: Sequence[Group], kind: str, fold: int, weight: float) -> None:
+        """Compare within the parts that a group's contrast consists of; their pairs share its weight."""
         total = sum(len(part.pairs) for part in parts)
         places: dict[tuple[int, ...], int] = {}
         for part in parts:
             start = self._add(part, kind, fold)
             places |= {c.token_ids: start + place for place, c in enumerate(part.completions)}
-            self.pairs += [(start + a, start + b, 1 / total, kind, fold) for a, b in part.pairs]
+            self.pairs += [(start + a, start + b, weight / total, kind, fold) for a, b in part.pairs]
             for place in part.places(Role.DEMONSTRATION):
                 self.demonstrated.setdefault((part.prompt_ids, self._class(part, place)), (start + place, fold))
         worse = group.of(Role.SAMPLE, Role.REJECTED)

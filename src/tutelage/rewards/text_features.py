@@ -90,12 +90,12 @@ def text_features(prompt: PromptIndex, completion: Completion) -> dict[Feature, 
 
 
 def _coverage(found: dict[Feature, float], prompt: PromptIndex, counts: Mapping[int, int], length: int) -> None:
-    demanded = prompt.demanded
+    demanded, different = prompt.demanded, max(1, len(prompt.demanded))  # of an empty prompt nothing is missing
     shared = [token for token in counts if token in demanded]
     over = sum(counts[token] > demanded[token] for token in shared)
-    found["too_often",] = over / len(demanded)
-    found["covered",] = (len(shared) - over) / len(demanded)
-    found["missing",] = 1 - len(shared) / len(demanded)
+    found["too_often",] = over / different
+    found["covered",] = (len(shared) - over) / different
+    found["missing",] = (len(demanded) - len(shared)) / different
     found["new",] = 1 - sum(counts[token] for token in shared) / length if length else 0.0
     for token in shared:
         times = min(counts[token], COUNT)

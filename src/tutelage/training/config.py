@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, cast
+import math
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -13,7 +14,7 @@ from tutelage.errors import UserError
 from tutelage.models.precision import choose_precision
 from tutelage.training.arguments import check_arguments
 
-__all__ = ["SFT_LEARNING_RATES", "DemonstrationConfig"]
+__all__ = ["SFT_LEARNING_RATES", "DemonstrationConfig", "default_of"]
 
 SFT_LEARNING_RATES = {"adapter": 2e-4, "full": 2e-5}
 """Of SFT on an adapter and on all parameters: the unit of other algorithms' rates."""
@@ -27,6 +28,11 @@ _AT_LEAST_ONE = (
     "eval_samples",
     "gradient_accumulation_steps",
 )
+
+
+def default_of(entry: Field[Any]) -> Any:
+    """The default of a field of a config; ``MISSING`` without one."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 @dataclass
@@ -160,6 +166,9 @@ class DemonstrationConfig(TrainingArguments):
             for name in cls.__annotations__
         }
         for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in own and isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"must be a finite number, not {value}.", field=entry.name)
             choices = entry.metadata.get("choices") if entry.name in own else None
             if choices and getattr(self, entry.name) not in choices:
                 raise UserError(

@@ -25,10 +25,13 @@ from tutelage.groups import Group, Role
 from tutelage.losses import sft_loss
 from tutelage.models.loading import load_model
 from tutelage.models.modes import without_dropout
+from tutelage.models.paths import require_exists
 from tutelage.models.weights import WeightSet, load_weights, save_weights
 from tutelage.scoring.logps import Layout, completion_token_logps
 
-__all__ = ["FoldSettings", "Folds", "base_weights", "fold_of_prompts"]
+__all__ = ["FoldSettings", "Folds", "base_weights", "check_base", "fold_of_prompts"]
+
+_LEAVES_BASE = (True, "gaussian")  # what LoRA may begin as so that it changes nothing; some others take from the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +78,57 @@ def fold_of_prompts(groups: Sequence[Group], num_folds: int, seed: int = 0) -> l
     return [folds[group.prompt_ids] for group in groups]
 
 
-def base_weights(policy: nn.Module, name: str | None, *, seed: int) -> WeightSet:
+def check_base(policy: nn.Module, name: str | None, *, needed: bool) -> None:
+    """Refuse before training what ``base_weights`` could not give.
+
+    Args:
+        needed: whether it will be asked.
+
+    Raises:
+        UserError: a path to nothing, a name for a policy with an adapter, or an adapter that began with a change of its
+            base.
+    """
+    if name is not None:
+        require_exists(name, "base_model_name_or_path")
+    if not isinstance(policy, PeftModel):
+        return
+    if name is not None:
+        raise UserError(
+            "the model before SFT is the adapter's base; no other can be named.",
+            remedy="Leave --base_model_name_or_path out.",
+            field="base_model_name_or_path",
+        )
+    start = getattr(policy.active_peft_config, "init_lora_weights", True)
+    if needed and start not in _LEAVES_BASE:
+        raise UserError(
+            f"an adapter that begins as '{start}' does not leave its base as the model before SFT was.",
+            remedy="Use an adapter that begins as zero, or --reward_negatives own.",
+        )
+
+
+def base_weights(policy: nn.Module, name: str | None, *, start: WeightSet | None = None, seed: int) -> WeightSet:
     """The trainable weights of the model before any SFT.
 
     Of a policy with an adapter: a fresh adapter, which leaves the frozen base as it is. Else those of the model
-    ``name``, or of the policy as it stands where no name is given.
+    ``name``, or ``start`` where no name is given.
+
+    Args:
+        start: the weights that training started with; needed without an adapter and a name.
+        seed: of the fresh adapter.
 
     Raises:
         UserError: the named model has other weights than the policy.
     """
+    if not isinstance(policy, PeftModel) and name is None:
+        if start is None:
+            raise ValueError("neither a start nor the name of a base")
+        return start
     weights = WeightSet(policy)
     slots = [slot for slot, parameter in policy.named_parameters() if parameter.requires_grad]
     if isinstance(policy, PeftModel):
         found = _fresh_adapter(policy, seed)
-    elif name is not None:
-        found = dict(load_model(name, dtype=None, whole=True).named_parameters())
     else:
-        return weights
+        found = dict(load_model(str(name), dtype=None, whole=True).named_parameters())
     with torch.no_grad():
         for slot, own in zip(slots, weights.parameters, strict=True):
             if slot not in found or found[slot].shape != own.shape:

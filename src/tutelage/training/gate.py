@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,16 @@ from tutelage.evaluation.statistics import Interval, bounded_interval
 from tutelage.groups import Completion, Group
 from tutelage.rewards.comparisons import TruncatedSamples, contrast
 
-__all__ = ["Gate", "Yardsticks", "obstacle", "own_logp", "pair_accuracy", "yardsticks"]
+__all__ = [
+    "Gate",
+    "Yardsticks",
+    "copied_share",
+    "cross_validated",
+    "obstacle",
+    "own_logp",
+    "pair_accuracy",
+    "yardsticks",
+]
 
 Gate = Literal["yardsticks", "chance", "off"]
 
@@ -71,8 +80,45 @@ def yardsticks(groups: Sequence[Group], truncated_samples: TruncatedSamples) -> 
     return Yardsticks(logp.mean, max(length.mean, 1 - length.mean))
 
 
-def obstacle(gate: Gate, accuracy: Interval | None, found: Yardsticks | None) -> str | None:
-    """Why the policy phase should not run, by what the validation rows show of the reward; None if it should.
+def copied_share(groups: Sequence[Group]) -> float:
+    """Share of the samples of demonstrated prompts that equal the demonstration; 0 where there are none."""
+    copies = [
+        sample.token_ids in {demonstration.token_ids for demonstration in group.demonstrations}
+        for group in groups
+        if group.demonstrations
+        for sample in group.samples
+    ]
+    return float(np.mean(copies)) if copies else 0.0
+
+
+def cross_validated(facts: Mapping[str, float]) -> Interval | None:
+    """How a reward ranks out-of-fold samples of prompts that its fit did not see; None where that was not found.
+
+    The interval is the widest that so many prompts can have.
+
+    Args:
+        facts: of the fit.
+    """
+    if "accuracy/out_of_fold" not in facts:
+        return None
+    mean, prompts = facts["accuracy/out_of_fold"], int(facts["prompts"])
+    half = 0.98 / prompts**0.5
+    return Interval(mean, mean - half, mean + half, prompts)
+
+
+def obstacle(
+    gate: Gate,
+    accuracy: Interval | None,
+    found: Yardsticks | None,
+    where: str = "on the validation rows",
+) -> str | None:
+    """Why the policy phase should not run, by how the reward ranks rows that it has not seen; None if it should.
+
+    Args:
+        gate: what it has to beat.
+        accuracy: of the reward.
+        found: what costs nothing, on the same rows; None where that is not known.
+        where: the accuracy was found.
 
     >>> obstacle("yardsticks", Interval(0.7, 0.6, 0.8, 9), Yardsticks(logp=0.2, length=0.75))
     'the reward (accuracy 0.70 on the validation rows) does not beat the length of an answer (0.75)'
@@ -81,12 +127,10 @@ def obstacle(gate: Gate, accuracy: Interval | None, found: Yardsticks | None) ->
         return None
     if accuracy is None or accuracy.low <= 0.5:
         shown = f"{accuracy.mean:.2f} ({accuracy.low:.2f} to {accuracy.high:.2f})" if accuracy else "unknown"
-        return f"the reward does not beat chance on the validation rows: accuracy {shown}"
+        return f"the reward does not beat chance {where}: accuracy {shown}"
     if gate == "chance" or found is None:
         return None
     for name, value in (("the policy's own log-prob", found.logp), ("the length of an answer", found.length)):
         if accuracy.mean <= value:
-            return (
-                f"the reward (accuracy {accuracy.mean:.2f} on the validation rows) does not beat {name} ({value:.2f})"
-            )
+            return f"the reward (accuracy {accuracy.mean:.2f} {where}) does not beat {name} ({value:.2f})"
     return None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from tutelage.data.tokenization import Tokenization
+from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import load_weights, save_weights
 from tutelage.rewards.base import Reward
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, contrast
-from tutelage.rewards.ensemble import Combine, RewardEnsemble
+from tutelage.rewards.ensemble import Combine, RewardEnsemble, write_ensemble
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_reward import FeatureReward
 from tutelage.rewards.feature_sets import FeatureParts
@@ -42,6 +44,11 @@ class Learner(Protocol):
     @property
     def compares_across_prompts(self) -> bool:
         """Whether rewards of different prompts' completions can be held against each other."""
+        ...
+
+    @property
+    def reads_logps(self) -> bool:
+        """Whether the reward reads log-probs of the policy."""
         ...
 
     def fit(
@@ -81,7 +88,10 @@ class ModelLearner:
         epochs, steps: of a reward phase over its groups; ``steps`` in optimizer steps goes before ``epochs``.
         truncated_samples: which completions are compared.
         seed: of dropout.
+        compares_across_prompts: whether there will be samples of prompts without a demonstration to compare with.
     """
+
+    reads_logps = False
 
     def __init__(
         self,
@@ -91,11 +101,12 @@ class ModelLearner:
         steps: int | None,
         truncated_samples: TruncatedSamples,
         seed: int,
+        compares_across_prompts: bool = False,
     ):
         self.fitter, self.epochs, self.steps = fitter, epochs, steps
         self.truncated_samples: TruncatedSamples = truncated_samples
         self.seed = seed
-        self.compares_across_prompts = False
+        self.compares_across_prompts = compares_across_prompts
 
     @property
     def reward(self) -> ExplicitReward:
@@ -114,7 +125,6 @@ class ModelLearner:
         pairs = [pair for group in comparisons.paired_groups for pair in contrast(group, self.truncated_samples)]
         if not pairs:
             return {}
-        self.compares_across_prompts = bool(comparisons.unpaired)
         with torch.random.fork_rng():  # dropout draws the same numbers in a resumed run
             torch.manual_seed(self.seed + stage)
             return self.fitter.fit(
@@ -176,6 +186,11 @@ class FeatureLearner:
         self.truncated_samples: TruncatedSamples = truncated_samples
 
     @property
+    def reads_logps(self) -> bool:
+        """See ``Learner.reads_logps``."""
+        return any(features.name == "logp" for features in self.reward.sets)
+
+    @property
     def compares_across_prompts(self) -> bool:
         """See ``Learner.compares_across_prompts``."""
         return self.reward.compares_across_prompts
@@ -195,12 +210,26 @@ class FeatureLearner:
         """See ``Learner.load``."""
         if not (folder / "reward-features").exists():
             return False
-        self.reward = FeatureReward.load(folder / "reward-features", self.parts)
+        saved = FeatureReward.load(folder / "reward-features", self.parts)
+        names, own = ([features.name for features in reward.sets] for reward in (saved, self.reward))
+        if names != own:
+            raise UserError(
+                f"the reward of the run is on the features {','.join(names)}, not {','.join(own)}.",
+                remedy="Resume with the settings of the first run.",
+                file=str(folder / "reward-features"),
+                field="reward_features",
+            )
+        self.reward = saved
         return True
 
     def export(self, folder: Path, tokenization: Tokenization) -> None:
-        """See ``Learner.export``; ``tutelage score`` and ``FeatureReward.load`` read it."""
+        """See ``Learner.export``; ``tutelage score`` and ``FeatureReward.from_pretrained`` read it.
+
+        What a model for sequence classification can compute is one too, in ``classifier``.
+        """
         self.reward.save(folder, tokenization.tokenizer, **self.facts)
+        if self.reward.is_classifier:  # on the base alone: the one in memory may have an adapter in it
+            FeatureReward.from_pretrained(folder).save_as_classifier(folder / "classifier", tokenization.tokenizer)
 
 
 class FixedLearner:
@@ -212,6 +241,7 @@ class FixedLearner:
     """
 
     tokens_done = 0
+    reads_logps = True
 
     def __init__(self, make: Callable[[], Reward], *, compares_across_prompts: bool = False):
         self._make, self.compares_across_prompts = make, compares_across_prompts
@@ -265,6 +295,11 @@ class EnsembleLearner:
         return sum(member.tokens_done for member in self.members)
 
     @property
+    def reads_logps(self) -> bool:
+        """Whether any member does."""
+        return any(member.reads_logps for member in self.members)
+
+    @property
     def compares_across_prompts(self) -> bool:
         """Whether all members do."""
         return all(member.compares_across_prompts for member in self.members)
@@ -272,19 +307,15 @@ class EnsembleLearner:
     def fit(
         self, comparisons: Comparisons, *, stage: int, validation: Sequence[Group] = (), on_step: OnStep
     ) -> dict[str, float]:
-        """See ``Learner.fit``; gives the means over the members."""
-        found = [
-            member.fit(
-                comparisons.resampled(self.seed + place),
-                stage=stage,
-                validation=validation,
-                on_step=on_step,
-            )
-            for place, member in enumerate(self.members)
-        ]
-        if not all(found):
-            return {}
-        return {name: sum(facts[name] for facts in found) / len(found) for name in found[0]}
+        """See ``Learner.fit``; gives the means over the members, of what all of them log."""
+        found = []
+        for place, member in enumerate(self.members):
+            of = comparisons.resampled(self.seed + place)
+            facts = member.fit(of, stage=stage, validation=validation, on_step=on_step)
+            # A small resample may hold nothing to compare.
+            found.append(facts or member.fit(comparisons, stage=stage, validation=validation, on_step=on_step))
+        names = [name for name in found[0] if all(name in facts for facts in found)]
+        return {name: sum(facts[name] for facts in found) / len(found) for name in names}
 
     def save(self, folder: Path) -> None:
         """See ``Learner.save``."""
@@ -297,10 +328,9 @@ class EnsembleLearner:
         return all(found)
 
     def export(self, folder: Path, tokenization: Tokenization) -> None:
-        """See ``Learner.export``: every member in a folder of its own, and how they are combined."""
-        for place, member in enumerate(self.members):
-            member.export(folder / f"member-{place:02d}", tokenization)
-        write_json(folder / "ensemble.json", {"members": len(self.members), "combine": self.combine})
+        """See ``Learner.export``; ``tutelage score`` reads it."""
+        writers = [partial(member.export, tokenization=tokenization) for member in self.members]
+        write_ensemble(folder, writers, self.combine)
 
 
 class AutoLearner:
@@ -332,9 +362,14 @@ class AutoLearner:
         return sum(learner.tokens_done for learner in self.learners.values())
 
     @property
+    def reads_logps(self) -> bool:
+        """See ``Learner.reads_logps``."""
+        return self.learners[self.taken].reads_logps
+
+    @property
     def compares_across_prompts(self) -> bool:
-        """See ``Learner.compares_across_prompts``."""
-        return self.learners[self.taken].compares_across_prompts
+        """Whether all do: any of them may be taken."""
+        return all(learner.compares_across_prompts for learner in self.learners.values())
 
     def fit(
         self, comparisons: Comparisons, *, stage: int, validation: Sequence[Group] = (), on_step: OnStep

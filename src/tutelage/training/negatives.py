@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress
+from tutelage.rewards.comparisons import NegativeKind
 from tutelage.training.folds import Folds
+from tutelage.training.gate import copied_share
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
 from tutelage.training.store import FORMAT, StageStore
 
-__all__ = ["NEGATIVES", "Kind", "Negatives", "parse_negatives"]
+__all__ = ["NEGATIVES", "Negatives", "parse_negatives"]
 
-Kind = Literal["own", "initial", "out_of_fold"]
+logger = logging.getLogger(__name__)
 
-NEGATIVES: tuple[Kind, ...] = ("own", "initial", "out_of_fold")
+NEGATIVES: tuple[NegativeKind, ...] = ("own", "initial", "out_of_fold")
 """Where samples come from that a reward puts demonstrations above: the policy of the stage, the model before SFT, and
 policies that were trained on other folds of the demonstrations."""
 
 _DRAW = 1 << 22  # names these samples in the random stream; those of the stages count from 0
 
 
-def parse_negatives(text: str) -> tuple[Kind, ...]:
+def parse_negatives(text: str) -> tuple[NegativeKind, ...]:
     """Names separated by commas, in the order of ``NEGATIVES``.
 
     Raises:
@@ -57,24 +60,26 @@ class Negatives:
         store: of the run.
         base: the weights of the initial model; asked for only when something is drawn.
         folds: of the out-of-fold policies, likewise.
+        settings: what they depend on besides what the samples of a stage do; JSON values.
         costs, progress: as in the trainer.
     """
 
     def __init__(
         self,
-        kinds: Sequence[Kind],
+        kinds: Sequence[NegativeKind],
         groups: Sequence[Group],
         rollout: Rollout,
         store: StageStore,
         base: Callable[[], WeightSet],
         folds: Callable[[], Folds],
         *,
+        settings: Mapping[str, Any],
         costs: Costs,
         progress: Progress,
     ):
         self.kinds, self._groups, self.rollout, self.store = tuple(kinds), list(groups), rollout, store
         self._base, self.folds = base, folds
-        self.costs, self.progress = costs, progress
+        self.settings, self.costs, self.progress = settings, costs, progress
         self._found: dict[str, list[Group]] | None = None
 
     def groups(self) -> dict[str, list[Group]]:
@@ -86,14 +91,24 @@ class Negatives:
         if self._found is None:
             found: dict[str, list[Group]] = {}
             if "initial" in self.kinds:
-                found["initial"] = self._kept("initial", self._initial)
+                found["initial"] = self._kept("initial", self._groups, self._initial)
             if "out_of_fold" in self.kinds:
                 found["out_of_fold"] = [
                     group
                     for fold in range(self.folds().settings.num_folds)
-                    for group in self._kept(f"out_of_fold-{fold}", lambda fold=fold: self._of_fold(fold))
+                    for group in self._kept(
+                        f"out_of_fold-{fold}", self.folds().members(fold), lambda fold=fold: self._of_fold(fold)
+                    )
                 ]
             self._found = found
+            for kind, groups in found.items():
+                if (share := copied_share(groups)) > 0.5:
+                    logger.warning(
+                        "%.0f%% of the negatives '%s' equal the demonstration: the model that they come from was trained on "
+                        "the demonstrations. Name the model before SFT: --base_model_name_or_path",
+                        100 * share,
+                        kind,
+                    )
         return self._found
 
     def count(self) -> None:
@@ -117,9 +132,9 @@ class Negatives:
         with self.progress.phase(f"sampling for fold {fold}"):
             return self.rollout.draw(members, stage=_DRAW + 1 + fold, weights=weights)
 
-    def _kept(self, name: str, draw: Callable[[], list[Group]]) -> list[Group]:
+    def _kept(self, name: str, demonstrations: Sequence[Group], draw: Callable[[], list[Group]]) -> list[Group]:
         """The groups of a file of the run's, which is written first if it is not there."""
-        manifest = {"format": FORMAT, "settings": self.store.settings}
+        manifest = {"format": FORMAT, "settings": {**self.store.settings, **self.settings}}
         folder = self.store.folder / "negatives"
         path = folder / "manifest.json"
         if not path.exists():
@@ -127,8 +142,8 @@ class Negatives:
             write_json(path, manifest)
         elif read_json(path) != manifest:
             raise UserError(
-                "the negatives were drawn under other settings.",
-                remedy="Resume with the settings of the first run.",
+                "the negatives were drawn from another start or base, or under other settings.",
+                remedy="Resume with the model and settings of the first run.",
                 file=str(path),
             )
         if not (folder / f"{name}.jsonl").exists():
@@ -136,12 +151,14 @@ class Negatives:
                 drawn = draw()
             self.store.write_file(folder / f"{name}.jsonl", drawn)
         found = self.store.read_file(folder / f"{name}.jsonl")
-        known = {(group.row, group.prompt_ids, group.demonstrations) for group in self._groups}
-        for group in found:
-            if (group.row, group.prompt_ids, group.demonstrations) not in known:
-                raise UserError(
-                    f"row {group.row} is none of this run's demonstrations.",
-                    remedy="Resume with the data of the first run.",
-                    file=str(folder / f"{name}.jsonl"),
-                )
+        if [_what(group) for group in found] != [_what(group) for group in demonstrations]:
+            raise UserError(
+                "the negatives were drawn for other demonstrations.",
+                remedy="Resume with the data of the first run.",
+                file=str(folder / f"{name}.jsonl"),
+            )
         return found
+
+
+def _what(group: Group) -> tuple[Any, ...]:
+    return group.row, group.prompt_ids, group.demonstrations

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from tutelage.errors import UserError
+from tutelage.rewards.comparisons import NegativeKind
+from tutelage.training.config import default_of
 from tutelage.training.negatives import parse_negatives
 from tutelage.training.stage_config import StageConfig
 
-__all__ = ["RewardStageConfig"]
+__all__ = ["NEURAL_SETTINGS", "RewardStageConfig"]
+
+NEURAL_SETTINGS = (
+    "preference_dataset",
+    "preference_weight",
+    "demonstration_weight",
+    "reward_model_name_or_path",
+    "init_reward_from",
+    "reward_learning_rate",
+    "reward_batch_size",
+    "reward_loss",
+    "reward_margin",
+    "reward_label_smoothing",
+    "reward_centering",
+    "reward_regularization",
+    "reward_epochs",
+    "reward_steps",
+    "early_stopping",
+    "saturation",
+)
+"""What only a neural reward reads."""
+
+_FIXED = ("likelihood", "logp")  # rewards that are fitted to nothing
 
 
 @dataclass
@@ -48,7 +73,7 @@ class RewardStageConfig(StageConfig):
         metadata={
             "help": (
                 "Prompts without demonstrations, for the policy phase and for the reward: a hub name, a folder or a file "
-                "in any of the formats; answers in it are not read."
+                "in any of the formats; answers in it are not used."
             )
         },
     )
@@ -97,6 +122,22 @@ class RewardStageConfig(StageConfig):
                 "Sets of features, separated by commas: text (n-grams, copies of the prompt, coverage, length, repeats), "
                 "hidden (hidden states of the base model), logp (the policy's own log-prob), module:function."
             )
+        },
+    )
+    hidden_depths: list[float] = field(
+        default_factory=lambda: [1 / 3, 1 / 2, 2 / 3],
+        metadata={
+            "help": "Depths whose hidden states are the features 'hidden': 0 is the embedding, 1 the last layer's output."
+        },
+    )
+    hidden_pooling: str = field(
+        default="mean",
+        metadata={
+            "help": (
+                "Hidden states of an answer: their mean over its tokens, or the last token's. With depth 1 and last alone, "
+                "the reward is also saved as a model for sequence classification."
+            ),
+            "choices": ["mean", "last"],
         },
     )
     reward_negatives: str = field(
@@ -333,6 +374,11 @@ class RewardStageConfig(StageConfig):
                 raise UserError(f"must be above 0, not {getattr(self, name):g}.", field=name)
         if not 0 <= self.reward_label_smoothing < 0.5:
             raise UserError("must be at least 0 and below 0.5.", field="reward_label_smoothing")
+        if not self.hidden_depths or not all(0 <= depth <= 1 for depth in self.hidden_depths):
+            raise UserError(
+                f"must be numbers from 0 to 1, not {' '.join(map(str, self.hidden_depths)) or 'none'}.",
+                field="hidden_depths",
+            )
         if self.num_folds < 2:
             raise UserError(f"must be at least 2, not {self.num_folds}.", field="num_folds")
         if self.prompt_mix is not None and not 0 < self.prompt_mix <= 1:
@@ -345,24 +391,66 @@ class RewardStageConfig(StageConfig):
                 remedy="Leave --validation_rows out.",
                 field="validation_rows",
             )
-        parse_negatives(self.reward_negatives)
+        only_own = parse_negatives(self.reward_negatives) == ("own",)
+        if only_own and self.prompt_mix == 1 and self.reward not in _FIXED:
+            raise UserError(
+                "the policy samples for no demonstrated prompt, so there are no samples of its own to compare.",
+                remedy="Lower --prompt_mix, or use --reward_negatives initial,out_of_fold.",
+                field="reward_negatives",
+            )
         if self.reward_ensemble > 1 and self.reward not in ("features", "model"):
             raise UserError(
                 f"there is no ensemble of the reward '{self.reward}'.",
                 remedy="Use --reward features or --reward model.",
                 field="reward_ensemble",
             )
-        if self.reward != "model":
-            self._refuse_model_settings()
+        self._refuse_what_has_no_effect()
         if not 0.5 < self.saturation <= 1:
             raise UserError("must be above 0.5 and at most 1.", field="saturation")
 
-    def _refuse_model_settings(self) -> None:
-        """Settings that only a neural reward has."""
-        for name in ("preference_dataset", "reward_model_name_or_path", "init_reward_from"):
-            if getattr(self, name) is not None and self.reward != "auto":
+    @property
+    def negative_kinds(self) -> tuple[NegativeKind, ...]:
+        """The negatives that the reward is fitted to; one that is fitted to nothing needs none."""
+        return ("own",) if self.reward in _FIXED else parse_negatives(self.reward_negatives)
+
+    def _refuse_what_has_no_effect(self) -> None:
+        """Settings of another reward than the one that is learned."""
+        given = {entry.name for entry in fields(self) if getattr(self, entry.name) != default_of(entry)}
+        for name in NEURAL_SETTINGS:
+            if name in given and self.reward != "model":
                 raise UserError(
                     f"only a neural reward takes it, and the reward is '{self.reward}'.",
                     remedy="Add --reward model, or leave it out.",
                     field=name,
                 )
+        if "reward_features" in given and self.reward != "features":
+            raise UserError(
+                f"only a reward on features takes it, and the reward is '{self.reward}'.",
+                remedy="Use --reward features, or leave it out.",
+                field="reward_features",
+            )
+        reads_hidden = self.reward == "auto" or "hidden" in self.reward_features
+        for name, is_read, remedy in (
+            ("hidden_depths", reads_hidden, "Add hidden to --reward_features, or leave it out."),
+            ("hidden_pooling", reads_hidden, "Add hidden to --reward_features, or leave it out."),
+            ("reward_combine", self.reward_ensemble > 1, "Add --reward_ensemble, or leave it out."),
+        ):
+            if name in given and not is_read:
+                raise UserError("no reward of this run reads it.", remedy=remedy, field=name)
+        if self.reward == "logp" and self.reward_gate != "off":
+            raise UserError(
+                "the policy's own log-prob cannot beat itself, so the policy would never move.",
+                remedy="Add --reward_gate off.",
+                field="reward_gate",
+            )
+        if self.drop_below is not None and self.reward_ensemble > 1 and self.reward_combine != "mean":
+            raise UserError(
+                f"'{self.reward_combine}' compares only the answers to one prompt, so no prompt's best can be called too low.",
+                remedy="Use --reward_combine mean, or leave --drop_below out.",
+                field="drop_below",
+            )
+
+    def sample_settings(self) -> dict[str, Any]:
+        """What the samples depend on; with how a run is divided, which decides what policy each draw is of."""
+        names = ("stages_per_epoch", "samplings_per_stage")
+        return super().sample_settings() | {name: getattr(self, name) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from tutelage.groups import Group, Role
 from tutelage.progress import Progress
 from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward, scores_by_group
-from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, policy_rewards, reward_scale
-from tutelage.training.gate import Gate, obstacle, own_logp, yardsticks
+from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, policy_rewards
+from tutelage.training.gate import Gate, Yardsticks, copied_share, cross_validated, obstacle, yardsticks
 from tutelage.training.learners import Learner
 from tutelage.training.metrics import Costs
 from tutelage.training.negatives import Negatives
+from tutelage.training.reward_facts import facts_of_samples, facts_of_validation, obstacle_to_learning
 from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import Draw
 from tutelage.training.selection import Candidates, CandidateScore
@@ -85,6 +87,9 @@ class RewardPhase:
         preferences: pairs on which the reward is reported too.
         tokenization: of the policy; the reward is saved with its tokenizer.
         costs, progress: as in the trainer.
+
+    Raises:
+        UserError: ``drop_below`` of a reward that compares only within a prompt.
     """
 
     def __init__(
@@ -103,6 +108,12 @@ class RewardPhase:
         costs: Costs,
         progress: Progress,
     ):
+        if settings.drop_below is not None and not learner.compares_across_prompts:
+            raise UserError(
+                "this reward compares only the answers to one prompt, so no prompt's best can be called too low.",
+                remedy="Leave --drop_below out, or use a reward that compares across prompts (--reward_features text).",
+                field="drop_below",
+            )
         self.rollout, self.store, self.learner, self.negatives = rollout, store, learner, negatives
         self.candidates, self.for_policy, self.settings, self.refuse = candidates, for_policy, settings, refuse
         self.preferences = preferences
@@ -243,14 +254,14 @@ class RewardPhase:
         return [line["rewards"] for line in self.store.lines(draw.stage, "rewards", draw.index)]
 
     def _for_policy(self, scored: list[Group], found: Mapping[str, Any]) -> dict[int, list[Group]]:
-        """What the policy trains on, by row: nothing where a prompt is left out."""
+        """What the policy trains on, by row; the samples of a prompt that is left out are not there."""
         refused = self.refuse(scored) if self.refuse else [False] * len(scored)
-        prepared: dict[int, list[Group]] = {}
+        treat, prepared = self.settings.truncated_samples, {}
         for group, unsure in zip(scored, refused, strict=True):
-            best = max(c.values["reward"] for c in group.samples)
-            dropped = unsure or (found["drop_below"] is not None and best < found["drop_below"])
-            treat = self.settings.truncated_samples
-            prepared[group.row] = [] if dropped else self.for_policy(group, treat, found["scale"])
+            told = [reward for reward in policy_rewards(group, treat) if reward is not None]
+            too_low = found["drop_below"] is not None and max(told, default=-math.inf) < found["drop_below"]
+            kept = group.select(group.places(Role.DEMONSTRATION)) if unsure or too_low else group
+            prepared[group.row] = self.for_policy(kept, treat, found["scale"])
         return prepared
 
     # --- the validation rows ----------------------------------------------------------------------------------------
@@ -270,6 +281,7 @@ class RewardPhase:
             beta=self.settings.beta,
             truncated_samples=self.settings.truncated_samples,
             down_only=self.settings.down_only,
+            reads_logps=self.learner.reads_logps,
         )
 
     def _judge(
@@ -277,13 +289,18 @@ class RewardPhase:
     ) -> dict[str, Any]:
         """Metrics of the reward phase, and whether the policy phase may follow."""
         found: dict[str, Any] = {f"reward/{name}": value for name, value in fit.items()}
-        found |= self._facts_of_samples(scored) | self._facts_of_demonstrations(stage, scored, comparisons)
-        reason = self._obstacle(stage, scored, fit)
+        treat = self.settings.truncated_samples
+        found |= facts_of_samples(scored, treat, down_only=self.settings.down_only, plain=self.rollout.params.is_plain)
+        found |= self._facts_of_demonstrations(scored, comparisons)
+        if self.refuse:
+            found["reward/refused"] = float(np.mean(self.refuse(scored)))
+        reason = "reward warm-up" if stage < self.settings.warmup_stages else obstacle_to_learning(scored, fit)
         if self.candidates:
             scores = self._scores(self.candidates)
-            facts, refusal = self._facts_of_validation(scores[max(scores)])
-            found |= facts
-            reason = reason or refusal
+            last = scores[max(scores)]
+            measures = yardsticks(last.candidate.groups, treat)
+            found |= facts_of_validation(last, measures)
+            reason = reason or self._gate(stage, last, measures, fit)
             self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
         if self.preferences:
             found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.preferences[:256])))
@@ -299,37 +316,31 @@ class RewardPhase:
             logger.warning("stage %d: the policy stays as it is: %s", stage, reason)
         return found | {"policy/phase": int(reason is None), "reason": reason}
 
-    def _facts_of_samples(self, scored: list[Group]) -> dict[str, Any]:
-        samples = [c for group in scored for c in group.samples]
-        rewards = [c.values["reward"] for c in samples]
-        seen = [policy_rewards(group, self.settings.truncated_samples) for group in scored]
-        found: dict[str, Any] = {
-            "reward/samples": float(np.mean(rewards)),
-            "reward/length_correlation": _correlation(rewards, [len(c.token_ids) for c in samples]),
-            "reward/logp_correlation": _correlation(rewards, [own_logp(c) for c in samples]),
-            "scale": reward_scale(seen, down_only=self.settings.down_only),
-            "samples/left_out": float(np.mean([reward is None for row in seen for reward in row])),
-        }
-        copies = [
-            sample.token_ids in {c.token_ids for c in group.demonstrations}
-            for group in scored
-            if group.demonstrations
-            for sample in group.samples
-        ]
-        if copies:
-            found["samples/copies"] = float(np.mean(copies))
-        if self.refuse:
-            found["reward/refused"] = float(np.mean(self.refuse(scored)))
-        if self.rollout.params.is_plain:  # else the samples are not the policy's own
-            found["policy/entropy"] = _entropy(samples)
-        return found
+    def _gate(
+        self, stage: int, last: CandidateScore, measures: Yardsticks | None, fit: dict[str, float]
+    ) -> str | None:
+        """Why the reward may not move the policy; None if it may.
 
-    def _facts_of_demonstrations(self, stage: int, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
-        """Of the demonstrations that the stage sampled beside; where there are none, of all that are paired."""
+        Rows that the start was trained on tell nothing of a reward, because the policy repeats their demonstrations:
+        there the cross-validation of the fit is asked, if there was one.
+        """
+        gate, held_out = self.settings.gate, cross_validated(fit)
+        if gate == "off" or copied_share(last.candidate.groups) <= 0.5:
+            return obstacle(gate, last.accuracy, measures)
+        if stage == 0:
+            logger.warning(
+                "most samples for the validation rows equal the demonstration: the start was trained on these rows. %s "
+                "Better give rows that it was not trained on: --validation_dataset",
+                "The gate goes by out-of-fold samples instead." if held_out else "They tell little of a reward.",
+            )
+        if held_out is None:
+            return obstacle(gate, last.accuracy, measures)
+        return obstacle("chance", held_out, None, "on out-of-fold samples, cross-validated")
+
+    def _facts_of_demonstrations(self, scored: list[Group], comparisons: Comparisons) -> dict[str, Any]:
+        """Of the demonstrations that the stage sampled beside; where there are none, of all that are compared."""
         rewards = [c.values["reward"] for group in scored for c in group.demonstrations]
-        if not rewards:
-            groups = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in comparisons.paired_groups}
-            rewards = [value for values in scores_by_group(self.reward, list(groups.values())) for value in values]
+        rewards = rewards or self._of_demonstrations(comparisons.paired_groups)
         found: dict[str, Any] = {"drop_below": None}
         if rewards:
             samples = [c.values["reward"] for group in scored for c in group.samples]
@@ -338,57 +349,12 @@ class RewardPhase:
                 "reward/gap": float(np.mean(rewards) - np.mean(samples)),
             }
         if self.settings.drop_below is not None:
-            if not self.learner.compares_across_prompts:
-                raise UserError(
-                    "this reward compares only the answers to one prompt, so no prompt's best can be called too low.",
-                    remedy="Leave --drop_below out, or use a reward that compares across prompts (--reward_features text).",
-                    field="drop_below",
-                )
-            if self.candidates:  # rows that the reward has not seen
-                held_out = [g.select(g.places(Role.DEMONSTRATION)) for g in self.candidates.rows.groups]
-                rewards = [value for values in scores_by_group(self.reward, held_out) for value in values]
-            found["drop_below"] = float(np.quantile(rewards, self.settings.drop_below))
+            unseen = self.candidates.rows.groups if self.candidates else None
+            if rewards := self._of_demonstrations(unseen or comparisons.paired_groups):
+                found["drop_below"] = float(np.quantile(rewards, self.settings.drop_below))
         return found
 
-    def _facts_of_validation(self, score: CandidateScore) -> tuple[dict[str, Any], str | None]:
-        """Metrics of the policy and the reward on the validation rows, and what speaks against the reward."""
-        candidate = score.candidate
-        found: dict[str, Any] = {
-            "validation/reward": score.reward.mean,
-            "validation/kl": candidate.kl,
-            "validation/demonstration_logp": candidate.demonstration_logp,
-        }
-        if score.accuracy is not None:
-            found |= {"validation/accuracy": score.accuracy.mean, "validation/accuracy_low": score.accuracy.low}
-        measures = yardsticks(candidate.groups, self.settings.truncated_samples)
-        if measures is not None:
-            found |= {"validation/accuracy_logp": measures.logp, "validation/accuracy_length": measures.length}
-        if candidate.verifier_scores is not None:
-            found["validation/verifier_score"] = float(np.mean([s for row in candidate.verifier_scores for s in row]))
-        if score.verifier_gap is not None:
-            found["validation/verifier_gap"] = score.verifier_gap
-        return found, obstacle(self.settings.gate, score.accuracy, measures)
-
-    def _obstacle(self, stage: int, scored: list[Group], fit: dict[str, float]) -> str | None:
-        """Why the policy phase should not run, whatever the validation rows say; None if nothing speaks against it."""
-        if stage < self.settings.warmup_stages:
-            return "reward warm-up"
-        if not fit:
-            return (
-                "no sample can be compared with its demonstration, so the reward could not learn: all are equal to it, or "
-                "differ from it by being truncated; then start from an SFT checkpoint, raise --max_completion_length or "
-                "use --truncated_samples score"
-            )
-        if max(float(np.ptp([c.values["reward"] for c in group.samples])) for group in scored) < 1e-6:
-            return "the reward is the same for all samples of each prompt"
-        return None
-
-
-def _entropy(samples: Sequence[Any]) -> float:
-    """Entropy of the policy by its own samples: mean of −log π (nats per token)."""
-    return -sum(own_logp(c) for c in samples) / sum(len(c.token_ids) for c in samples)
-
-
-def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pearson correlation; 0 if one side does not vary."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
+    def _of_demonstrations(self, groups: Sequence[Group]) -> list[float]:
+        """Rewards of the demonstrations of groups, each prompt's once."""
+        alone = {(g.row, g.prompt_ids): g.select(g.places(Role.DEMONSTRATION)) for g in groups}
+        return [value for values in scores_by_group(self.reward, list(alone.values())) for value in values]

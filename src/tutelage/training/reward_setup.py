@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer
 
-from tutelage.data.demonstrations import Turns
-from tutelage.data.prompts import mix_prompts, tokenize_prompts
-from tutelage.data.tokenization import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
-from tutelage.data.validation import split_validation, without_prompts
+from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
-from tutelage.evaluation.policy import EvaluationSet
 from tutelage.groups import Group, Role
 from tutelage.losses import RewardLossKind
 from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.weights import WeightSet
 from tutelage.rewards.base import Reward, scores_by_group
-from tutelage.rewards.comparisons import TruncatedSamples, contrast
+from tutelage.rewards.comparisons import TruncatedSamples
 from tutelage.rewards.ensemble import Combine, LikelihoodReward, OwnLogpReward
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts
@@ -36,7 +30,7 @@ from tutelage.rewards.hidden_features import HiddenSource
 from tutelage.scoring.logps import Layout
 from tutelage.training.config import SFT_LEARNING_RATES
 from tutelage.training.flops import count_passes
-from tutelage.training.folds import Folds, FoldSettings, base_weights
+from tutelage.training.folds import Folds, FoldSettings, base_weights, check_base, fold_of_prompts
 from tutelage.training.gate import Gate, pair_accuracy
 from tutelage.training.learners import (
     AutoLearner,
@@ -46,28 +40,23 @@ from tutelage.training.learners import (
     Learner,
     ModelLearner,
 )
-from tutelage.training.negatives import Kind, Negatives, parse_negatives
+from tutelage.training.negatives import Negatives
 from tutelage.training.reward_config import RewardStageConfig
-from tutelage.training.reward_phase import VALIDATION_ROWS, RewardPhaseSettings
+from tutelage.training.reward_phase import RewardPhaseSettings
 from tutelage.training.rollout import Rollout
-from tutelage.training.selection import Candidates
 from tutelage.training.store import StageStore
 
 if TYPE_CHECKING:
     from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = [
-    "known_demonstrations",
-    "make_candidates",
     "make_fitter",
     "make_folds",
     "make_learner",
     "make_negatives",
     "make_reward",
     "phase_settings",
-    "read_preferences",
     "refusal",
-    "with_prompts",
 ]
 
 
@@ -118,116 +107,6 @@ def make_reward(
     return reward
 
 
-def make_candidates(
-    trainer: DemonstrationTrainer,
-    dataset: Dataset | IterableDataset,
-    validation: Dataset | None,
-    rollout: Rollout,
-    store: StageStore,
-    *,
-    source: str,
-) -> tuple[Candidates | None, Any]:
-    """Validation rows, on which the policies of the run are looked at, and the training data without them.
-
-    Args:
-        dataset: the training data as they were read; the trainer has them tokenized.
-        validation: rows for the purpose; None takes some of the training data, if the run looks at any.
-        source: what errors about ``validation`` call it.
-
-    Raises:
-        UserError: too few rows.
-    """
-    args = cast(RewardStageConfig, trainer.args)
-    turns = cast(Turns, args.turns)
-    looks = args.reward_gate != "off" or args.keep_policy == "best" or args.reward == "auto"
-    if validation is not None:
-        rows = EvaluationSet.of(validation, trainer.tokenization, verifier=args.verifier, turns=turns, source=source)
-        left = without_prompts(
-            trainer.train_dataset, {group.prompt_ids for group in rows.groups}, source=trainer.source
-        )
-    elif looks:
-        raw, left = split_validation(
-            dataset,
-            trainer.train_dataset,
-            trainer.tokenization,
-            rows=args.validation_rows,
-            seed=args.seed,
-            turns=turns,
-            source=trainer.source,
-        )
-        rows = EvaluationSet.of(raw, trainer.tokenization, verifier=args.verifier, turns=turns, source=trainer.source)
-    else:
-        return None, trainer.train_dataset
-    # Of the policy itself, however the stages sample: their mean log-ratio is to be the KL.
-    plain = replace(rollout.params, temperature=1.0, top_k=0, top_p=1.0)
-
-    def draw(groups: list[Group]) -> list[Group]:
-        with trainer.progress.phase("sampling for the validation rows", len(groups)):
-            return rollout.score(rollout.draw(groups, stage=VALIDATION_ROWS, params=plain), plain)
-
-    return Candidates(store, rows, trainer.policy, draw), left
-
-
-def known_demonstrations(trainer: DemonstrationTrainer) -> list[Group]:
-    """The demonstrations that negatives are drawn for; none where only the policy's own samples are compared.
-
-    Raises:
-        UserError: negatives of streamed data.
-    """
-    args = cast(RewardStageConfig, trainer.args)
-    if _kinds(args) == ("own",) and args.reward != "likelihood":
-        return []
-    if isinstance(trainer.train_dataset, IterableDataset):
-        raise UserError(
-            "of streamed data the demonstrations are not known beforehand, so no negatives can be drawn for them.",
-            remedy="Use --reward_negatives own with --reward model, or leave --dataset_streaming out.",
-            field="reward_negatives",
-        )
-    return [group_from_row(cast(dict, row)) for row in cast(Dataset, trainer.train_dataset)]
-
-
-def with_prompts(
-    trainer: DemonstrationTrainer,
-    prompts: Dataset | None,
-    held_out: Mapping[tuple[int, ...], str],
-    source: str,
-) -> Any:
-    """The training data with prompts that have no demonstration.
-
-    Args:
-        held_out: prompts that are not for training, with what they are called; those of the evaluation are added.
-
-    Raises:
-        UserError: the settings name prompts and none are given; streamed demonstrations; or as ``tokenize_prompts``.
-    """
-    args = cast(RewardStageConfig, trainer.args)
-    demonstrations = trainer.train_dataset
-    if prompts is None:
-        if args.prompt_dataset or args.prompt_mix is not None:
-            raise UserError(
-                "the trainer was given no prompts.",
-                remedy="Give --prompt_dataset, or hand them over as prompt_dataset.",
-                field="prompt_dataset",
-            )
-        return demonstrations
-    if isinstance(demonstrations, IterableDataset) or isinstance(prompts, IterableDataset):
-        raise UserError(
-            "streamed data cannot be mixed with prompts.",
-            remedy="Leave --dataset_streaming out.",
-            field="prompt_dataset",
-        )
-    evaluated = trainer.evaluation_set.groups if trainer.evaluation_set else []
-    found = tokenize_prompts(
-        prompts,
-        trainer.tokenization,
-        first_row=1 + max(cast(Dataset, demonstrations)["row"]),
-        conversational=trainer.conversational,
-        held_out={**held_out, **{group.prompt_ids: "evaluation rows" for group in evaluated}},
-        source=source,
-    )
-    return mix_prompts(cast(Dataset, demonstrations), found, share=args.prompt_mix, seed=args.seed)
-
-
 def phase_settings(args: RewardStageConfig) -> RewardPhaseSettings:
     """The settings of a reward phase among those of a run."""
     return RewardPhaseSettings(
@@ -256,6 +135,9 @@ def refusal(learner: Learner) -> Callable[[Sequence[Group]], list[bool]] | None:
         ]
 
     return refused
+
+
+_FOLD_SETTINGS = ("num_folds", "fold_epochs", "fold_learning_rate", "fold_batch_size")
 
 
 def make_folds(
@@ -297,32 +179,42 @@ def make_negatives(
 
     Args:
         groups: the demonstrations that the reward learns from.
+
+    Raises:
+        UserError: as ``check_base`` and ``fold_of_prompts``.
     """
     args = cast(RewardStageConfig, trainer.args)
+    kinds = args.negative_kinds
+    start = rollout.initial
+    assert start is not None
+    needed = kinds != ("own",) or args.reward == "likelihood"
+    check_base(trainer.policy, args.base_model_name_or_path, needed=needed)
+    if groups and ("out_of_fold" in kinds or args.reward == "likelihood"):
+        fold_of_prompts(groups, args.num_folds)  # fails where there are too few
 
     @cache
     def base() -> WeightSet:
-        return base_weights(trainer.policy, args.base_model_name_or_path, seed=args.seed)
+        return base_weights(trainer.policy, args.base_model_name_or_path, start=start, seed=args.seed)
 
     @cache
     def folds() -> Folds:
         return make_folds(trainer, groups, base, store.folder / "negatives")
 
     return Negatives(
-        _kinds(args),
+        kinds,
         groups,
         rollout,
         store,
         base,
         folds,
+        settings={
+            "start": rollout.start,
+            "base": args.base_model_name_or_path,
+            "folds": {name: getattr(args, name) for name in _FOLD_SETTINGS},
+        },
         costs=trainer.costs,
         progress=trainer.progress,
     )
-
-
-def _kinds(args: RewardStageConfig) -> tuple[Kind, ...]:
-    """The negatives that the reward is fitted to; one that learns nothing needs none."""
-    return ("own",) if args.reward in ("likelihood", "logp") else parse_negatives(args.reward_negatives)
 
 
 def make_learner(
@@ -331,6 +223,7 @@ def make_learner(
     *,
     peft_config: PeftConfig | None,
     preferences: list[Group],
+    has_prompts: bool,
     tell: Callable[[str], None],
 ) -> Learner:
     """What fits the reward that the settings name.
@@ -339,6 +232,7 @@ def make_learner(
         negatives: its folds give the reward of likelihoods.
         peft_config: of the adapter on a reward model of its own.
         preferences: preference pairs that a neural reward learns from too.
+        has_prompts: whether there are prompts without demonstrations.
         tell: gets a sentence about a choice that is made.
     """
     args = cast(RewardStageConfig, trainer.args)
@@ -346,13 +240,14 @@ def make_learner(
     parts = FeatureParts(
         text=trainer.tokenization.text,
         hidden=HiddenSource(
-            cache(lambda: _base_model(trainer)),
+            cache(lambda: _base_model(trainer, negatives.rollout.initial)),
             layout=trainer.layout,
             batch_size=args.per_device_eval_batch_size,
             pad_token_id=trainer.tokenization.pad_id,
             autocast=trainer.compute_loss_context_manager,
         ),
         logps=trainer.scorer.token_logps,
+        settings={"hidden": {"depths": tuple(args.hidden_depths), "pooling": args.hidden_pooling}},
     )
     facts = {
         "max_prompt_length": args.max_prompt_length,
@@ -376,7 +271,12 @@ def make_learner(
             count_passes(reward.model, trainer.costs.count_flops)
         fitter = make_fitter(reward, args, preferences, trainer.policy, seed=seed)
         return ModelLearner(
-            fitter, epochs=args.reward_epochs, steps=args.reward_steps, truncated_samples=treat, seed=seed
+            fitter,
+            epochs=args.reward_epochs,
+            steps=args.reward_steps,
+            truncated_samples=treat,
+            seed=seed,
+            compares_across_prompts=has_prompts,
         )
 
     if args.reward == "likelihood":
@@ -399,12 +299,17 @@ def make_learner(
     return EnsembleLearner(members, cast(Combine, args.reward_combine), seed=args.seed)
 
 
-def _base_model(trainer: DemonstrationTrainer) -> nn.Module:
+def _base_model(trainer: DemonstrationTrainer, start: WeightSet | None) -> nn.Module:
     """The frozen model whose hidden states are features: under an adapter, the policy's own base."""
-    name = cast(RewardStageConfig, trainer.args).base_model_name_or_path
     if isinstance(trainer.policy, PeftModel):
         return trainer.policy
-    model = load_model(str(name or trainer.model_name), dtype=None, whole=False, computing=trainer.args.computing)
+    name = cast(RewardStageConfig, trainer.args).base_model_name_or_path or trainer.model_name
+    if name:
+        model = load_model(name, dtype=None, whole=False, computing=trainer.args.computing)
+    else:  # it was never on disk
+        assert start is not None
+        with start.active():
+            model = copy.deepcopy(trainer.policy)
     count_passes(model, trainer.costs.count_flops)
     return cast(nn.Module, model).to(trainer.args.device).requires_grad_(False)
 
@@ -464,33 +369,3 @@ def make_fitter(
         saturation=args.saturation if args.early_stopping == "saturated" else None,
         seed=seed,
     )
-
-
-def read_preferences(
-    dataset: Dataset | None, args: RewardStageConfig, tokenization: Tokenization, source: str
-) -> list[Group]:
-    """Preference pairs as a reward compares them, in the random order of the seed.
-
-    Raises:
-        UserError: the settings name preference data and none are given, or there is no pair in them.
-    """
-    if dataset is None:
-        if args.preference_dataset:
-            raise UserError(
-                "the trainer was given no preference data.",
-                remedy="Load them (tutelage.data.load_dataset) and hand them over as preference_dataset.",
-                field="preference_dataset",
-            )
-        return []
-    rows = tokenize_dataset(dataset, tokenization, turns=cast(Turns, args.turns), source=source)
-    groups = [group for row in rows if (group := preference_group_from_row(cast(dict, row))) is not None]
-    if not groups:
-        raise UserError(
-            "there is no preference pair in it.",
-            remedy="Give rows with 'chosen' and 'rejected'.",
-            file=source,
-            field="preference_dataset",
-        )
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    truncated_samples = cast(TruncatedSamples, args.truncated_samples)
-    return [pair for index in order for pair in contrast(groups[index], truncated_samples)]

@@ -89,14 +89,23 @@ class Rollout:
         self._start = self._now = self._trained()
 
     @property
+    def start(self) -> str:
+        """A name for the trainable weights that training started with."""
+        return self._start
+
+    @property
     def has_moved(self) -> bool:
         """Whether the policy of ``begin`` was another than the one that training started with."""
         return self._now != self._start
 
-    def begin(self) -> str:
-        """Sampling begins from a policy that may be a new one; gives a name: equal weights have equal names."""
+    def begin(self, *, gap: float | None = None) -> str:
+        """Sampling begins from a policy that may be a new one; gives a name: equal weights have equal names.
+
+        Args:
+            gap: what was found when the sampler was held against the trainer earlier in this stage; it is not again.
+        """
         frozen = fingerprint((n, p) for n, p in self.scorer.policy.named_parameters() if not p.requires_grad)
-        self._now, self.gap, self._measured = self._trained(), None, {}
+        self._now, self.gap, self._measured = self._trained(), gap, {}
         self.sampler.take_weights(self.scorer.policy)
         return f"{frozen}-{self._now}"
 

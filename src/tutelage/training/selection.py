@@ -62,9 +62,15 @@ class Candidate:
         """Mean log π of the demonstrations (nats per sequence)."""
         return float(np.mean([c.sum("old_logps") for g in self.groups for c in g.demonstrations]))
 
-    def scored(self, reward: Reward) -> list[Group]:
-        """The groups with the ``reward`` of each completion."""
-        rewards = scores_by_group(reward, self.groups)
+    def scored(self, reward: Reward, *, reads_logps: bool = False) -> list[Group]:
+        """The groups with the ``reward`` of each completion.
+
+        Args:
+            reads_logps: the reward reads log-probs of the policy. It is then not told those under the policy that drew the
+                samples: it would judge every candidate by another policy, and prefer the surest of itself.
+        """
+        groups = [group.without("old_logps") for group in self.groups] if reads_logps else self.groups
+        rewards = scores_by_group(reward, groups)
         return [group.with_values("reward", values) for group, values in zip(self.groups, rewards, strict=True)]
 
     def verifier_gap(self, rewards: Sequence[Sequence[float]]) -> float | None:
@@ -236,18 +242,20 @@ class Candidates:
         beta: float,
         truncated_samples: TruncatedSamples,
         down_only: bool = False,
+        reads_logps: bool = False,
     ) -> dict[int, CandidateScore]:
         """All candidates evaluated with a reward, by stage in order.
 
         Args:
             version: names the state of the reward; what it scored once it is not asked again.
+            reads_logps: as for ``Candidate.scored``.
         """
-        if version != self._scored_by:
+        if reads_logps or version != self._scored_by:  # the policy may have moved since
             self._scored, self._scored_by = {}, version
         stages = sorted(self.by_stage)
         for stage in stages:
             if stage not in self._scored:
-                self._scored[stage] = self.by_stage[stage].scored(reward)
+                self._scored[stage] = self.by_stage[stage].scored(reward, reads_logps=reads_logps)
         found = compare(
             [self.by_stage[stage] for stage in stages],
             [self._scored[stage] for stage in stages],

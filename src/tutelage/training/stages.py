@@ -162,7 +162,8 @@ class Stages:
         policy = None
         if step == first:
             self._check()
-            policy = self.rollout.begin()
+            gap = self.store.manifest(draw.stage).get("samples/logp_gap") if draw.index else None
+            policy = self.rollout.begin(gap=gap)
         recorded = self._recorded(list(demonstrations.values()), policy, step, draw)
         if policy is not None and draw.index == 0:
             self._log(sample_facts([recorded[row] for row in demonstrations]) | self._gap())

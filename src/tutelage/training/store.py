@@ -62,6 +62,11 @@ class StageStore:
         folder = self.folder / f"stage-{stage:04d}"
         return folder / f"draw-{draw:04d}" if draw else folder
 
+    def manifest(self, stage: int, draw: int = 0) -> dict[str, Any]:
+        """What is noted of a draw; empty where nothing is."""
+        path = self.path(stage, draw) / "manifest.json"
+        return read_json(path) if path.exists() else {}
+
     def sampled(self, stage: int) -> list[Group]:
         """All groups that the draws of a whole stage recorded, in order.
 
@@ -83,9 +88,7 @@ class StageStore:
         Raises:
             UserError: ``policy`` is None and there is no whole record, or it was made under other settings.
         """
-        folder = self.path(stage, draw)
-        path = folder / "manifest.json"
-        manifest = read_json(path) if path.exists() else {}
+        folder, manifest = self.path(stage, draw), self.manifest(stage, draw)
         whole = folder / "samples.jsonl"
         if policy is None:
             if not whole.exists() or manifest.get("settings") != self.settings:

@@ -46,7 +46,19 @@ from tutelage.training.retention import Retention
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.stages import Stages
 
-__all__ = ["DemonstrationTrainer"]
+__all__ = ["NOT_UPLOADED", "DemonstrationTrainer"]
+
+NOT_UPLOADED = (
+    "_*",
+    "checkpoint-*",
+    "stages/*",
+    "controls/*",
+    "retention-start/*",
+    "results.json",
+    "report.html",
+)
+"""Patterns of what lies in an output folder besides model, tokenizer and card. Most of it holds the user's data: rows,
+samples, and in the folder of the controls their training rows and all this once more."""
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +139,7 @@ class DemonstrationTrainer(Trainer):
                 args.adapter_learning_rate if isinstance(policy, PeftModel) else args.full_learning_rate
             )
         self.means, self.costs = Means(), Costs()
+        self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         super().__init__(
             model=cast(PreTrainedModel, policy),
             args=args,
@@ -188,7 +201,11 @@ class DemonstrationTrainer(Trainer):
     @property
     def policy(self) -> nn.Module:
         """The model being trained, without the wrappers of a launcher."""
-        return self.accelerator.unwrap_model(cast(nn.Module, self.model))
+        model = cast(nn.Module, self.model)
+        if self._unwrapped is None or self._unwrapped[0] is not model:
+            # Asked for several times a step; accelerate looks for optional packages each time.
+            self._unwrapped = model, self.accelerator.unwrap_model(model)
+        return self._unwrapped[1]
 
     @property
     def stage(self) -> int:
@@ -541,7 +558,8 @@ class DemonstrationTrainer(Trainer):
     ) -> Any:
         """Upload model, tokenizer and card.
 
-        Samples of the stages and the rows in results.json and report.html are not uploaded: they are the user's data.
+        Nothing of ``NOT_UPLOADED`` is uploaded, such as samples of the stages and the rows in results.json: they are
+        the user's data.
 
         Args:
             record: what results.json holds, for the card.
@@ -556,7 +574,7 @@ class DemonstrationTrainer(Trainer):
             commit_message=commit_message,
             token=kwargs.get("token") or self.args.hub_token,
             revision=kwargs.get("revision") or self.args.hub_revision,
-            ignore_patterns=["_*", "checkpoint-*", "stages/*", "retention-start/*", "results.json", "report.html"],
+            ignore_patterns=list(NOT_UPLOADED),
         )
 
     def create_model_card(self, *args, record: RunRecord | None = None, **kwargs) -> None:

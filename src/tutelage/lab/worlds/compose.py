@@ -1,4 +1,4 @@
-"""Write a text about two topics in a hidden grammar, as well as possible: open-ended, and the quality has no top."""
+"""Write a text about three topics in a hidden grammar, as well as possible: open-ended, and the quality has no top."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _CALIBRATION = 200  # prompts that fix the scale of the quality
 
 
 class Compose:
-    """Each of 24 words has six successors; each word is liked or disliked. A text of 5 to 9 words should keep to the
-    grammar, name both topics, repeat nothing and use words that are liked.
+    """Each of 24 words has four successors; each word is liked or disliked. A text of 5 to 9 words should keep to the
+    grammar, name all three topics, repeat nothing and use words that are liked.
 
     The demonstrator writes eight drafts and keeps the best.
 
@@ -43,9 +43,8 @@ class Compose:
         self._zero, self._one = float(np.mean(drafts)), float(np.mean(np.max(drafts, axis=1)))
 
     def content(self, rng: np.random.Generator) -> Words:
-        """Two topics; see ``Task``."""
-        first, second, third = (WORDS[index] for index in rng.permutation(len(WORDS))[:3])
-        return first, second, third
+        """Three topics; see ``Task``."""
+        return tuple(WORDS[index] for index in rng.permutation(len(WORDS))[:3])
 
     def answer(self, content: Words, rng: np.random.Generator) -> Words:
         """The best of eight drafts."""

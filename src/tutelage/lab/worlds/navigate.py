@@ -17,7 +17,7 @@ _DETOUR = 1  # the demonstrator's path is at most this much longer than the shor
 
 
 class Navigate:
-    """A hidden undirected graph of 16 nodes: a ring and 16 chords, so that two nodes of a ring arc have several ways.
+    """A hidden undirected graph of 16 nodes, a ring and 16 chords: there are several ways, and none is shown.
 
     The content is start, goal and the forbidden node.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from tutelage.lab.worlds.task import Task, Words, generator
 
 __all__ = ["CORRUPTIONS", "WORLDS", "Phase", "Row", "World", "WorldOptions", "split_of"]
 
-WORLDS: dict[str, type[Task]] = {
+WORLDS: dict[str, Callable[[int], Task]] = {
     "arrange": Arrange,
     "navigate": Navigate,
     "compose": Compose,
@@ -33,7 +33,7 @@ CORRUPTIONS: tuple[Corruption, ...] = ("wrong", "off_topic", "truncated", "overl
 
 _SPLITS = (("tuning", 0.3), ("reporting", 0.7))
 _ROLES = (("training", 0.75), ("validation", 0.125), ("test", 0.125))
-_PATIENCE = 100  # draws per wanted prompt before a world is held to be too small
+_PATIENCE = 20_000  # draws without a new prompt before a world is held to have no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +171,13 @@ class World:
     def _contents(self, role: str, count: int) -> list[Words]:
         """The first ``count`` of an endless list of different prompts of a role; a longer list begins with a shorter one."""
         rng, found = self._generator(role), dict[Words, None]()
-        for _ in range(_PATIENCE * max(count, 10)):
-            if len(found) >= count:
-                return list(found)
+        idle = 0
+        while len(found) < count and idle < _PATIENCE:
             content = self.task.content(rng)
-            if split_of(self.name, content) == (self.phase, role):
-                found[content] = None
-        if len(found) >= count:
+            idle += 1
+            if content not in found and split_of(self.name, content) == (self.phase, role):
+                found[content], idle = None, 0
+        if len(found) == count:
             return list(found)
         raise UserError(
             f"the world '{self.name}' has {len(found)} different {role} prompts for {self.phase}, not {count}.",
