@@ -115,8 +115,8 @@ def test_some_rows_remain_whatever_the_machine():
 
 
 def test_work_by_hand():
-    """Self-training: 4 picks with gradient (3 passes), 16 samples drawn and scored; and 2 passes and 2 answers held out."""
-    assert Pace(scored=1, answered=10).seconds("self-training", 4, 3) == 4 * (12 + 16 + 160) + 3 * (2 + 20)
+    """Self-training: 2 picks with gradient (3 passes), 8 samples drawn and scored; and 2 passes and 2 answers held out."""
+    assert Pace(scored=1, answered=10).seconds("self-training", 4, 3) == 4 * (6 + 8 + 80) + 3 * (2 + 20)
 
 
 def test_time_left_of_the_parts(clock):

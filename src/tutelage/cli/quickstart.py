@@ -90,10 +90,10 @@ _PARTS = {
     "base": _Work(),
     "sft": _Work(trained=10),
     "continued-sft": _Work(trained=5),
-    "self-training": _Work(trained=4, scored=16, sampled=16),
+    "self-training": _Work(trained=2, scored=8, sampled=8),
     # Two out-of-fold policies of ten passes over half of the demonstrations each, and the policy's four samples; four samples
     # of the initial model, of the out-of-fold policies and of the policy, and a look at the validation rows per stage.
-    "rft": _Work(trained=10 + 16, scored=18, sampled=4 + 4 + 16 + 4),
+    "rft": _Work(trained=10 + 8, scored=10, sampled=4 + 4 + 8 + 2),
 }
 
 _MINUTES = 7.0
@@ -218,7 +218,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
         "prompt_dataset": files["prompts"],
         "validation_dataset": files["validation"],
         "prompt_mix": 1.0,
-        "num_train_epochs": 2,
+        "num_train_epochs": 1,
         "per_device_train_batch_size": 4,
     }
     rate = find("sft").config.adapter_learning_rate
