@@ -8,14 +8,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["append_json_lines", "read_json", "write_json", "write_json_lines"]
+__all__ = ["append_json_lines", "read_json", "write_json", "write_json_lines", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name and rename: a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write to a temporary name and rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """As ``write_text``, one JSON value that people can read."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""RFT: learn an explicit reward from demonstrations vs. the policy's own samples, and improve the policy with it.
+"""RFT: learn a reward from demonstrations vs. answers that are not as good, and improve the policy with it.
 
 Algorithm 1 of Li et al., "Getting More Juice Out of the SFT Data" (NeurIPS 2024, arXiv 2405.17888).
 """
@@ -245,18 +245,17 @@ class RFTTrainer(DemonstrationTrainer):
             reward_peft_config.base_model_name_or_path = None
         store = make_store(self)
         rollout = make_rollout(self, sampler, reference_is_initial=True, keep_old=True)
-        candidates, demonstrations = None, []
+        candidates, demonstrations, held_out = None, [], set()
         if train_dataset is not None:
             candidates, self.train_dataset = make_candidates(
                 self, train_dataset, validation_dataset, rollout, store, source=validation_source
             )
             demonstrations = known_demonstrations(self)
-            validation_prompts = [] if candidates is None else candidates.rows.groups
+            held_out = {group.prompt_ids for group in candidates.rows.groups} if candidates else set()
             self.train_dataset = with_prompts(
-                self, prompt_dataset, {g.prompt_ids: "validation rows" for g in validation_prompts}, prompt_source
+                self, prompt_dataset, dict.fromkeys(held_out, "validation rows"), prompt_source
             )
         preferences = read_preferences(preference_dataset, args, self.tokenization, preference_source)
-        held_out = {group.prompt_ids for group in candidates.rows.groups} if candidates else set()
         preferences = [pair for pair in preferences if pair.prompt_ids not in held_out]
         negatives = make_negatives(self, demonstrations, rollout, store)
         learner = make_learner(

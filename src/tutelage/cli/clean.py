@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from tutelage.cli.output import OutputFolder
-from tutelage.cli.parser import command_parser, length_arguments, require_at_least_one, weight_arguments
+from tutelage.cli.parser import (
+    command_parser,
+    length_arguments,
+    require_at_least_one,
+    row_arguments,
+    weight_arguments,
+)
 from tutelage.data.columns import NUM_ROWS, check_demonstrations, peek
 from tutelage.errors import UserError
 from tutelage.evaluation.cleaning import number_dropped
@@ -25,16 +31,8 @@ def main(args: Sequence[str], console: Console) -> None:
     By default the rank is the log-prob per token under a model that did not see the row: adapters are trained by SFT on
     all folds of the data but one, and each judges the fold that it was not trained on.
     """
-    parser = command_parser("clean", main.__doc__, length_arguments, weight_arguments)
+    parser = command_parser("clean", main.__doc__, row_arguments, length_arguments, weight_arguments)
     parser.add_argument("dataset_name", metavar="DATA", help="Demonstrations: a hub name, a folder or a file.")
-    parser.add_argument("--dataset_config", help="Configuration of a hub dataset.")
-    parser.add_argument("--split", default="train", help="Split of the dataset.")
-    parser.add_argument(
-        "--on_long_prompt",
-        default="error",
-        choices=["error", "drop"],
-        help="What to do with a prompt that is too long: stop with an error, or drop the row.",
-    )
     parser.add_argument(
         "--model_name_or_path", required=True, help="The model to train; or whose answers a reward judges."
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from tutelage.data.tokenization import TokenizedRow, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.evaluation.cleaning import Ranked, number_dropped, rank_rows
 from tutelage.evaluation.policy import can_sample
-from tutelage.files import write_json_lines
+from tutelage.files import write_json_lines, write_text
 from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, load_tokenizer
 from tutelage.models.paths import run_part
@@ -74,10 +73,10 @@ def clean(options: argparse.Namespace, console: Console, *, before_training: Cal
         _worst_row(each, rows[places[each.row]], answers.get(places[each.row])) for each in ranking[: options.show]
     ]
     write_json_lines(folder / "ranking.jsonl", map(asdict, ranking))
-    _write(folder / "kept.jsonl", "".join(lines[each.row] for each in sorted(ranking, key=_row) if each.kept))
+    write_text(folder / "kept.jsonl", "".join(lines[each.row] for each in sorted(ranking, key=_row) if each.kept))
     title, measure = f"Demonstrations of {Path(options.dataset_name).name}, ranked", _MEASURES[options.by]
     page = cleaning_page(shown, title=title, measure=measure, dropped=dropped, total=len(rows))
-    _write(folder / "clean.html", page)
+    write_text(folder / "clean.html", page)
     if shown:
         console.print(worst_table(shown, f"× dropped; {measure}"))
     kept = f"{len(rows) - dropped} of {len(rows)} demonstrations kept: {folder / 'kept.jsonl'}"
@@ -273,10 +272,3 @@ def _worst_row(ranked: Ranked, row: TokenizedRow, answer: str | None) -> WorstRo
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     return WorstRow(**asdict(ranked), prompt=prompt, demonstration=row.demonstration.completion, answer=answer)
-
-
-def _write(path: Path, text: str) -> None:
-    """Under a temporary name first: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str], console: Console) -> None:
-    """Try algorithms in planted worlds, seconds a run, and see paired differences over seeds."""
+    """Try algorithms in planted worlds, seconds per run, and see paired differences over seeds."""
     parser = CommandParser(prog="tutelage lab", description=main.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | list")
     run = commands.add_parser(

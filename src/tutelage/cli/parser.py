@@ -17,6 +17,7 @@ __all__ = [
     "length_arguments",
     "new_file",
     "require_at_least_one",
+    "row_arguments",
     "take_config",
     "usage_error",
     "weight_arguments",
@@ -53,6 +54,11 @@ def command_parser(
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data; ``load_data`` reads them."""
     parser.add_argument("--dataset_name", required=True, help="Dataset: a hub name, a folder or a file.")
+    row_arguments(parser)
+
+
+def row_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which rows of a dataset."""
     parser.add_argument("--dataset_config", help="Configuration of a hub dataset.")
     parser.add_argument("--split", default="train", help="Split of the dataset.")
     parser.add_argument(

@@ -236,15 +236,15 @@ class FixedLearner:
     """A reward with nothing to learn from samples, such as the mean log-prob of out-of-fold policies.
 
     Args:
-        make: gives the reward, at the first fit.
-        compares_across_prompts: whether its values can be held against each other between prompts.
+        make: gives the reward, when it is first asked for.
     """
 
     tokens_done = 0
     reads_logps = True
+    compares_across_prompts = False
 
-    def __init__(self, make: Callable[[], Reward], *, compares_across_prompts: bool = False):
-        self._make, self.compares_across_prompts = make, compares_across_prompts
+    def __init__(self, make: Callable[[], Reward]):
+        self._make = make
         self._reward: Reward | None = None
 
     @property
