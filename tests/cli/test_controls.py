@@ -1,18 +1,23 @@
 """--controls: what a method has to beat, trained after it from the same start and on the same data."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from test_measures import command, data, model, results, train  # noqa: F401 — fixtures
 
-from tutelage.algorithms.controls import CONTROLS, control_config, controls
+from tutelage.algorithms.controls import CONTROLS, control_config, controls, matched
 from tutelage.algorithms.rft import RFTConfig
 from tutelage.algorithms.sft import SFTConfig
+from tutelage.cli.arguments import parse
 from tutelage.cli.controls import parse_controls
+from tutelage.cli.train import train as train_a_run
 from tutelage.errors import UserError
 from tutelage.report import verdicts
 from tutelage.report.runs import is_control, is_method
-from tutelage.results import load_results
+from tutelage.results import EvaluationRecord, Interval, RunRecord, load_results
+from tutelage.training.callbacks import StopAtScore
 from tutelage.training.config import SFT_LEARNING_RATES
 
 RFT = ["--validation_rows", 4, "--num_samples", 2, "--stages_per_epoch", 1, "--gradient_accumulation_steps", 1]
@@ -69,6 +74,67 @@ def test_a_method_is_judged_against_its_controls(command, model, data, tmp_path)
     assert written == {path: path.read_bytes() for path in (out / "controls").rglob("results.json")}, "trained once"
 
 
+def test_controls_matched_to_the_method(command, model, data, tmp_path):  # noqa: F811
+    """SFT with as many operations, and SFT stopped where it scores as the method does."""
+    out = tmp_path / "out"
+    run = train("irft", model, data, out, *measured(data), "--stages_per_epoch", 1, "--num_samples", 4)
+    code, shown = command(*run, "--controls", "equal_compute", "equal_score")
+    assert code == 0, shown
+    method = load_results(out)
+    compute, score = (load_results(out / "controls" / f"sft-{name}") for name in ("equal-compute", "equal-score"))
+    assert compute.flops["total"] == pytest.approx(method.flops["total"], rel=0.25)  # whole steps, other padding
+    assert compute.demonstration_epochs > method.demonstration_epochs
+    target, reached = (record.evaluation.means["score_sampled"].mean for record in (method, score))
+    assert (score.demonstration_epochs < 24) == (reached >= target)
+    assert "sft-equal-score: score" in shown
+    plateau = {control.name for control in controls("plateau", adapter=False)}
+    assert {load_results(out / "controls" / name).settings["learning_rate"] for name in plateau} >= {
+        compute.settings["learning_rate"],
+        score.settings["learning_rate"],
+    }
+
+
+@pytest.mark.parametrize(("target", "passes"), [(0.0, 1), (1.1, 24)])
+def test_training_stops_at_the_score_or_at_its_end(command, model, data, tmp_path, target, passes):  # noqa: F811
+    plateau = RunRecord(name="p", algorithm="sft", model="m", dataset="d", seed=0, settings={"learning_rate": 1e-3})
+    scored = EvaluationRecord("rows", "even", [0], {"score_sampled": Interval(target, target, target, 1)})
+    control = matched("equal_score", replace(plateau, evaluation=scored), plateau)
+    folder = tmp_path / "control"
+    data_arguments, arguments, config = parse(
+        "sft", SFTConfig, [str(part) for part in train("sft", model, data, folder, *measured(data))[1:]]
+    )
+    config = control_config(control, config, str(folder))
+    record = train_a_run(
+        "sft",
+        data_arguments,
+        arguments,
+        config,
+        Console(),
+        prepare=lambda trainer: trainer.add_callback(StopAtScore(trainer, control.until_score)),
+    )
+    assert record.demonstration_epochs == passes
+
+
+def test_what_cannot_be_matched_is_said():
+    counted = RunRecord(
+        name="counted",
+        algorithm="sft",
+        model="m",
+        dataset="d",
+        seed=0,
+        settings={"learning_rate": 1.0},
+        demonstration_epochs=2.0,
+    )
+    uncounted = replace(counted, name="resumed")
+    counted.flops = {"total": 8.0}
+    assert matched("equal_compute", counted, counted).settings["num_train_epochs"] == 2.0
+    for pair in ((uncounted, counted), (counted, uncounted)):
+        with pytest.raises(UserError, match="operations of resumed were not counted"):
+            matched("equal_compute", *pair)
+    with pytest.raises(UserError, match="answers of counted have no score"):
+        matched("equal_score", counted, counted)
+
+
 def test_a_control_that_was_killed_is_trained_anew(command, model, data, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     run = train("rft", model, data, out, *RFT, "--controls", "gentle")
@@ -90,17 +156,18 @@ def test_an_unknown_control_is_refused_before_anything_is_trained(command, model
 
 BAD = {
     ("--controls", "plateu"): "field 'controls': there is no control 'plateu'",
+    ("--controls", "equal_score"): "they get no score",
     ("--controls", "self_training"): "self-training imitates answers to prompts without demonstrations",
     ("--controls", "gentle", "--dataset_streaming", "--max_steps", 2): "streamed data have no end",
 }
 
 
 def test_names():
-    assert parse_controls([], has_prompts=True) == []
-    assert parse_controls(["all", "gentle"], has_prompts=True) == list(CONTROLS)
-    assert "self_training" not in parse_controls(["all"], has_prompts=False)
+    assert parse_controls([], has_prompts=True, has_scores=True) == []
+    assert parse_controls(["all", "gentle"], has_prompts=True, has_scores=True) == list(CONTROLS)
+    assert parse_controls(["all"], has_prompts=False, has_scores=False) == ["plateau", "gentle", "equal_compute"]
     with pytest.raises(UserError, match="no control 'sft'"):
-        parse_controls(["sft"], has_prompts=True)
+        parse_controls(["sft"], has_prompts=True, has_scores=True)
 
 
 @pytest.mark.parametrize("algorithm", ["irft", "sft"])
@@ -111,7 +178,11 @@ def test_controls_of_other_methods(command, model, data, tmp_path, algorithm):  
     code, shown = command(*train(algorithm, model, data, out, *more, "--controls", "all"))
     assert code == 0, shown
     plateau = {control.name for control in controls("plateau", adapter=False)}
-    assert {folder.name for folder in (out / "controls").iterdir() if folder.is_dir()} == {"gentle-sft", *plateau}
+    assert {folder.name for folder in (out / "controls").iterdir() if folder.is_dir()} == {
+        "gentle-sft",
+        "sft-equal-compute",
+        *plateau,
+    }
     assert len((out / "controls" / "train.jsonl").read_text(encoding="utf-8").splitlines()) == 6
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from datasets import IterableDataset
 from rich.console import Console
 
-from tutelage.algorithms.controls import CONTROLS, Control, control_config, controls
+from tutelage.algorithms.controls import CONTROLS, MATCHED, Control, control_config, controls, matched
 from tutelage.cli.arguments import DataArguments, ModelArguments
 from tutelage.cli.output import OutputFolder
 from tutelage.data import load_dataset
@@ -22,24 +22,29 @@ from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet, can_sample
 from tutelage.files import read_json, write_json
 from tutelage.models.loading import load_tokenizer
+from tutelage.report.verdicts import signed
 from tutelage.results import RunRecord, load_results
+from tutelage.training.callbacks import StopAtScore
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["Controls", "parse_controls"]
 
 
-def parse_controls(names: Sequence[str], *, has_prompts: bool) -> list[str]:
+def parse_controls(names: Sequence[str], *, has_prompts: bool, has_scores: bool) -> list[str]:
     """Names of controls, in the order of ``CONTROLS``; ``all`` stands for every one that there can be.
+
+    Those that go by the plateau's choice bring it along.
 
     Args:
         has_prompts: whether the method samples for prompts without demonstrations, which self-training needs.
+        has_scores: whether held-out answers get a score, which equal_score needs.
 
     Raises:
-        UserError: an unknown name, or self-training without prompts.
+        UserError: an unknown name, or a control without what it needs.
 
-    >>> parse_controls(["gentle", "plateau"], has_prompts=False), parse_controls(["all"], has_prompts=False)
-    (['plateau', 'gentle'], ['plateau', 'gentle'])
+    >>> parse_controls(["gentle", "equal_compute"], has_prompts=False, has_scores=False)
+    ['plateau', 'gentle', 'equal_compute']
     """
     unknown = sorted(set(names) - {*CONTROLS, "all"})
     if unknown:
@@ -52,9 +57,17 @@ def parse_controls(names: Sequence[str], *, has_prompts: bool) -> list[str]:
             remedy="Add --prompt_dataset to rft, or leave self_training out.",
             field="controls",
         )
-    return [
-        name for name in CONTROLS if name in names or ("all" in names and (has_prompts or name != "self_training"))
-    ]
+    if "equal_score" in names and not has_scores:
+        raise UserError(
+            "equal_score stops where held-out answers score as the method's do, and they get no score.",
+            remedy="Add --eval_dataset_name and --verifier, or leave equal_score out.",
+            field="controls",
+        )
+    impossible = {"self_training": not has_prompts, "equal_score": not has_scores}
+    wanted = {*names, *(name for name in CONTROLS if "all" in names and not impossible.get(name))}
+    if wanted & set(MATCHED):
+        wanted.add("plateau")
+    return [name for name in CONTROLS if name in wanted]
 
 
 class Controls:
@@ -69,8 +82,13 @@ class Controls:
     """
 
     def __init__(self, names: Sequence[str], data: DataArguments, model: ModelArguments, method: DemonstrationConfig):
-        self.data, self.model, self.home = data, model, Path(str(method.output_dir)) / "controls"
-        wanted = parse_controls(names, has_prompts=bool(getattr(method, "prompt_dataset", None)))
+        self.data, self.model, self.method = data, model, method
+        self.home = Path(str(method.output_dir)) / "controls"
+        wanted = parse_controls(
+            names,
+            has_prompts=bool(getattr(method, "prompt_dataset", None)),
+            has_scores=bool(method.verifier and data.eval_dataset_name),
+        )
         if wanted and data.dataset_streaming:
             raise UserError(
                 "controls make passes over the data, and streamed data have no end.",
@@ -78,20 +96,23 @@ class Controls:
                 field="controls",
             )
         adapter = bool(model.use_peft or model.continues_adapter)
+        self.matched = [name for name in wanted if name in MATCHED]
         self.runs: dict[str, list[tuple[Control, DemonstrationConfig]]] = {
-            name: [
-                (control, control_config(control, method, str(self.home / control.name)))
-                for control in controls(name, adapter=adapter)
-            ]
+            name: [(control, self._config(control)) for control in controls(name, adapter=adapter)]
             for name in wanted
+            if name not in MATCHED
         }
         chooses = any(len(runs) > 1 for runs in self.runs.values())
         self._split = _Split(data, model, method, self.home) if chooses else None
 
-    def train(self, console: Console, train: Callable[..., RunRecord]) -> list[RunRecord]:
+    def _config(self, control: Control) -> DemonstrationConfig:
+        return control_config(control, self.method, str(self.home / control.name))
+
+    def train(self, method: RunRecord, console: Console, train: Callable[..., RunRecord]) -> list[RunRecord]:
         """Train them into ``controls`` in the method's folder; what is finished there is not trained again.
 
         Args:
+            method: its record.
             train: as ``tutelage.cli.train.train``.
 
         Returns:
@@ -99,29 +120,59 @@ class Controls:
             ones, both chosen on validation rows.
         """
         found: list[RunRecord] = []
+        plateau = None
         for name, runs in self.runs.items():
             split = self._split if len(runs) > 1 else None
-            records, values = [], []
-            for control, config in runs:
-                folder = self.home / control.name
-                if not (folder / "README.md").exists():  # written last
-                    console.print(f"\n[bold]control[/bold] {name}: {control.name}", highlight=False)
-                    data = split.data if split else self.data
-                    with OutputFolder(str(folder), overwrite=True) as output:
-                        train(
-                            control.algorithm,
-                            replace(data, overwrite_output_dir=True, resume=False),
-                            self.model,
-                            config,
-                            console,
-                            before_training=output.clear,
-                            **({"after": split.measure_into(folder)} if split else {}),
-                        )
-                records.append(load_results(folder))
-                if split:
-                    values.append(read_json(folder / "validation.json"))
-            found += _chosen(records, values) if split else records
+            records = [self._run(control, config, split, console, train) for control, config in runs]
+            if split:
+                values = [read_json(self.home / control.name / "validation.json") for control, _ in runs]
+                records = _chosen(records, values)
+            plateau = records[-1] if name == "plateau" else plateau  # by sampled answers, where they are known
+            found += records
+        for name in self.matched:
+            assert plateau is not None
+            control = matched(name, method, plateau)
+            record = self._run(control, self._config(control), self._split, console, train)
+            if control.until_score is not None:
+                console.print(_stopped(control.until_score, record), highlight=False, markup=False)
+            found.append(record)
         return found
+
+    def _run(
+        self,
+        control: Control,
+        config: DemonstrationConfig,
+        split: _Split | None,
+        console: Console,
+        train: Callable[..., RunRecord],
+    ) -> RunRecord:
+        """The record of one run: of the one that lies there finished, or of one that is trained now."""
+        folder = self.home / control.name
+        if (folder / "README.md").exists():  # written last
+            return load_results(folder)
+        console.print(f"\n[bold]control[/bold] {control.control}: {control.name}", highlight=False)
+        options: dict[str, Any] = {"after": split.measure_into(folder)} if split else {}
+        if (score := control.until_score) is not None:
+            options["prepare"] = lambda trainer: trainer.add_callback(StopAtScore(trainer, score))
+        with OutputFolder(str(folder), overwrite=True) as output:
+            train(
+                control.algorithm,
+                replace(split.data if split else self.data, overwrite_output_dir=True, resume=False),
+                self.model,
+                config,
+                console,
+                before_training=output.clear,
+                **options,
+            )
+        return load_results(folder)
+
+
+def _stopped(target: float, record: RunRecord) -> str:
+    """What became of the run that was to stop at a score."""
+    assert record.evaluation is not None
+    score, passes = record.evaluation.means["score_sampled"].mean, f"{record.demonstration_epochs:.3g} passes"
+    reached = f"stopped after {passes}" if score >= target else f"did not get there in {passes}"
+    return f"  {record.name}: score {signed(score)}, the method's is {signed(target)}; {reached}"
 
 
 def _chosen(records: list[RunRecord], values: list[dict[str, float]]) -> list[RunRecord]:

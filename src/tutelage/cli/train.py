@@ -49,7 +49,7 @@ def main(args: Sequence[str], console: Console) -> None:
     folder = Path(training.output_dir)
     report = folder / "report.html"
     write_report([record], report)  # before the controls, which may fail
-    records = [record, *controls.train(console, train)]
+    records = [record, *controls.train(record, console, train)]
     write_report(records, report)
     console.print(summary_table(records))
     for sentence in verdicts(records):
@@ -65,12 +65,14 @@ def train(
     console: Console,
     *,
     before_training: Callable[[], None] = lambda: None,
+    prepare: Callable[[DemonstrationTrainer], None] = lambda trainer: None,
     after: Callable[[DemonstrationTrainer], None] = lambda trainer: None,
 ) -> RunRecord:
     """Train, save, evaluate; returns what results.json holds.
 
     Args:
         before_training: called when data, model and settings have been found good.
+        prepare: called with the trainer before training, to add callbacks.
         after: called with the trainer when all is measured.
     """
     trainer_class = find(algorithm).trainer
@@ -99,6 +101,7 @@ def train(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(LogLines(console))
+        prepare(trainer)
         console.print(
             f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
             f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "

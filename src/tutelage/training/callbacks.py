@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 if TYPE_CHECKING:
     from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["CostsInCheckpoints", "Guard", "StageEnd"]
+__all__ = ["CostsInCheckpoints", "Guard", "StageEnd", "StopAtScore"]
 
 
 class Guard(TrainerCallback):
@@ -67,3 +67,17 @@ class StageEnd(TrainerCallback):
         stages = self.trainer.stages
         if stages is not None and stages.saves_after(state.global_step):
             control.should_save |= args.save_strategy != IntervalStrategy.NO
+
+
+class StopAtScore(TrainerCallback):
+    """Stops after the first epoch with which the sampled answers to the held-out rows have reached a mean score."""
+
+    def __init__(self, trainer: DemonstrationTrainer, score: float):
+        self.trainer, self.score = trainer, score
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        trainer, rows = self.trainer, self.trainer.evaluation_set
+        assert rows is not None
+        with trainer.costs.timed("evaluation"), trainer.compute_loss_context_manager():
+            found = trainer.evaluation(rows).metrics()["score_sampled"]
+        control.should_training_stop |= found >= self.score
