@@ -59,7 +59,8 @@ class DataArguments(ScriptArguments):
                 "Afterwards train what the method has to beat, from the same start and data, and judge it against that: "
                 "plateau (SFT at several rates and passes, the best on validation rows), gentle (SFT at a tenth of the "
                 "rate), self_training (the policy distilled into its own likeliest answers to the --prompt_dataset, in one "
-                "round or four, the better on validation rows), or all."
+                "round or four, the better on validation rows), equal_compute and equal_score (SFT at the plateau's rate, "
+                "with as many operations as the method, and stopped at its score on the held-out rows), or all."
             )
         },
     )
