@@ -5,22 +5,50 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tutelage.models.modes import precision
+from tutelage.errors import UserError
+from tutelage.models.modes import evaluation_mode, exact_float32, precision
+from tutelage.models.paths import first_line
 
-__all__ = ["agree", "is_exact", "plain_logits", "plain_logps", "random_tokens", "sees_later_tokens", "tolerance"]
+__all__ = [
+    "affordable_row",
+    "agree",
+    "is_exact",
+    "plain_logits",
+    "plain_logps",
+    "random_tokens",
+    "sees_later_tokens",
+    "tolerance",
+]
 
+_causal: WeakSet[PreTrainedModel] = WeakSet()
 _EXACT = (torch.float32, torch.float64)
+# A probe goes no further than this: in tokens of a row, for the masks' size, and in operations, for the time (a minute
+# on a slow CPU).
+_LONGEST = 8192
+_CPU_OPERATIONS, _ACCELERATOR_OPERATIONS = 5e12, 1e15
 
 
 def is_exact(base: PreTrainedModel) -> bool:
     """Whether the model computes in float32 or better, where two right ways differ by next to nothing."""
     return precision(base) in _EXACT
+
+
+def affordable_row(base: PreTrainedModel, tokens: int, *, passes: float) -> int:
+    """The longest row up to ``tokens`` that a probe may try, by size and operations; the same on every machine of a kind.
+
+    Args:
+        passes: rows of this length that the probe runs.
+    """
+    operations = _CPU_OPERATIONS if base.device.type == "cpu" else _ACCELERATOR_OPERATIONS
+    per_token = 2 * max(1, base.num_parameters(exclude_embeddings=True))
+    return min(tokens, _LONGEST, max(64, int(operations / per_token / passes)))
 
 
 def random_tokens(base: PreTrainedModel, count: int, seed: int) -> tuple[int, ...]:
@@ -59,7 +87,46 @@ def agree(base: PreTrainedModel, found_N: Tensor, truth_N: Tensor) -> float:
     return (difference_N.max() if is_exact(base) else difference_N.mean()).item()
 
 
-def sees_later_tokens(base: PreTrainedModel) -> bool:
+def require_causal(base: PreTrainedModel) -> None:
+    """Refuse a model in which a later token changes an earlier logit; cached.
+
+    Raises:
+        UserError: it is bidirectional, or its forward does not run on token ids alone.
+    """
+    if base in _causal:
+        return
+    with torch.no_grad(), evaluation_mode(base), exact_float32():
+        try:
+            bidirectional = _sees_later_tokens(base)
+        except Exception as error:
+            raise does_not_run(base, error) from error
+    if bidirectional:
+        raise UserError(
+            f"{type(base).__name__} is bidirectional: a later token changes the logits of earlier ones, so they are no "
+            "next-token probabilities.",
+            remedy="Use a causal language model, or a config without bidirectional attention (is_causal, is_decoder, "
+            "use_bidirectional_attention).",
+            field="model_name_or_path",
+        )
+    _causal.add(base)
+
+
+def does_not_run(base: PreTrainedModel, error: Exception) -> UserError:
+    """What a failure of the model's own forward is, to a user."""
+    return UserError(
+        f"{type(base).__name__} does not run on token ids alone: {said_by(error)}.",
+        remedy="Use a causal language model whose forward needs no other input.",
+        field="model_name_or_path",
+    )
+
+
+def said_by(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    line = first_line(error)[:160]
+    return line if line == type(error).__name__ else f"{type(error).__name__}: {line}"
+
+
+def _sees_later_tokens(base: PreTrainedModel) -> bool:
     """Whether a later token changes an earlier logit, as in a bidirectional model.
 
     Two sequences of one length differ in their second half. In the first half their logits must be the same, up to the

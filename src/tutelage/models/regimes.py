@@ -9,7 +9,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from tutelage.errors import UserError
 from tutelage.models.loading import base_causal_lm
@@ -50,7 +50,9 @@ def regime_lengths(config: PreTrainedConfig) -> dict[str, int]:
     {'window_size': 256, 'max_position_embeddings': 2048}
     """
     found = {
-        name: value for name, value in _integers(config.get_text_config().to_dict(), "") if value > 1 and _LENGTH.search(name)
+        name: value
+        for name, value in _integers(config.get_text_config().to_dict(), "")
+        if value > 1 and _LENGTH.search(name)
     }
     return dict(sorted(found.items(), key=lambda item: item[1]))
 

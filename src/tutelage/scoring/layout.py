@@ -17,8 +17,17 @@ from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Role, collate_padded, collate_shared_prefix
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode, exact_float32
-from tutelage.models.paths import first_line
-from tutelage.models.plain import agree, is_exact, plain_logps, random_tokens, sees_later_tokens, tolerance
+from tutelage.models.plain import (
+    affordable_row,
+    agree,
+    does_not_run,
+    is_exact,
+    plain_logps,
+    random_tokens,
+    require_causal,
+    said_by,
+    tolerance,
+)
 from tutelage.models.regimes import bracket, regime_lengths, require_one_rope, rope_switch
 from tutelage.scoring.forward import token_logps
 
@@ -28,10 +37,6 @@ logger = logging.getLogger(__name__)
 
 _SHORT = 12  # tokens of the rows that every model is tried on
 _LAST = 48  # tokens of a long row's completions: the logits of more would be large
-# A probe goes no further than this: in tokens of a row, for the masks' size, and in operations, for the time (a minute
-# on a slow CPU).
-_LONGEST = 8192
-_CPU_OPERATIONS, _ACCELERATOR_OPERATIONS = 5e12, 1e15
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,10 @@ def probe_layout(model: nn.Module, row_tokens: int = 0, group_tokens: int = 0) -
     """
     base = base_causal_lm(model)
     require_one_rope(
-        model, row_tokens, what="rows of this run have up to", remedy="Lower --max_prompt_length or --max_completion_length"
+        model,
+        row_tokens,
+        what="rows of this run have up to",
+        remedy="Lower --max_prompt_length or --max_completion_length",
     )
     known = _known.get(base)
     if known is None:
@@ -122,7 +130,12 @@ def probe_facts(model: nn.Module) -> dict[str, Any]:
     return {
         "causal": True,
         "layouts": [
-            {"layout": p.layout, "up_to_tokens": [p.row_tokens, p.group_tokens], "tried_tokens": list(p.tried), "reason": p.reason}
+            {
+                "layout": p.layout,
+                "up_to_tokens": [p.row_tokens, p.group_tokens],
+                "tried_tokens": list(p.tried),
+                "reason": p.reason,
+            }
             for p in probes
         ],
         "lengths_in_config": regime_lengths(base.config),
@@ -156,7 +169,12 @@ def _longest_row(group: Group) -> int:
 
 def _said(base: PreTrainedModel, probe: LayoutProbe) -> LayoutProbe:
     logger.info(
-        "layout of %s: %s up to %d tokens (%s), %.1f s", type(base).__name__, probe.layout, probe.row_tokens, probe.reason, probe.seconds
+        "layout of %s: %s up to %d tokens (%s), %.1f s",
+        type(base).__name__,
+        probe.layout,
+        probe.row_tokens,
+        probe.reason,
+        probe.seconds,
     )
     return probe
 
@@ -166,25 +184,14 @@ def _said(base: PreTrainedModel, probe: LayoutProbe) -> LayoutProbe:
 
 @torch.no_grad()
 def _short_probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
-    """A few short rows: is the model causal, is the head all there is after the body, does it take the mask."""
+    """A few short rows: is the model causal, is its head all there is after its body, which layouts does it take."""
     start = time.perf_counter()
     groups = [
         _group(base, _SHORT - 4, (3, 4, 2), seed=3),
         _group(base, 3, (2, 4), seed=4),
     ]
+    require_causal(base)
     with evaluation_mode(model), exact_float32():
-        try:
-            causal = not sees_later_tokens(base)
-        except Exception as error:
-            raise _does_not_run(base, error) from error
-        if not causal:
-            raise UserError(
-                f"{type(base).__name__} is bidirectional: a later token changes the logits of earlier ones, so they "
-                "are no next-token probabilities.",
-                remedy="Use a causal language model, or a config without bidirectional attention (is_causal, "
-                "is_decoder, use_bidirectional_attention).",
-                field="model_name_or_path",
-            )
         probe = _compared(model, base, groups, groups)
     tokens = max(map(len, groups))
     return LayoutProbe(*probe, _SHORT, tokens, (_SHORT, tokens), time.perf_counter() - start)
@@ -234,12 +241,14 @@ def _compared(
     except UserError:
         raise
     except Exception as error:
-        raise _does_not_run(base, error) from error
+        raise does_not_run(base, error) from error
     allowed = tolerance(base, truth_N)
     rounding = agree(base, found_N, truth_N)
     if not rounding <= allowed:
         # Low precision rounds otherwise for every shape of a batch; by how much, the model's own log-probs show.
-        alone_N = torch.cat([token_logps(model, collate_padded([group.select([place])])) for group, place in _each(padded)])
+        alone_N = torch.cat(
+            [token_logps(model, collate_padded([group.select([place])])) for group, place in _each(padded)]
+        )
         alone = agree(base, alone_N, truth_N)
         if not alone <= allowed:
             _refuse_head(name, alone)
@@ -254,12 +263,15 @@ def _compared(
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError) as error:
         # An architecture may reject the shared-prefix layout with any error; finding that out is the purpose of the
         # probe.
-        return "padded", f"{name} does not take the shared-prefix layout: {_said_by(error)}"
+        return "padded", f"{name} does not take the shared-prefix layout: {said_by(error)}"
     chosen = torch.cat([_of_completion(logps_N, batch, shared, group, place) for group, place in ends])
     difference = agree(base, chosen, shared_truth_N)
     longest = max(map(_longest_row, shared))
     if not difference <= (allowed if is_exact(base) else _low_precision(allowed, rounding)):
-        return "padded", f"{name}'s log-probs in the shared-prefix layout differ by {difference:.3g} nats per token, in rows of {longest:,}"
+        return (
+            "padded",
+            f"{name}'s log-probs in the shared-prefix layout differ by {difference:.3g} nats per token, in rows of {longest:,}",
+        )
     return "shared_prefix", f"same log-probs as separate rows of {longest:,} tokens to {difference:.1g} nats per token"
 
 
@@ -302,29 +314,16 @@ def _long_group(base: PreTrainedModel, row: int, group: int) -> Group:
 
 def _affordable(base: PreTrainedModel, row: int, group: int) -> tuple[int, int]:
     """The lengths to try instead of these, in proportion."""
-    operations = _CPU_OPERATIONS if base.device.type == "cpu" else _ACCELERATOR_OPERATIONS
-    tokens = operations / max(1, 2 * base.num_parameters(exclude_embeddings=True))
-    part = min(1.0, _LONGEST / group, tokens / (8 * row + group))
-    if part == 1:
-        return row, group
-    row = max(_SHORT, int(row * part))
-    return row, max(row, int(group * part))
+    tried = affordable_row(base, group, passes=1 + 8 * row / group)
+    return (row, group) if tried == group else (max(_SHORT, row * tried // group), tried)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
-def _does_not_run(base: PreTrainedModel, error: Exception) -> UserError:
-    return UserError(
-        f"{type(base).__name__} does not run on token ids alone: {_said_by(error)}.",
-        remedy="Use a causal language model whose forward needs no other input.",
-        field="model_name_or_path",
-    )
-
-
 def _refuse_head(name: str, difference: float) -> NoReturn:
     raise UserError(
-        f"{name} changes its logits after the head in an unsupported way: its own log-probs differ by "
+        f"{name} changes its logits before or after the head in an unsupported way: its own log-probs differ by "
         f"{difference:.3g} nats per token.",
         remedy="Use another architecture, or report this one with its config.",
         field="model_name_or_path",
@@ -338,8 +337,3 @@ def _refuse_batch(name: str, difference: float, longest: int) -> NoReturn:
         remedy="Use another architecture, or report this one with its config.",
         field="model_name_or_path",
     )
-
-
-def _said_by(error: Exception) -> str:
-    line = first_line(error)[:160]
-    return line if line == type(error).__name__ else f"{type(error).__name__}: {line}"
