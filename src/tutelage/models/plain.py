@@ -19,11 +19,13 @@ from tutelage.models.paths import first_line
 __all__ = [
     "affordable_row",
     "agree",
+    "does_not_run",
     "is_exact",
     "plain_logits",
     "plain_logps",
     "random_tokens",
-    "sees_later_tokens",
+    "require_causal",
+    "said_by",
     "tolerance",
 ]
 

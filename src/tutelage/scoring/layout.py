@@ -74,7 +74,13 @@ class _Known:
     def of(self, row_tokens: int, group_tokens: int) -> LayoutProbe | None:
         if self.short.covers(row_tokens, group_tokens):
             return self.short
-        return next((p for p in self.long if p.covers(row_tokens, group_tokens) and p.layout == "shared_prefix"), None)
+        for probe in self.long:
+            # What works for long rows does for short ones; what does not, does not for longer ones.
+            if probe.covers(row_tokens, group_tokens) and (
+                probe.layout == "shared_prefix" or (probe.tried[0] <= row_tokens and probe.tried[1] <= group_tokens)
+            ):
+                return probe
+        return None
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
@@ -107,12 +113,14 @@ def probe_layout(model: nn.Module, row_tokens: int = 0, group_tokens: int = 0) -
     known = _known.get(base)
     if known is None:
         known = _known[base] = _Known(_said(base, _short_probe(model, base)))
-    found = known.of(row_tokens, max(row_tokens, group_tokens))
+    group_tokens = max(row_tokens, group_tokens)
+    found = known.of(row_tokens, group_tokens)
     if found is None:
         lengths = [*regime_lengths(base.config).values(), *([switch.length] if (switch := rope_switch(base)) else [])]
         row = bracket(row_tokens, lengths)
-        group = max(row, bracket(max(row_tokens, group_tokens), lengths))
-        # One that failed holds for its own lengths alone: shorter rows may pass.
+        # There are always two completions, so that where they stand in a row shows.
+        group = bracket(group_tokens, lengths) if group_tokens > row_tokens else row + min(_LAST, row // 2)
+        row = max(row_tokens, min(row, group - _LAST))
         found = next((p for p in known.long if (p.row_tokens, p.group_tokens) == (row, group)), None)
         if found is None:
             found = _said(base, _long_probe(model, base, known.short.layout, row, group, lengths))
@@ -306,7 +314,7 @@ def _group(base: PreTrainedModel, prompt: int, completions: Sequence[int], seed:
 
 def _long_group(base: PreTrainedModel, row: int, group: int) -> Group:
     """A prompt with as many completions as make a group of ``group`` tokens; with the first, it has ``row`` tokens."""
-    last = min(_LAST, row // 2)
+    last = min(_LAST, row // 2, max(1, group - row))
     prompt = row - last
     count, rest = divmod(group - prompt, last)
     return _group(base, prompt, [last] * count + ([rest] if rest else []), seed=5)
