@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from tutelage.errors import UserError
 from tutelage.models.head import LMHead
 from tutelage.models.loading import base_causal_lm, model_body
-from tutelage.models.modes import evaluation_mode, exact_float32
+from tutelage.models.modes import evaluation_mode, exact_float32, in_float32
 from tutelage.models.plain import affordable_row, agree, plain_logps, random_tokens, require_causal, said_by, tolerance
 from tutelage.models.regimes import bracket, regime_lengths
 from tutelage.sampling.decoding import Decoding, MixedLengths, OneLength, missing_arguments
@@ -109,7 +110,7 @@ def _probe(model: nn.Module, base: PreTrainedModel, row_tokens: int, lengths: Se
     # Decoding itself passes each length once, and the longest row is decoded at its end.
     rows = sorted({longest, *(n + 2 for n in lengths if _SHORT < n + 2 <= longest)} if longest > _SHORT else {_SHORT})
     said = []
-    with evaluation_mode(model), exact_float32():
+    with evaluation_mode(model), in_float32(base) if longest > _SHORT else nullcontext(), exact_float32():
         for way in (MixedLengths, OneLength):
             problem = next(filter(None, (_problem(base, way, row) for row in rows)), None)
             if problem is None:
@@ -125,10 +126,8 @@ def _problem(base: PreTrainedModel, way: type[Decoding], row_tokens: int) -> str
     """What is wrong with a way in rows of this length; None if nothing is."""
     long = row_tokens - _STEPS
     # Log-probs of what follows several prompts: as the sampler decodes, and as one would look them up.
-    prompts = [
-        random_tokens(base, n, seed=11 + i)
-        for i, n in enumerate((long, max(2, long // 2), 3) if way is MixedLengths else (long, long))
-    ]
+    lengths = (long, long) if way is OneLength else (long, long // 2, 3) if row_tokens <= _SHORT else (long, 3)
+    prompts = [random_tokens(base, n, seed=11 + i) for i, n in enumerate(lengths)]
     forced = [random_tokens(base, _STEPS, seed=21 + i) for i in range(len(prompts))]
     truth_N = torch.cat([plain_logps(base, *row) for row in zip(prompts, forced, strict=True)])
     try:

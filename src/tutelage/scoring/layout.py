@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Role, collate_padded, collate_shared_prefix
 from tutelage.models.loading import base_causal_lm
-from tutelage.models.modes import evaluation_mode, exact_float32
+from tutelage.models.modes import evaluation_mode, exact_float32, in_float32
 from tutelage.models.plain import (
     affordable_row,
     agree,
@@ -218,8 +218,8 @@ def _long_probe(
     start = time.perf_counter()
     row, group = _affordable(base, row_tokens, group_tokens)
     long = _long_group(base, row, group)
-    rows = [long.select([0]), _group(base, max(1, row // 2 - 4), (4,), seed=6), _group(base, 3, (4,), seed=7)]
-    with evaluation_mode(model), exact_float32():
+    rows = [long.select([0]), _group(base, 3, (4,), seed=6)]
+    with evaluation_mode(model), in_float32(base), exact_float32():
         layout, reason = _compared(model, base, rows, [long] if short == "shared_prefix" else [])
     if (row, group) != (row_tokens, group_tokens):
         reason += f"; tried up to {row:,} tokens a row and {group:,} a group, longer ones take too long"
@@ -244,7 +244,8 @@ def _compared(
     """
     name = type(base).__name__
     try:
-        truth_N = torch.cat([_own_logps(base, group, place) for group, place in _each(padded)])
+        truth = _Truth(base)
+        truth_N = torch.cat([truth.of(group, place) for group, place in _each(padded)])
         found_N = token_logps(model, collate_padded(padded))
     except UserError:
         raise
@@ -260,12 +261,13 @@ def _compared(
         alone = agree(base, alone_N, truth_N)
         if not alone <= allowed:
             _refuse_head(name, alone)
+        allowed = max(allowed, 3 * rounding)
         if is_exact(base):
             _refuse_batch(name, rounding, max(map(_longest_row, padded)))
     if not shared:
         return "padded", f"{name} does not take the shared-prefix layout"
-    ends = [(group, place) for group in shared for place in {0, len(group.completions) - 1}]
-    shared_truth_N = torch.cat([_own_logps(base, group, place) for group, place in ends])
+    ends = [(group, place) for group in shared for place in sorted({0, len(group.completions) - 1})]
+    shared_truth_N = torch.cat([truth.of(group, place) for group, place in ends])
     try:
         logps_N = token_logps(model, batch := collate_shared_prefix(shared))
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError) as error:
@@ -275,7 +277,7 @@ def _compared(
     chosen = torch.cat([_of_completion(logps_N, batch, shared, group, place) for group, place in ends])
     difference = agree(base, chosen, shared_truth_N)
     longest = max(map(_longest_row, shared))
-    if not difference <= (allowed if is_exact(base) else _low_precision(allowed, rounding)):
+    if not difference <= allowed:
         return (
             "padded",
             f"{name}'s log-probs in the shared-prefix layout differ by {difference:.3g} nats per token, in rows of {longest:,}",
@@ -283,17 +285,23 @@ def _compared(
     return "shared_prefix", f"same log-probs as separate rows of {longest:,} tokens to {difference:.1g} nats per token"
 
 
-def _low_precision(allowed: float, rounding: float) -> float:
-    """A wrong mask can change log-probs by less than the tolerance of low precision: what rounding does is the measure."""
-    return max(allowed / 5, min(allowed, 4 * rounding), rounding)
+class _Truth:
+    """The plain model's log-probs, each sequence run once."""
+
+    def __init__(self, base: PreTrainedModel):
+        self._base = base
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
+
+    def of(self, group: Group, place: int) -> Tensor:
+        """[N] of the completion at ``place``."""
+        key = group.prompt_ids, group.completions[place].token_ids
+        if key not in self._known:
+            self._known[key] = plain_logps(self._base, *key)
+        return self._known[key]
 
 
 def _each(groups: Sequence[Group]) -> list[tuple[Group, int]]:
     return [(group, place) for group in groups for place in range(len(group.completions))]
-
-
-def _own_logps(base: PreTrainedModel, group: Group, place: int) -> Tensor:
-    return plain_logps(base, group.prompt_ids, group.completions[place].token_ids)
 
 
 def _of_completion(logps_N: Tensor, batch: Batch, groups: Sequence[Group], group: Group, place: int) -> Tensor:
