@@ -15,7 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["ARCHITECTURES", "SKIPPED", "tiny"]
+__all__ = ["ARCHITECTURES", "REFUSED", "SKIPPED", "VOCABULARY", "tiny"]
 
 VOCABULARY = 97
 LAYERS = 2
@@ -84,9 +84,9 @@ def _shrunk(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, [_small(name, each, latent) for each in short]
         elif name == "is_decoder":
             yield name, True
-        elif re.search(r"logit\w*soft_?cap|logits_soft_cap", name):
+        elif re.search(r"logit\w*soft_?cap|logits_soft_cap", name) and value is not None:
             yield name, 3.0
-        elif re.fullmatch(r"logits?_scal\w+|lm_head_multiplier|logits_mup\w*", name):
+        elif re.fullmatch(r"logits?_scal\w+|lm_head_multiplier|logits_mup\w*", name) and value is not None:
             yield name, 0.7
         elif name in ("initializer_range", "init_std") and isinstance(value, float):
             yield name, 0.2  # different tokens get visibly different probabilities
@@ -134,6 +134,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         "mamba_dt_rank": 8,
     },
+    "openai-gpt": "cannot be sampled from: .*past_key_values",
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 6},
     "zamba": {
         "attn_layer_period": 2,
@@ -154,6 +155,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    # multiplies by what others of this name divide by: with another factor than its default it is refused
+    "hyperclovax": {"logits_scaling": 1.0},
     # heads without a default
     "nemotron": {"num_key_value_heads": 2},
     # a decoder by option
@@ -166,5 +169,45 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hrm_text": {"H_cycles": 1, "L_cycles": 1, "num_layers_per_stack": 2, "num_hidden_layers": 4},
     "rwkv": {"attention_hidden_size": 32},
 }
-SKIPPED: dict[str, str] = {}
+# What cannot be tried, with the reason.
+SKIPPED: dict[str, str] = {
+    "blt": "reads bytes in patches that a second model cuts; its config has no sizes of its own",
+    "dots3_note": "sizes of heads that depend on each other, by layer",
+    "dots3_note_text": "sizes of heads that depend on each other, by layer",
+    "gemma3n": "its vision part needs timm; gemma3n_text is tried",
+    "gemma4_assistant": "drafts for another model, whose cache it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose cache it reads",
+    "musicgen": "composed of three models; no text decoder of its own",
+    "musicgen_melody": "composed of three models; no text decoder of its own",
+    "qwen4_exp": "has no default for the budget of its indexer",
+    "qwen4_exp_text": "has no default for the budget of its indexer",
+    "reformer": "hashes at random: two passes of its own differ",
+}
+_HEAD, _AHEAD = "before or after the head", "is bidirectional"
+_NO_CACHE = r"cannot be sampled from: its forward takes no past_key_values"
+# What we refuse, and how the error says so. Of those without a cache, only sampling is refused.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *(
+                "bert",
+                "big_bird",
+                "camembert",
+                "data2vec-text",
+                "electra",
+                "ernie",
+                "megatron-bert",
+                "modernbert-decoder",
+            ),
+            *("prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
+            *("xlm-roberta-xl", "xmod"),
+        ),
+        _HEAD,
+    ),
+    **dict.fromkeys(("cpmant", "xlm", "xlnet"), _AHEAD),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), _NO_CACHE),
+    "doge": "beside other rows",  # the keys that it keeps are counted over the padded row
+    "openai-gpt": "cannot be sampled from: .*past_key_values",
+    "recurrent_gemma": "cannot be sampled from: .*past_key_values",  # its cache is not handed out
+}
 ARCHITECTURES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

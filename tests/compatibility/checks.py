@@ -26,14 +26,14 @@ class Finding:
 
     Attributes:
         layout: what the probe chose; None where the model is refused.
-        sampling: how it is sampled; None where it is refused.
+        sampled: whether it can be sampled from.
         refusals: the errors' texts.
         logps: largest difference of a token's log-prob from the plain model's, over the layouts.
         wrong_tokens: greedy tokens that are not the plain model's.
     """
 
     layout: str | None
-    sampling: str | None
+    sampled: bool
     refusals: tuple[str, ...]
     logps: float = 0.0
     wrong_tokens: int = 0
@@ -41,7 +41,7 @@ class Finding:
 
 def compare(model: PreTrainedModel, vocabulary: int) -> Finding:
     """Run a model in our ways and in its own; only a ``UserError`` is a refusal."""
-    groups, refusals, layout, way, difference, wrong = _groups(vocabulary), [], None, None, 0.0, 0
+    groups, refusals, layout, sampled, difference, wrong = _groups(vocabulary), [], None, False, 0.0, 0
     try:
         layout = probe_layout(model, 40, 60).layout
     except UserError as error:
@@ -56,7 +56,7 @@ def compare(model: PreTrainedModel, vocabulary: int) -> Finding:
         prompts = [group.prompt_ids for group in groups]
         params = SamplingParams(max_completion_length=NEW_TOKENS, temperature=0)
         drawn = sampler.sample(prompts, params, num_samples=2)
-        way = "sampled"
+        sampled = True
     except UserError as error:
         refusals.append(str(error))
     else:
@@ -65,7 +65,7 @@ def compare(model: PreTrainedModel, vocabulary: int) -> Finding:
             for prompt, each in zip(prompts, drawn, strict=True)
             for s in each
         )
-    return Finding(layout, way, tuple(refusals), difference, wrong)
+    return Finding(layout, sampled, tuple(refusals), difference, wrong)
 
 
 def _groups(vocabulary: int) -> list[Group]:

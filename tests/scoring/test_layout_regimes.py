@@ -98,7 +98,9 @@ def truth(model, groups):
 
 @torch.no_grad()
 def assert_plain(model, groups):
-    torch.testing.assert_close(completion_token_logps(model, groups).logps_N, truth(model, groups), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        completion_token_logps(model, groups).logps_N, truth(model, groups), atol=2e-5, rtol=1e-5
+    )
 
 
 # --- windows and chunks, whatever they are called ----------------------------------------------------------------------

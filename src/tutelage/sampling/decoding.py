@@ -149,9 +149,10 @@ class OneLength(Decoding):
 
 
 def _takes(base: PreTrainedModel, name: str, *, by_name: bool = False) -> bool:
-    """Whether the forward of the model's body takes an argument; a wrapper that hands all on may."""
+    """Whether the forward of the model's body takes an argument; one that hands all on to another may."""
     parameters = inspect.signature(model_body(base).forward).parameters
-    return name in parameters or (not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
+    hands_on = "use_cache" not in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or (hands_on and not by_name)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
