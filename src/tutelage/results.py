@@ -46,6 +46,7 @@ __all__ = [
     "model_card",
     "results_beside",
     "run_id",
+    "told_of_probes",
     "write_results",
 ]
 
@@ -266,6 +267,9 @@ class RunRecord:
         flops: floating-point operations by kind of work, and their ``total``: an estimate (``docs/evaluation.md``).
             Empty where they were not counted.
         retention: what training did to another task, if rows of one were given.
+        probes: what was tried on the model itself before it was used, and found: ``layout`` (which layouts give a plain
+            forward's log-probs, up to which lengths, whether it is causal, the lengths in its config, the seconds it
+            took) and ``sampling`` (likewise for decoding).
     """
 
     name: str
@@ -289,6 +293,7 @@ class RunRecord:
     selection: list[CandidateRecord] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=dict, metadata=_MAY_BE_ABSENT)
     retention: RetentionRecord | None = field(default=None, metadata=_MAY_BE_ABSENT)
+    probes: dict[str, Any] = field(default_factory=dict, metadata=_MAY_BE_ABSENT)
 
     def __post_init__(self):
         if not self.id:
@@ -391,6 +396,25 @@ def results_beside(model: str | Path) -> Path | None:
     return next((path for place in places if (path := place / "results.json").is_file()), None)
 
 
+def told_of_probes(record: RunRecord) -> dict[str, str]:
+    """What the probes of a run's model found, as a line each; nothing that differs from one machine to another."""
+    layout, sampling = (record.probes.get(name) or {} for name in ("layout", "sampling"))
+    told = {}
+    if layout:
+        told["probe of the layout"] = "causal; " + "; ".join(
+            f"{each['layout']} up to {each['up_to_tokens'][0]:,} tokens a row, {each['up_to_tokens'][1]:,} a group"
+            for each in layout.get("layouts", ())
+        )
+        told["lengths in the model's config"] = ", ".join(
+            f"{name} {length:,}" for name, length in (layout.get("lengths_in_config") or {}).items()
+        )
+    if sampling:
+        told["probe of sampling"] = "; ".join(
+            f"{each['way']} up to {each['up_to_tokens']:,} tokens a row" for each in sampling.get("ways", ())
+        )
+    return {name: line for name, line in told.items() if line}
+
+
 def model_card(record: RunRecord) -> str:
     """A README.md for the model: what made it, with which settings, and what was found on held-out rows."""
     epochs = record.demonstration_epochs
@@ -410,7 +434,7 @@ def model_card(record: RunRecord) -> str:
         "",
         "| setting | value |",
         "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in record.settings.items()),
+        *(f"| {name} | {value} |" for name, value in {**record.settings, **told_of_probes(record)}.items()),
         "",
         "## Results on held-out rows",
         "",

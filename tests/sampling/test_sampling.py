@@ -75,7 +75,7 @@ def test_batch_size_and_neighbours_change_no_sample():
 def test_prompts_that_run_a_few_at_a_time_change_no_sample(monkeypatch):
     model, prompts = tiny_model("gemma3"), random_prompts(9)
     together = TransformersSampler(model).sample(prompts, PARAMS, num_samples=2)
-    monkeypatch.setattr("tutelage.sampling.transformers._CPU_PREFILL_TOKENS", 30)  # two or three prompts
+    monkeypatch.setattr("tutelage.sampling.decoding._CPU_PREFILL_TOKENS", 30)  # two or three prompts
     apart = TransformersSampler(model).sample(prompts, PARAMS, num_samples=2)
     assert_same_but_for_rounding(*([[s.token_ids for s in drawn] for drawn in run] for run in (apart, together)))
 
@@ -109,11 +109,12 @@ def test_ends_at_a_stop_token_or_at_the_limit():
 def test_finished_rows_leave_the_batch():
     model, prompts = tiny_model(initializer_range=0.05), random_prompts(64)
     params = SamplingParams(max_completion_length=40, stop_ids=frozenset(range(2, 20)))
-    rows = []
+    sampler, rows = TransformersSampler(model, batch_size=64), []
+    sampler.sample(prompts[:1], params)  # probes the model
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    TransformersSampler(model, batch_size=64).sample(prompts, params)
+    sampler.sample(prompts, params)
     hook.remove()
     assert rows[0] == 64
     assert rows[-1] < 16

@@ -13,6 +13,7 @@ from tutelage.cli.common import computing, load_data, load_policy, load_tokeniza
 from tutelage.cli.progress import TerminalProgress
 from tutelage.data import Tokenization, load_dataset
 from tutelage.evaluation.policy import Evaluation, EvaluationSet, can_sample
+from tutelage.evaluation.probes import model_probes
 from tutelage.evaluation.record import evaluated, retention
 from tutelage.results import EvaluationRecord, RetentionRecord, RunRecord, load_results, results_beside
 from tutelage.training.costs import peak_memory_bytes, reset_peak_memory
@@ -71,7 +72,8 @@ class Evaluator:
         record = RunRecord(label, "base", model=name, dataset=None, seed=seed, peak_memory_bytes=peak)
         if results := results_beside(name):
             record = replace(load_results(results), name=label)
-        return replace(evaluated(record, found, rows), retention=kept or record.retention)
+        probes = record.probes or model_probes(model)
+        return replace(evaluated(record, found, rows), retention=kept or record.retention, probes=probes)
 
     def against_reference(self, records: Sequence[RunRecord]) -> list[RunRecord]:
         """The records with the KL of each model to the reference, which is asked once all answers are there.

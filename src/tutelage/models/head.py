@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -24,6 +25,12 @@ _BLOCK_MULTIPLE = 256
 # Logits of a few tokens over all of the vocabulary, for a head that cannot be read in blocks.
 _WHOLE_ELEMENTS = 2**25
 
+# Fields of transformers' configs that say what becomes of the head's output. One that is not here, the probe of the layout
+# refuses.
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
@@ -36,9 +43,13 @@ class LMHead:
     @staticmethod
     def of(base: PreTrainedModel) -> LMHead:
         config = base.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+        def given(names: tuple[str, ...]) -> list[float]:
+            return [float(value) for name in names if (value := getattr(config, name, None))]
+
         module = cast(nn.Module, base.get_output_embeddings())
-        return LMHead(module, float(scale), getattr(config, "final_logit_softcapping", None))
+        scale = math.prod(given(_FACTORS)) / math.prod(given(_DIVISORS))
+        return LMHead(module, scale, next(iter(given(_SOFTCAPS)), None))
 
     @property
     def vocab_size(self) -> int:

@@ -29,6 +29,7 @@ __all__ = [
     "first_line",
     "load_model",
     "load_tokenizer",
+    "model_body",
     "require_exists",
     "run_part",
 ]
@@ -134,3 +135,15 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside adapters."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def model_body(base: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that turns tokens into last hidden states, without its head; the model itself if it has none.
+
+    transformers' ``base_model`` is the whole model where the name it goes by is that of no part (Llama 4).
+    """
+    body = cast(PreTrainedModel, base.base_model)
+    if body is not base:
+        return body
+    parts = [part for part in base.children() if isinstance(part, PreTrainedModel)]
+    return parts[0] if len(parts) == 1 else base

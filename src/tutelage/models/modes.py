@@ -12,11 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tutelage.models.loading import base_causal_lm
+from tutelage.models.precision import MEMORY_SHARE, available_memory
 
 __all__ = [
     "adapters_under_autocast",
     "evaluation_mode",
     "exact_float32",
+    "in_float32",
     "precision",
     "without_dropout",
 ]
@@ -65,6 +67,29 @@ def exact_float32() -> Iterator[None]:
             switch.fp32_precision = "none"  # so that a value that came from the general setting goes on following it
             if switch.fp32_precision != value:
                 switch.fp32_precision = value
+
+
+@contextmanager
+def in_float32(base: PreTrainedModel) -> Iterator[None]:
+    """Within, a model of 16-bit weights computes in float32, where a wrong mask cannot hide behind rounding.
+
+    The same weights come back afterwards. Nothing changes for quantized weights, for kinds of attention that know no
+    float32, and where there is no memory for it.
+    """
+    tensors = [t for t in (*base.parameters(), *base.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
+    able = base.config._attn_implementation in ("sdpa", "eager", None) and not getattr(base, "is_quantized", False)
+    if not able or 4 * sum(t.numel() for t in tensors) > MEMORY_SHARE * available_memory(base.device):
+        yield
+        return
+    saved = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in saved:
+            tensor.data = data.float()
+        with torch.autocast(base.device.type, enabled=False):
+            yield
+    finally:
+        for tensor, data in saved:
+            tensor.data = data
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tutelage.report import charts
 from tutelage.report.runs import has_verifier_score, is_graded, require_distinct_names, starts_of
 from tutelage.report.summary import Cell, Column, duration, summary_columns
 from tutelage.report.verdicts import judge, signed
-from tutelage.results import Curve, Interval, RunRecord, SampleRecord
+from tutelage.results import Curve, Interval, RunRecord, SampleRecord, told_of_probes
 
 __all__ = ["render", "write_report"]
 
@@ -363,6 +363,7 @@ def _settings(runs: Sequence[RunRecord]) -> str:
             "start": ", ".join(start.name for start in starts_of(run, runs)) or run.start,
         }
         | run.settings
+        | told_of_probes(run)
         for run in runs
     ]
     keys = _distinct(key for settings in all_settings for key in settings)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import Cache, DynamicLayer
 
-from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.models.attention import attention_by_products
+from tutelage.errors import NonFiniteLossError
 from tutelage.models.head import LMHead
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import adapters_under_autocast, evaluation_mode
+from tutelage.models.regimes import require_one_rope
 from tutelage.sampling.base import Sample, SamplingParams, uniforms
+from tutelage.sampling.decoding import Decoding, OneLength
+from tutelage.sampling.probe import probe_sampling
 
 __all__ = ["TransformersSampler", "draw_tokens"]
 
@@ -27,8 +27,6 @@ __all__ = ["TransformersSampler", "draw_tokens"]
 _CPU_DRAW_ELEMENTS, _ACCELERATOR_DRAW_ELEMENTS = 2**20, 2**26
 # The cumulative distribution is searched in two steps: over blocks of this many tokens, then inside one.
 _BLOCK = 512
-# Prompt tokens that run at once: enough for large products; on a CPU few enough that activations stay near the core.
-_CPU_PREFILL_TOKENS, _ACCELERATOR_PREFILL_TOKENS = 2**11, 2**14
 
 
 class TransformersSampler:
@@ -42,17 +40,12 @@ class TransformersSampler:
         pad_token_id: pads prompts on the left; no sample depends on it.
 
     Raises:
-        UserError: the model has no key-value cache that can be reduced to the unfinished rows.
+        UserError: no way to decode gives the model's own log-probs (``probe_sampling``), or a rope changes within the
+            lengths that ``sample`` is asked for.
     """
 
     def __init__(self, model: nn.Module, *, batch_size: int = 64, pad_token_id: int = 0):
-        body = base_causal_lm(model).base_model
-        missing = {"past_key_values", "position_ids"} - set(inspect.signature(body.forward).parameters)
-        if missing:
-            raise UserError(
-                f"{type(body).__name__} cannot be sampled from: its forward takes no {' and no '.join(sorted(missing))}.",
-                remedy="Use a transformer with a key-value cache.",
-            )
+        probe_sampling(model)
         if base_causal_lm(model).device.type == "cpu":
             keep_freed_memory()
         self.model, self.batch_size, self.pad_token_id = model, batch_size, pad_token_id
@@ -71,94 +64,69 @@ class TransformersSampler:
         stage: int = 0,
         on_finished: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
-        """See ``Sampler.sample``. Prompts of similar length are decoded together; finished rows leave the batch."""
+        """See ``Sampler.sample``. Prompts of similar length are decoded together; finished rows leave the batch.
+
+        Raises:
+            UserError: see the class.
+        """
         rows = range(len(prompts)) if rows is None else rows
         samples: list[list[Sample]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        prompts_a_batch = max(1, self.batch_size // num_samples)
+        longest = max(map(len, prompts), default=0) + params.max_completion_length
+        require_one_rope(
+            self.model, longest, what="prompt and completion may have", remedy="Lower --max_completion_length"
+        )
+        way = probe_sampling(self.model, longest).way
         with evaluation_mode(self.model), adapters_under_autocast(self.model):
-            for start in range(0, len(order), prompts_a_batch):
-                places = order[start : start + prompts_a_batch]
+            for places in self._batches([len(prompt) for prompt in prompts], num_samples, way):
                 draws = range(num_samples)
                 for first in range(0, num_samples, self.batch_size):
-                    decoding = _Decoding.of(
+                    batch = _Batch.of(
                         [prompts[place] for place in places],
                         [rows[place] for place in places],
                         draws[first : first + self.batch_size],
                     )
-                    for place, drawn in zip(places, self._decode(decoding, params, stage), strict=True):
+                    for place, drawn in zip(places, self._decode(batch, params, stage, way), strict=True):
                         samples[place] += drawn
                 if on_finished:
                     for place in places:
                         on_finished(place, samples[place])
         return samples
 
-    def _decode(self, batch: _Decoding, params: SamplingParams, stage: int) -> list[list[Sample]]:
+    def _batches(self, lengths: Sequence[int], num_samples: int, way: type[Decoding]) -> Iterator[list[int]]:
+        """Places of the prompts that are decoded together: of similar length, or of one where the way demands it."""
+        prompts_a_batch = max(1, self.batch_size // num_samples)
+        order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        alike = (list(group) for _, group in groupby(order, key=lambda index: lengths[index]))
+        for places in alike if way is OneLength else [order]:
+            yield from (places[start : start + prompts_a_batch] for start in range(0, len(places), prompts_a_batch))
+
+    def _decode(self, batch: _Batch, params: SamplingParams, stage: int, way: type[Decoding]) -> list[list[Sample]]:
         base = base_causal_lm(self.model)
-        head, device = LMHead.of(base), base.device
-        hidden, cache, attention_mask = self._prefill(batch.prompts)
+        head, decoding = LMHead.of(base), way(base, batch.prompts, self.pad_token_id)  # type: ignore[call-arg]
         # The prompt ran once; from here on each of its draws is a row of its own.
         if len(batch.parents) > len(batch.prompts):
-            parents = torch.from_numpy(batch.parents).to(device)
-            cache.batch_select_indices(parents)
-            hidden, attention_mask = hidden[parents], attention_mask[parents]
-        last = attention_mask.sum(1) - 1
+            decoding.select(torch.from_numpy(batch.parents))
         live = np.arange(len(batch.rows))  # which draw each row of the tensors belongs to
         running = np.ones(len(live), dtype=bool)
         for position in range(params.max_completion_length):
             numbers = uniforms(params.seed, stage, batch.rows[live], batch.draws[live], position)
-            tokens, logps = draw_tokens(head.raw_logits(hidden), numbers, transform=head.transform, params=params)
+            logits = head.raw_logits(decoding.hidden)
+            tokens, logps = draw_tokens(logits, numbers, transform=head.transform, params=params)
             running = batch.extend(live, running, tokens, logps, params.stop_ids)
             if not running.any() or position + 1 == params.max_completion_length:
                 break
             # Removing rows copies the cache, so rows leave only once an eighth of the batch has finished.
             if running.sum() <= len(live) * 7 // 8:
-                keep = torch.from_numpy(np.flatnonzero(running)).to(device)
-                cache.batch_select_indices(keep)
-                attention_mask, last, tokens = attention_mask[keep], last[keep], tokens[keep.to(tokens.device)]
+                keep = torch.from_numpy(np.flatnonzero(running))
+                decoding.select(keep)
+                tokens = tokens[keep.to(tokens.device)]
                 live, running = live[running], running[running]
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(live), 1)], dim=1)
-            last = last + 1
-            hidden = base.base_model(
-                input_ids=tokens[:, None].to(device),
-                attention_mask=attention_mask,
-                position_ids=last[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
+            decoding.step(tokens)
         return batch.samples()
-
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache, Tensor]:
-        """Run each prompt once: its last hidden state, the cache, and the mask of what is no padding.
-
-        A few prompts run at a time, which keeps activations small, and prompts are padded only to others of similar
-        length.
-        """
-        base = base_causal_lm(self.model)
-        width = max(len(prompt) for prompt in prompts)
-        tokens = _CPU_PREFILL_TOKENS if base.device.type == "cpu" else _ACCELERATOR_PREFILL_TOKENS
-        rows = max(1, tokens // width)
-        hidden, caches = [], []
-        for start in range(0, len(prompts), rows):
-            input_ids, attention_mask = _left_padded(prompts[start : start + rows], self.pad_token_id)
-            attention_mask = attention_mask.to(base.device)
-            caches.append(Cache(layer_class_to_replicate=DynamicLayer))
-            with attention_by_products(base, input_ids.shape[1]):
-                outputs = base.base_model(
-                    input_ids=input_ids.to(base.device),
-                    attention_mask=attention_mask,
-                    position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-                    past_key_values=caches[-1],
-                    use_cache=True,
-                )
-            hidden.append(outputs.last_hidden_state[:, -1])
-        layers = zip(*(cache.layers for cache in caches), strict=True)
-        cache = Cache(layers=[_GrowingLayer.joined(parts, width) for parts in layers])
-        return torch.cat(hidden), cache, _left_padded(prompts, self.pad_token_id)[1].to(base.device)
 
 
 @dataclass(slots=True)
-class _Decoding:
+class _Batch:
     """The sequences of one batch while they grow: draw d of prompt p is row ``p * len(draws) + d``."""
 
     prompts: list[Sequence[int]]
@@ -170,9 +138,9 @@ class _Decoding:
     finished: list[bool]
 
     @staticmethod
-    def of(prompts: list[Sequence[int]], rows: list[int], draws: Sequence[int]) -> _Decoding:
+    def of(prompts: list[Sequence[int]], rows: list[int], draws: Sequence[int]) -> _Batch:
         parents = np.repeat(np.arange(len(prompts)), len(draws))
-        return _Decoding(
+        return _Batch(
             prompts=prompts,
             parents=parents,
             rows=np.asarray(rows, dtype=np.int64)[parents],
@@ -279,64 +247,3 @@ def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
 def _last_positive(values: Tensor) -> Tensor:
     """[B, 1] index of the last positive value of each row."""
     return values.shape[1] - 1 - (values > 0).flip(1).int().argmax(1, keepdim=True)
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = [[pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-class _GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in a preallocated buffer: a step writes only its own token and copies nothing.
-
-    transformers' dynamic layer concatenates, which copies the whole cache at each step.
-    """
-
-    keys: Tensor
-    values: Tensor
-    _buffers: tuple[Tensor, ...]
-
-    @staticmethod
-    def joined(layers: Sequence[DynamicLayer], width: int) -> _GrowingLayer:
-        """The rows of several layer caches stacked, each left-padded to ``width`` tokens."""
-        joined = _GrowingLayer()
-        joined.lazy_initialization(cast(Tensor, layers[0].keys), cast(Tensor, layers[0].values))
-        joined._buffers = tuple(
-            _stacked([cast(Tensor, getattr(layer, name)) for layer in layers], width) for name in ("keys", "values")
-        )
-        joined.keys, joined.values = (buffer[:, :, :width] for buffer in joined._buffers)
-        return joined
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if end > self._buffers[0].shape[2]:
-            # Grow by half, at least 64: only a few copies per completion, and soon less than twice the memory.
-            self._buffers = tuple(_grown(states, end + max(64, end // 2)) for states in (self.keys, self.values))
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.keys.shape[2]
-        self._buffers = tuple(_grown(states[indices], length + 64) for states in (self.keys, self.values))
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-
-
-def _grown(states: Tensor, length: int) -> Tensor:
-    buffer = states.new_empty(*states.shape[:2], length, states.shape[3])
-    buffer[:, :, : states.shape[2]] = states
-    return buffer
-
-
-def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
-    rows, (_, heads, _, size) = sum(len(part) for part in parts), parts[0].shape
-    buffer, start = parts[0].new_zeros(rows, heads, width + 64, size), 0
-    for part in parts:
-        buffer[start : start + len(part), :, width - part.shape[2] : width] = part
-        start += len(part)
-    return buffer

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tutelage.groups import Batch
 from tutelage.models.attention import attention_by_products, attention_kind
 from tutelage.models.head import LMHead, head_logps
-from tutelage.models.loading import base_causal_lm
+from tutelage.models.loading import base_causal_lm, model_body
 from tutelage.models.modes import adapters_under_autocast
 
 __all__ = ["hidden_states", "layer_hidden_states", "predictor_hidden_states", "token_logps"]
@@ -68,7 +68,7 @@ def _run_body(base: PreTrainedModel, batch: Batch, **options: Any) -> Any:
     else:
         inputs = {"attention_mask": _shared_prefix_attention(base, batch), "position_ids": batch.position_ids}
     with adapters_under_autocast(base):
-        return base.base_model(input_ids=batch.input_ids, use_cache=False, **inputs, **options)
+        return model_body(base)(input_ids=batch.input_ids, use_cache=False, **inputs, **options)
 
 
 def _shared_prefix_attention(base: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:

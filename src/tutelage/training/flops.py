@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tutelage.models.loading import base_causal_lm
+from tutelage.models.loading import base_causal_lm, model_body
 
 __all__ = ["FORWARD", "FORWARD_AND_BACKWARD", "count_passes", "counted", "parameters_per_token"]
 
@@ -41,7 +41,7 @@ def count_passes(model: nn.Module, count: Callable[..., None]) -> RemovableHandl
     Returns:
         what ends it.
     """
-    body = base_causal_lm(model).base_model
+    body = model_body(base_causal_lm(model))
     return body.register_forward_pre_hook(_Counter(parameters_per_token(model), count), with_kwargs=True)
 
 

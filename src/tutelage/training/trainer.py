@@ -27,10 +27,12 @@ from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
+from tutelage.evaluation.probes import model_probes
 from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
+from tutelage.models.router import router_loss
 from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, model_card, run_id
@@ -40,6 +42,7 @@ from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.flops import counted
+from tutelage.training.lengths import probed_lengths
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.retention import Retention
@@ -159,6 +162,12 @@ class DemonstrationTrainer(Trainer):
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._choose_layout(cast(Layout, args.layout))
+        if unused := router_loss(base_causal_lm(self.policy).config):
+            logger.warning(
+                "%s: the router's auxiliary loss (%s) is not added: the objective alone trains the router",
+                type(base_causal_lm(self.policy)).__name__,
+                unused,
+            )
         self.scorer = PolicyScorer(
             self.policy,
             layout=self.layout,
@@ -213,7 +222,7 @@ class DemonstrationTrainer(Trainer):
         return self.stages.stage if self.stages else -1
 
     def _choose_layout(self, layout: Layout) -> Literal["shared_prefix", "padded"]:
-        probe = probe_layout(self.policy)
+        probe = probe_layout(self.policy, *probed_lengths(self.policy, self.args, self.train_dataset, self.source))
         if layout == "shared_prefix" and probe.layout != "shared_prefix":
             raise UserError(f"the shared-prefix layout does not work: {probe.reason}.", remedy="Use --layout auto.")
         return probe.layout if layout == "auto" else layout
@@ -550,6 +559,7 @@ class DemonstrationTrainer(Trainer):
             history=self.state.log_history,
             curves=list(self.info.curves),
             selection=self.stages.phase.selection if self.stages else [],
+            probes=model_probes(self.policy),
         )
         return replace(record, card=self.info.card(record))
 
