@@ -21,7 +21,7 @@ from tutelage.cli.progress import TerminalProgress
 from tutelage.cli.rewards import first_member, load_reward
 from tutelage.data import Tokenization
 from tutelage.data.readers import extension, read_file
-from tutelage.data.tokenization import TokenizedRow, tokenized_rows
+from tutelage.data.tokenized import TokenizedRow, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.evaluation.cleaning import Ranked, number_dropped, rank_rows
 from tutelage.evaluation.policy import can_sample

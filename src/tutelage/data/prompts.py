@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from tutelage.data.tokenization import FEATURES, Tokenization, row_of_group, tokenized_prompts
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import FEATURES, row_of_group, tokenized_prompts
 from tutelage.errors import UserError
 from tutelage.groups import Group
 

@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from tutelage.data.demonstrations import Turns
-from tutelage.data.tokenization import Tokenization, tokenized_rows
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import tokenized_rows
 from tutelage.errors import UserError
 
 __all__ = ["split_validation", "without_prompts"]

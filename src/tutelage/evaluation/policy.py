@@ -12,7 +12,8 @@ from datasets import Dataset
 from torch import nn
 
 from tutelage.data.demonstrations import Demonstration, Turns
-from tutelage.data.tokenization import Tokenization, tokenized_rows
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import tokenized_rows
 from tutelage.errors import UserError
 from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
 from tutelage.evaluation.statistics import bootstrap_mean, mean_interval

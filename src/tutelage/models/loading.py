@@ -26,6 +26,7 @@ __all__ = [
     "add_adapter",
     "base_causal_lm",
     "check_vocabulary",
+    "end_ids",
     "first_line",
     "load_model",
     "load_tokenizer",
@@ -101,6 +102,16 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
             remedy="Use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save it.",
             field="model_name_or_path",
         )
+
+
+def end_ids(model: nn.Module) -> frozenset[int]:
+    """The tokens that end the model's text by its generation config: none, one or several."""
+    config = getattr(base_causal_lm(model), "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if isinstance(found, torch.Tensor):
+        found = found.tolist()
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return frozenset(token_id for token_id in found if isinstance(token_id, int) and token_id >= 0)
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
