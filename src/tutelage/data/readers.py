@@ -139,7 +139,7 @@ def _decoded(decode: Callable[..., Any], text: str, line: int, number: int, sour
     try:
         return decode(text, *place)
     except json.JSONDecodeError as error:
-        line += text.count("\n", *place or (0,), error.pos)
+        line += text.count("\n", place[0] if place else 0, error.pos)
         problem = f"line {line} is not valid JSON: {error.msg} at column {error.colno}."
     except RecursionError:
         problem = f"line {line} nests lists or objects too deeply."
