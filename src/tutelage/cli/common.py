@@ -50,7 +50,7 @@ def load_policy(options: argparse.Namespace, name: str, tokenization: Tokenizati
     weights = precision_of(options, name).weights
     model = load_model(name, dtype=weights, trust_remote_code=options.trust_remote_code)
     check_vocabulary(model, tokenization.tokenizer)
-    tokenization.model_end_ids |= end_ids(model)
+    tokenization.model_end_ids |= end_ids(model, tokenization.tokenizer)
     return on_device(model)
 
 

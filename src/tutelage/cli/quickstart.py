@@ -291,7 +291,8 @@ class _Start:
         self.name = model.require_name()
         self.config = find("sft").config(output_dir="", **training)
         self.policy = model.load().to(self.config.device)
-        self.tokenization = self.config.tokenization(load_tokenizer(self.name), model_end_ids=end_ids(self.policy))
+        tokenizer = load_tokenizer(self.name)
+        self.tokenization = self.config.tokenization(tokenizer, model_end_ids=end_ids(self.policy, tokenizer))
         self.precision = model.precision or model.settle_precision()
 
     def pace(self, rows: list[dict[str, str]]) -> Pace:

@@ -87,7 +87,7 @@ class ChatTemplate:
         whole = [*messages, {"role": "assistant", "content": answer}]
         rendered, after = self._render(whole), self._shape(whole).parts[-1]
         if not rendered.startswith(prompt):  # the template rewrites the prompt once the answer is there
-            return Rendered(prompt, _reasoned(_asked(prompt, messages), answer, answer))
+            return Rendered(prompt, _reasoned(self._asked(prompt, messages), answer, answer))
         completion = rendered[len(prompt) :]
         if end is not None:
             completion, found, _ = completion.partition(end)
@@ -99,7 +99,7 @@ class ChatTemplate:
                 "what the chat template writes as the assistant's last turn is not the answer of the row.",
                 remedy=_REMEDY,
             )
-        return Rendered(prompt, _reasoned(_asked(prompt, messages), completion, answer))
+        return Rendered(prompt, _reasoned(self._asked(prompt, messages), completion, answer))
 
     @cached_property
     def end(self) -> str:
@@ -202,6 +202,14 @@ class ChatTemplate:
             start = at + len(marks[place])
         return _Shape((*parts, rendered[start:]), tuple(order))
 
+    def _asked(self, prompt: str, messages: Messages) -> str:
+        """What the template writes after the last message to have the assistant answer."""
+        usual = self._shape(messages, ask=True).parts[-1]
+        if prompt.endswith(usual):
+            return usual
+        last = _pieces(messages[-1]["content"])[-1]
+        return prompt[prompt.rindex(last) + len(last) :]
+
     def _check(self, rendered: str, messages: Messages, *, ask: bool) -> None:
         """Each message's text is in the rendered conversation once and in order.
 
@@ -258,12 +266,6 @@ def _open_block(text: str) -> tuple[str, str] | None:
     if not blocks or _closing(blocks[-1]) in text[blocks[-1].end() :]:
         return None
     return blocks[-1].group(), _closing(blocks[-1])
-
-
-def _asked(prompt: str, messages: Messages) -> str:
-    """What the template writes after the last message to have the assistant answer."""
-    last = _pieces(messages[-1]["content"])[-1]
-    return prompt[prompt.rindex(last) + len(last) :]
 
 
 def _reasoned(asked: str, completion: str, answer: str) -> str:

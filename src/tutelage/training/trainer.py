@@ -132,7 +132,7 @@ class DemonstrationTrainer(Trainer):
                 "streamed data have no length, so the run needs one.", remedy="Add --max_steps.", field="max_steps"
             )
         recorded = None if args.is_new else recorded_time(Path(str(args.output_dir)))
-        self.tokenization = args.tokenization(tokenizer, model_end_ids=end_ids(policy), now=recorded)
+        self.tokenization = args.tokenization(tokenizer, model_end_ids=end_ids(policy, tokenizer), now=recorded)
         self.progress: Progress = progress or Silent()
         self.source, self.eval_source = source, eval_source
         self.model_name = model if isinstance(model, str) else base_causal_lm(policy).name_or_path
