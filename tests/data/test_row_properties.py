@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import string
 from functools import cache
 from pathlib import Path
 
 import jinja2
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -33,6 +34,7 @@ _COMMON = {
     "database": None,
     "suppress_health_check": list(HealthCheck),
     "print_blob": False,
+    "phases": (Phase.generate, Phase.shrink),
 }
 settings.register_profile("short", max_examples=4_000, derandomize=True, **_COMMON)  # five tests: 20,000 cases
 settings.register_profile("long", max_examples=40_000, **_COMMON)
@@ -69,48 +71,67 @@ ODD = (
     "tutelage0000text",
 )
 
-word = st.sampled_from(WORDS)
-text = st.lists(word, min_size=1, max_size=4).map(" ".join)
-odd_text = st.lists(st.sampled_from(WORDS + ODD), max_size=4).map("".join)
+# Values come from pools: drawing each word by itself would take longer than what is tested.
+LONG = PROFILE.max_examples > 4_000
+CHANCE = random.Random(0)
+
+
+def pool(make, size=300):
+    return st.sampled_from([make() for _ in range(size * 10 if LONG else size)])
+
+
+def some_text():
+    return " ".join(CHANCE.choices(WORDS, k=CHANCE.randint(1, 4)))
+
+
+def some_odd_text():
+    return "".join(CHANCE.choices(WORDS + ODD, k=CHANCE.randint(0, 4)))
+
+
+text, odd_text = pool(some_text), pool(some_odd_text)
 
 # -- rows -----------------------------------------------------------------------------------------------------------------
 
-role = st.sampled_from(("system", "user", "assistant"))
-message = st.builds(lambda role, content: {"role": role, "content": content}, role, text)
-talk = st.builds(
-    lambda system, texts: [
-        *([{"role": "system", "content": system}] if system else []),
-        *({"role": ("user", "assistant")[i % 2], "content": each} for i, each in enumerate(texts)),
-    ],
-    st.none() | text,
-    st.lists(text, min_size=1, max_size=5),
-)
-odd_message = st.one_of(
-    message,
-    st.builds(
-        lambda who, said: {"from": who, "value": said}, st.sampled_from(("human", "gpt", "tool", None)), odd_text
-    ),
-    st.builds(
-        lambda base, key, value: {**base, key: value},
-        message,
-        st.sampled_from(("role", "content", "tool_calls", "reasoning_content", "weight", "name", "from")),
-        st.sampled_from((None, "", "x", [], [1], {}, 0, 1, False, ["a"], {"type": "text"})),
-    ),
-)
-cell = st.one_of(
-    text,
-    text,
-    talk,
-    talk,
-    odd_text,
-    st.lists(odd_message, max_size=3),
-    talk.map(json.dumps),
-    talk.map(str),
-    st.lists(st.lists(text, min_size=2, max_size=2), max_size=2),
-    st.sampled_from(
-        (None, True, False, 0, 1, 2.5, 2**70, -1, float("nan"), [], {}, [None], [[]], {"a": 1}, "true", "false")
-    ),
-)
+
+def some_talk(last=None):
+    """A conversation in order; it ends with whoever is asked for."""
+    turns = CHANCE.randint(1, 5)
+    if last is not None:
+        turns += (turns % 2 == 0) if last == "user" else (turns % 2)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": some_text()} for i in range(turns)]
+    return [{"role": "system", "content": some_text()}, *messages] if CHANCE.random() < 0.3 else messages
+
+
+def some_odd_message():
+    if CHANCE.random() < 0.4:
+        return {"from": CHANCE.choice(("human", "gpt", "tool", None)), "value": some_odd_text()}
+    keys = ("role", "content", "tool_calls", "reasoning_content", "weight", "name", "from")
+    values = (None, "", "x", [], [1], {}, 0, 1, False, ["a"], {"type": "text"})
+    role = CHANCE.choice(("system", "user", "assistant"))
+    return {"role": role, "content": some_text(), CHANCE.choice(keys): CHANCE.choice(values)}
+
+
+def some_cell():
+    return CHANCE.choice(
+        (
+            some_text,
+            some_text,
+            some_talk,
+            lambda: some_talk("assistant"),
+            lambda: some_talk("user"),
+            some_odd_text,
+            lambda: [some_odd_message() for _ in range(CHANCE.randint(0, 3))],
+            lambda: CHANCE.choice((json.dumps, str))(some_talk()),
+            lambda: [[some_text(), some_text()] for _ in range(CHANCE.randint(0, 2))],
+            lambda: CHANCE.choice(SIMPLE),
+        )
+    )()
+
+
+SIMPLE = (
+    None, True, False, 0, 1, 2.5, 2**70, -1, float("nan"), [], {}, [None], [[]], {"a": 1}, "true", "false",
+)  # fmt: skip
+talk, cell = pool(lambda: some_talk("user")), pool(some_cell, 600)
 NAMES = (
     ("prompt", "completion"), ("prompt", "chosen", "rejected"), ("real", "generated"), ("chosen", "rejected"),
     ("messages",), ("conversations",), ("instruction", "output"), ("question", "answer"), ("prompt",), ("other", "x"),
@@ -194,16 +215,25 @@ def test_rows_of_any_kind(rows, columns, turns, stored):
 
 # -- files ----------------------------------------------------------------------------------------------------------------
 
-json_value = st.recursive(
-    st.sampled_from(
-        (None, True, 0, 42, -(2**63), 2**64, 1.5, 1e300, "42", "null", "0042", "NA", "", "\ud83d", "🦊", "\u2028")
-    ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(("a", "b", "")), inner, max_size=2),
-    max_leaves=4,
-)
-json_rows = st.lists(
-    st.dictionaries(st.sampled_from(("prompt", "x", "y", "é")), json_value, max_size=3), min_size=1, max_size=4
-)
+JSON = (
+    None, True, 0, 42, -(2**63), 2**64, 1.5, 1e300, "42", "null", "0042", "NA", "", "\ud83d", "🦊", "\u2028",
+)  # fmt: skip
+
+
+def some_value(depth=0):
+    kind = CHANCE.random() + 0.2 * depth
+    if kind < 0.15:
+        return [some_value(depth + 1) for _ in range(CHANCE.randint(0, 3))]
+    if kind < 0.3:
+        return {name: some_value(depth + 1) for name in CHANCE.sample(("a", "b", ""), CHANCE.randint(0, 2))}
+    return CHANCE.choice(JSON)
+
+
+def some_object():
+    return {name: some_value() for name in CHANCE.sample(("prompt", "x", "y", "é"), CHANCE.randint(0, 3))}
+
+
+json_rows = st.lists(pool(some_object), min_size=1, max_size=4)
 DAMAGE = (
     b"",
     b"",
@@ -325,16 +355,18 @@ def plain_template(parts):
     return environment.from_string(source_of(parts))
 
 
-answers = st.one_of(text, text, text.map(lambda said: f"<think>\n{said}\n</think>\n\n{said}"), odd_text)
+def some_answer():
+    said = some_text()
+    return CHANCE.choice((said, said, f"<think>\n{said}\n</think>\n\n{said}", some_odd_text()))
+
+
+answers = pool(some_answer)
 
 
 @settings(PROFILE)
 @given(parts=template, prompt=talk, answer=answers)
 def test_templates_of_any_kind(parts, prompt, answer):
     content, loop, end, ask, start = parts
-    if prompt[-1]["role"] != "user":
-        prompt = prompt[:-1]
-    assume(prompt and prompt[-1]["role"] == "user")
     tokenization = template_tokenization(parts)
     faithful = CONTENT[content] and LOOPS[loop] and "raise" not in start
     usual = all(each not in answer for each in ODD[3:]) and answer.strip()
@@ -437,11 +469,8 @@ PIECES = (
     "plain", "llama3", "zephyr", "metaspace", "metaspace always", "metaspace first", "metaspace never",
     "byte level with a space before", "letters",
 )  # fmt: skip
-piece = st.lists(
-    st.sampled_from(("a", "b", "ab", "1", "2", "12", " ", "  ", "\n", ".", "?", "é", "🦊", "the answer", "7")),
-    min_size=1,
-    max_size=5,
-).map("".join)
+PARTS = ("a", "b", "ab", "1", "2", "12", " ", "  ", "\n", ".", "?", "é", "🦊", "the answer", "7")
+piece = pool(lambda: "".join(CHANCE.choices(PARTS, k=CHANCE.randint(1, 5))))
 
 
 @settings(PROFILE)
@@ -470,15 +499,21 @@ def test_pieces_decode_to_the_text(kind, prompt, answer, limit):
 
 # -- settings ---------------------------------------------------------------------------------------------------------------
 
-good_row = st.one_of(
-    st.builds(lambda p, c, label: {"prompt": p, "completion": c, "label": label}, text, text, st.booleans()),
-    st.builds(lambda p, c: {"prompt": p, "completion": c}, text, text),
-    st.builds(lambda p, c, r: {"prompt": p, "chosen": c, "rejected": r}, text, text, text),
-    st.builds(
-        lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}, text, text
-    ),
-    st.builds(lambda q, a, h: {"instruction": q, "output": a, "history": [[h, a]]}, text, text, text),
-)
+
+def some_good_row():
+    a, b, c = some_text(), some_text(), some_text()
+    return CHANCE.choice(
+        (
+            {"prompt": a, "completion": b, "label": CHANCE.random() < 0.5},
+            {"prompt": a, "completion": b},
+            {"prompt": a, "chosen": b, "rejected": c},
+            {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]},
+            {"instruction": a, "output": b, "history": [[c, a]]},
+        )
+    )
+
+
+good_row = pool(some_good_row)
 
 
 @settings(PROFILE)
