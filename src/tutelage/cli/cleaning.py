@@ -253,7 +253,13 @@ def _originals(options: argparse.Namespace, dataset: Any) -> list[Mapping[str, A
 
 def _line(original: Mapping[str, Any], row: TokenizedRow, source: str) -> str:
     try:
-        return json.dumps(original, ensure_ascii=False) + "\n"
+        line = json.dumps(original, ensure_ascii=False)
+        if not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError:  # half of a surrogate pair: only an escape can write it
+                line = json.dumps(original)
+        return line + "\n"
     except (TypeError, ValueError) as error:
         raise UserError(
             f"cannot be written as JSON: {error}.",

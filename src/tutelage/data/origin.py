@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tutelage.data.readers import read_file
 from tutelage.errors import UserError
 
-__all__ = ["Origin", "located", "numbered"]
+__all__ = ["Origin", "located", "numbered", "selected"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,15 @@ def located(error: UserError, dataset: Any, index: int) -> UserError:
         return error
     file, row = origin.place(index)
     return UserError(error.problem, remedy=error.remedy, file=file, row=row, field=error.field)
+
+
+def selected(dataset: Any, places: Sequence[int]) -> Any:
+    """Some rows of a map-style dataset, which still know where they come from."""
+    found, origin = dataset.select(places), getattr(dataset, "origin", None)
+    if origin is not None:
+        known = origin.places
+        found.origin = replace(origin, places=[place if known is None else known[place] for place in places])
+    return found
 
 
 def numbered(dataset: Any, source: str) -> Iterator[tuple[int, Any]]:

@@ -267,6 +267,11 @@ class Tokenization:
     # --- tokens ----------------------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = "the text is no Unicode text: it holds half of a surrogate pair."
+            raise UserError(problem, remedy="Take it out.") from error
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _encode_start(self, text: str, *, is_text: bool) -> tuple[int, ...]:
