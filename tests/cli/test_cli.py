@@ -118,7 +118,7 @@ def training(command, model, data, out, **options):
 
 GOOD = {"prompt": "2 + 2?", "completion": "four"}
 BAD_ROWS = {
-    "unknown columns": ([{"question": "2 + 2", "answer": "4"}], ["'question', 'answer'", "prompt + completion"]),
+    "unknown columns": ([{"query": "2 + 2", "reply": "4"}], ["'query', 'reply'", "prompt + completion"]),
     "no rows": ([], ["is empty", "at least one row"]),
     "empty prompt": (
         [GOOD, {"prompt": " ", "completion": "4"}],
@@ -247,7 +247,7 @@ BAD_OPTIONS = {
         ["--stages_per_epochs", "Did you mean --stages_per_epoch?"],
     ),
     "an argument of another command": ("sft", {"beta": 0.1}, ["unknown argument '--beta'"]),
-    "no such split": ("sft", {"dataset_train_split": "dev"}, ["sums.jsonl", "'dev'", "'train'"]),
+    "no such split": ("sft", {"dataset_train_split": "dev"}, ["sums.jsonl", "'dev'", "train[:90%]"]),
     "evaluation without data": ("sft", {"eval_strategy": "epoch"}, ["sums.jsonl", "'test'"]),
     "no such verifier": ("sft", {"eval_dataset_name": "DATA", "verifier": "sums"}, ["'verifier'", "module:function"]),
     "a best model of nothing": ("sft", {"load_best_model_at_end": True}, ["eval"]),

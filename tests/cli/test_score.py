@@ -379,7 +379,7 @@ def sampled(*answers, **changes):
 
 BAD_DATA = {
     "no rows": ([], ["is empty"]),
-    "unknown columns": ([{"question": "2 + 2", "answer": "4"}], ["'question', 'answer'", "prompt + completion"]),
+    "unknown columns": ([{"query": "2 + 2", "reply": "4"}], ["'query', 'reply'", "prompt + completion"]),
     "empty completion": ([SUMS[0], {"prompt": "2 + 2", "completion": ""}], ["row 2", "'completion'", "is empty"]),
     "samples without prompt_ids": ([sampled(prompt_ids=None)], ["row 1", "'prompt_ids'", "is missing"]),
     "samples without a list": ([sampled(), sampled(completions=None)], ["row 2", "'completions'", "is missing"]),

@@ -185,8 +185,8 @@ def test_a_bad_row_is_an_error_that_names_file_row_and_field(row, field, problem
 
 
 def test_unknown_columns_are_named_with_what_would_do():
-    with pytest.raises(UserError, match=r"'question', 'answer' match no known format.*prompt \+ completion"):
-        detect_format(["question", "answer"], source="gsm8k.jsonl")
+    with pytest.raises(UserError, match=r"'query', 'reply' match no known format.*prompt \+ completion"):
+        detect_format(["query", "reply"], source="some.jsonl")
 
 
 def test_text_and_messages_in_one_data_set_are_an_error():
@@ -241,18 +241,12 @@ def test_conversations_survive_files(tmp_path, extension, streaming):
     assert prompts == [[SYSTEM, USER], [USER]]
 
 
-def test_json_lines_may_differ_in_columns_but_not_in_types(tmp_path):
+def test_json_lines_may_differ_in_columns(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(
         '{"prompt": "a", "completion": "b", "level": 1}\n{"prompt": "a", "completion": "d", "more": true}\n'
     )
     assert [row["level"] for row in load_dataset(path)] == [1, None]
-    # A table would read the text " 0" beside a number as the number 0, silently.
-    path.write_text(
-        '{"prompt": "a", "completion": "b", "level": " 0"}\n{"prompt": "a", "completion": "c", "level": 3}\n'
-    )
-    with pytest.raises(UserError, match=r"row 2, field 'level': must be text as in other rows, not int"):
-        load_dataset(path)
 
 
 def test_csv_keeps_numbers_and_na_as_text(tmp_path):
@@ -292,7 +286,6 @@ def test_a_part_of_a_file(tmp_path):
         ("data.jsonl", b'{"prompt": "a"}\n["a"]\n', r"row 2: line 2 is valid JSON but not an object: it is a list"),
         ("data.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"}\n', r"row 2: line 2 is empty"),
         ("data.jsonl", b'{"prompt": "\xff\xfe"}\n', r"row 1: line 1 is not UTF-8 text"),
-        ("data.jsonl", b'{"prompt": 1180591620717411303424}\n', r"OverflowError"),
         ("data.jsonl", b"\n", r"the dataset is empty"),
         ("data.json", b'[\n{"prompt": "a"},\n{"prompt"}]', r"line 3 is not valid JSON"),
         ("data.json", b'[{"prompt": "a"}, 3]', r"row 2: the item is valid JSON but not an object"),
@@ -364,12 +357,11 @@ def test_real_preference_dialogues():
     assert all(demonstration.prompt.endswith("\n\nAssistant:") for demonstration in demonstrations)
 
 
-def test_real_question_and_answer_columns_can_be_renamed():
+def test_real_questions_and_answers():
     path = shared("gsm8k_demonstrations.jsonl.gz")
-    with pytest.raises(UserError, match="'question', 'answer'"):
-        list(read_rows(load_dataset(path)))
-    dataset = load_dataset(path, split="train[:100]").rename_columns({"question": "prompt", "answer": "completion"})
-    assert all("####" in demonstration.completion for (demonstration,) in read_rows(dataset))
+    found = [demonstration for (demonstration,) in read_rows(load_dataset(path, split="train[:100]"))]
+    assert all("####" in demonstration.completion for demonstration in found)
+    assert [found[0].prompt, found[0].completion] == [found[0].fields[name] for name in ("question", "answer")]
 
 
 # -- inspection -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 
 from tutelage.data.prompts import mix_prompts, tokenize_prompts
-from tutelage.data.tokenization import Tokenization, group_from_row, tokenize_dataset
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.testing.tokenizers import tiny_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rft_runs import run
-from tutelage.data.tokenization import group_from_row
+from tutelage.data.tokenized import group_from_row
 from tutelage.training.flops import counted, parameters_per_token
 from tutelage.training.metrics import Costs
 

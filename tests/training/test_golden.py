@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rft_runs import NEURAL
-from tutelage.data.tokenization import group_from_row
+from tutelage.data.tokenized import group_from_row
 from tutelage.scoring.logps import cached_logps
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "runs.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from rft_runs import QUICK, readable, saved
 from tutelage.cli import main
 from tutelage.data import load_dataset
-from tutelage.data.tokenization import group_from_row, tokenize_dataset
+from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.models.loading import load_model
 from tutelage.rewards.ensemble import read_ensemble

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from tutelage.cli.output import OutputFolder
-from tutelage.cli.parser import CommandParser, take_config
+from tutelage.cli.parser import CommandParser, columns_of, take_config
 from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
@@ -37,6 +37,8 @@ def check_training(command: str, args: Sequence[str]) -> None:
     parser.add_argument("--dataset_train_split", default="train", help="")
     parser.add_argument("--turns", default="last", help="")
     parser.add_argument("--eval_rows", type=int)
+    for name in ("prompt_column", "completion_column", "messages_column"):
+        parser.add_argument(f"--{name}")
     for name in ("resume", "overwrite_output_dir", "dataset_streaming"):
         parser.add_argument(f"--{name}", nargs="?", const="true", default="false", help="")
     found, _ = parser.parse_known_args([_underscored(arg) for arg in args])
@@ -51,10 +53,12 @@ def check_training(command: str, args: Sequence[str]) -> None:
         )
     if found.turns not in ("last", "all"):
         return
+    columns = columns_of(found)
     if found.dataset_name:
         # A streamed file is read as far as the run goes: only its first row is sure to be met.
         limit = 1 if _is(found.dataset_streaming) else None
-        check_demonstrations(found.dataset_name, split=found.dataset_train_split, turns=found.turns, limit=limit)
+        split = found.dataset_train_split
+        check_demonstrations(found.dataset_name, split=split, turns=found.turns, limit=limit, columns=columns)
     for source, limit in (
         (found.eval_dataset_name, found.eval_rows),
         (found.preference_dataset, None),
@@ -62,9 +66,9 @@ def check_training(command: str, args: Sequence[str]) -> None:
         (found.retention_dataset, found.eval_rows),
     ):
         if source:
-            check_demonstrations(source, turns=found.turns, limit=limit)
+            check_demonstrations(source, turns=found.turns, limit=limit, columns=columns)
     if found.prompt_dataset:
-        check_prompts(found.prompt_dataset, turns=found.turns)
+        check_prompts(found.prompt_dataset, turns=found.turns, columns=columns)
 
 
 def _simple_values(path: str | None) -> list[str]:

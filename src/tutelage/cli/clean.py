@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import (
+    columns_of,
     command_parser,
     length_arguments,
     require_at_least_one,
@@ -99,7 +100,7 @@ def _check(options: argparse.Namespace) -> None:
     require_model(options.model_name_or_path)
     if options.reward is not None:
         require_model(options.reward, "reward", "reward")
-    check_demonstrations(options.dataset_name, split=options.split)
+    check_demonstrations(options.dataset_name, split=options.split, columns=columns_of(options))
     found = peek(options.dataset_name)
     known = found is not None and options.split == "train" and len(found.rows) < NUM_ROWS
     # Of other data the number of rows is known later; the share can be judged now.

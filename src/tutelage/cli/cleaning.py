@@ -21,7 +21,7 @@ from tutelage.cli.progress import TerminalProgress
 from tutelage.cli.rewards import first_member, load_reward
 from tutelage.data import Tokenization
 from tutelage.data.readers import extension, read_file
-from tutelage.data.tokenization import TokenizedRow, tokenized_rows
+from tutelage.data.tokenized import TokenizedRow, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.evaluation.cleaning import Ranked, number_dropped, rank_rows
 from tutelage.evaluation.policy import can_sample
@@ -253,7 +253,13 @@ def _originals(options: argparse.Namespace, dataset: Any) -> list[Mapping[str, A
 
 def _line(original: Mapping[str, Any], row: TokenizedRow, source: str) -> str:
     try:
-        return json.dumps(original, ensure_ascii=False) + "\n"
+        line = json.dumps(original, ensure_ascii=False)
+        if not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError:  # half of a surrogate pair: only an escape can write it
+                line = json.dumps(original)
+        return line + "\n"
     except (TypeError, ValueError) as error:
         raise UserError(
             f"cannot be written as JSON: {error}.",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tutelage.cli.parser import columns_of
 from tutelage.data import Tokenization, load_dataset
-from tutelage.models.loading import check_vocabulary, load_model
+from tutelage.models.loading import check_vocabulary, end_ids, load_model
 from tutelage.models.precision import Precision, choose_precision, given_precision, model_size
 from tutelage.models.tokenizer import load_tokenizer
 
@@ -31,20 +32,25 @@ def load_data(options: argparse.Namespace) -> Any:
 
 
 def load_tokenization(options: argparse.Namespace, name: str) -> Tokenization:
-    """How a model's prompts and completions become tokens."""
+    """How a model's prompts and completions become tokens; ``load_policy`` adds what its generation config ends with."""
     return Tokenization(
         load_tokenizer(name, trust_remote_code=options.trust_remote_code),
         options.max_prompt_length,
         options.max_completion_length,
         options.on_long_prompt,
+        columns=columns_of(options),
     )
 
 
 def load_policy(options: argparse.Namespace, name: str, tokenization: Tokenization) -> Any:
-    """A language model that knows the tokenizer's tokens, ready to sample from and to score with."""
+    """A language model that knows the tokenizer's tokens, ready to sample from and to score with.
+
+    ``tokenization`` learns which tokens end the model's text.
+    """
     weights = precision_of(options, name).weights
     model = load_model(name, dtype=weights, trust_remote_code=options.trust_remote_code)
     check_vocabulary(model, tokenization.tokenizer)
+    tokenization.model_end_ids |= end_ids(model, tokenization.tokenizer)
     return on_device(model)
 
 

@@ -16,7 +16,7 @@ from tutelage.cli.arguments import DataArguments, ModelArguments
 from tutelage.cli.output import OutputFolder
 from tutelage.data import load_dataset
 from tutelage.data.demonstrations import Turns
-from tutelage.data.tokenization import tokenize_dataset
+from tutelage.data.tokenized import tokenize_dataset
 from tutelage.data.validation import split_validation, without_prompts
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet, can_sample

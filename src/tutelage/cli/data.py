@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tutelage.cli.parser import command_parser, length_arguments, require_at_least_one
+from tutelage.cli.parser import column_arguments, columns_of, command_parser, length_arguments, require_at_least_one
 from tutelage.data.columns import check_demonstrations
 from tutelage.models.paths import require_model
 
@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 def main(args: Sequence[str], console: Console) -> None:
     """Show what the model will see of a dataset."""
-    parser = command_parser("data", main.__doc__, length_arguments)
+    parser = command_parser("data", main.__doc__, column_arguments, length_arguments)
     parser.add_argument("dataset_name", metavar="DATA", help="A hub name, a folder or a file.")
     parser.add_argument("--dataset_config", help="Configuration of a hub dataset.")
     parser.add_argument("--split", default="train", help="Split of the dataset.")
@@ -31,7 +31,8 @@ def main(args: Sequence[str], console: Console) -> None:
     options = parser.parse_args(args)
     require_at_least_one(options, "max_prompt_length", "max_completion_length")
     require_model(options.model_name_or_path)
-    check_demonstrations(options.dataset_name, split=options.split, turns=options.turns)
+    columns = columns_of(options)
+    check_demonstrations(options.dataset_name, split=options.split, turns=options.turns, columns=columns)
     # Imported now that the arguments are good: it takes seconds.
     from tutelage.cli.libraries import quiet_libraries
     from tutelage.data import Tokenization, inspect_dataset, load_dataset, print_inspection
@@ -43,6 +44,7 @@ def main(args: Sequence[str], console: Console) -> None:
         options.max_prompt_length,
         options.max_completion_length,
         options.on_long_prompt,
+        columns=columns,
     )
     dataset = load_dataset(options.dataset_name, config_name=options.dataset_config, split=options.split)
     found = inspect_dataset(dataset, tokenization, turns=options.turns, source=options.dataset_name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tutelage.cli.parser import (
+    columns_of,
     command_parser,
     data_arguments,
     length_arguments,
@@ -67,9 +68,10 @@ def main(args: Sequence[str], console: Console) -> None:
     names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
     for name in names:
         require_model(name)
-    check_demonstrations(options.dataset_name, split=options.split, limit=options.rows)
-    if options.retention_dataset:
-        check_demonstrations(options.retention_dataset, split=options.split, limit=options.rows)
+    columns = columns_of(options)
+    for source in (options.dataset_name, options.retention_dataset):
+        if source:
+            check_demonstrations(source, split=options.split, limit=options.rows, columns=columns)
     show_runs(_evaluate(options, names, out, console), out / "report.html", console)
 
 

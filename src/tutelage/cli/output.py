@@ -19,6 +19,7 @@ _OUTPUTS = (
     "policy",
     "reward",
     "results.json",
+    "template-time.json",
     "report.html",
     "README.md",
     "adapter_*",

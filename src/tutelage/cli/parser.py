@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tutelage.data.formats import Columns
 from tutelage.errors import UserError
 
 __all__ = [
     "CommandParser",
+    "column_arguments",
+    "columns_of",
     "command_parser",
     "data_arguments",
     "length_arguments",
@@ -67,6 +70,19 @@ def row_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["error", "drop"],
         help="What to do with a prompt that is too long: stop with an error, or drop the row.",
     )
+    column_arguments(parser)
+
+
+def column_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which columns of a dataset; ``columns_of`` reads them."""
+    parser.add_argument("--prompt_column", help="Column to read as the prompt; known columns are recognized.")
+    parser.add_argument("--completion_column", help="Column to read as the demonstration, with --prompt_column.")
+    parser.add_argument("--messages_column", help="Column to read as the conversation, whatever others there are.")
+
+
+def columns_of(options: argparse.Namespace) -> Columns:
+    """The columns that the arguments name."""
+    return Columns(options.prompt_column, options.completion_column, options.messages_column)
 
 
 def length_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.record import evaluated
 from tutelage.evaluation.verifiers import reasoning_gym_rows
 from tutelage.lab.english import english_rows
-from tutelage.models.loading import load_tokenizer
+from tutelage.models.loading import end_ids, load_tokenizer
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
 from tutelage.results import RunRecord, write_results
@@ -291,7 +291,8 @@ class _Start:
         self.name = model.require_name()
         self.config = find("sft").config(output_dir="", **training)
         self.policy = model.load().to(self.config.device)
-        self.tokenization = self.config.tokenization(load_tokenizer(self.name))
+        tokenizer = load_tokenizer(self.name)
+        self.tokenization = self.config.tokenization(tokenizer, model_end_ids=end_ids(self.policy, tokenizer))
         self.precision = model.precision or model.settle_precision()
 
     def pace(self, rows: list[dict[str, str]]) -> Pace:

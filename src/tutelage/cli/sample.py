@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tutelage.cli.parser import (
+    columns_of,
     command_parser,
     data_arguments,
     length_arguments,
@@ -17,8 +18,7 @@ from tutelage.cli.parser import (
     require_at_least_one,
     weight_arguments,
 )
-from tutelage.data.columns import check_demonstrations, peek
-from tutelage.data.demonstrations import holds_prompts_alone
+from tutelage.data.columns import check_prompts
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
 
@@ -44,7 +44,7 @@ def main(args: Sequence[str], console: Console) -> None:
     output = new_file(options.output)
     require_at_least_one(options, "max_prompt_length", "max_completion_length", "num_samples", "batch_size")
     require_model(options.model_name_or_path)
-    _check_rows(options)
+    check_prompts(options.dataset_name, split=options.split, columns=columns_of(options))
     _draw(options, output, console)
 
 
@@ -101,15 +101,9 @@ def _draw(options: argparse.Namespace, output: Path, console: Console) -> None:
     console.print(f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
 
 
-def _check_rows(options: argparse.Namespace) -> None:
-    rows = peek(options.dataset_name)
-    if rows is not None and not holds_prompts_alone(rows):
-        check_demonstrations(options.dataset_name, split=options.split)
-
-
 def _prompts(dataset: Any, tokenization: Tokenization, source: str) -> tuple[list[Group], bool]:
     """The prompts, with their demonstrations where there are some, and whether they are lists of messages."""
-    from tutelage.data.tokenization import tokenized_prompts
+    from tutelage.data.tokenized import tokenized_prompts
 
     prompts = list(tokenized_prompts(dataset, tokenization, source=source))
     if not prompts:

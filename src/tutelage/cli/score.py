@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tutelage.cli.parser import (
+    columns_of,
     command_parser,
     data_arguments,
     new_file,
@@ -45,7 +46,7 @@ def main(args: Sequence[str], console: Console) -> None:
 def _check_rows(options: argparse.Namespace) -> None:
     rows = peek(options.dataset_name)
     if rows is not None and "completions" not in rows.column_names:  # what `tutelage sample` and stages write has it
-        check_demonstrations(options.dataset_name, split=options.split)
+        check_demonstrations(options.dataset_name, split=options.split, columns=columns_of(options))
 
 
 def _options(args: Sequence[str]) -> argparse.Namespace:

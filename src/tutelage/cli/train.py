@@ -79,6 +79,7 @@ def train(
     name = training.run_name or algorithm
     reset_peak_memory()
     training.disable_tqdm = True
+    training.is_new = not data.resume  # type: ignore[misc]
     sources = _load_datasets(data, training)
     with TerminalProgress(console, name) as progress:
         policy, tokenizer, peft_config = _load_model(model, console, progress)

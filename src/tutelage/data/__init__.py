@@ -4,12 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage.data.demonstrations import Demonstration, detect_format, is_conversational, read_row, read_rows
+    from tutelage.data.demonstrations import (
+        Columns,
+        Demonstration,
+        detect_format,
+        is_conversational,
+        read_row,
+        read_rows,
+    )
     from tutelage.data.inspection import Inspection, inspect_dataset, print_inspection
     from tutelage.data.loading import load_dataset
-    from tutelage.data.tokenization import (
+    from tutelage.data.tokenization import Tokenization
+    from tutelage.data.tokenized import (
         DataSummary,
-        Tokenization,
         TokenizedPrompt,
         TokenizedRow,
         group_from_row,
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 # Imported when asked for: a file can be checked before datasets and torch are imported, which takes seconds.
 _HOMES = {
     "tutelage.data.demonstrations": [
+        "Columns",
         "Demonstration",
         "detect_format",
         "is_conversational",
@@ -31,9 +39,9 @@ _HOMES = {
     ],
     "tutelage.data.inspection": ["Inspection", "inspect_dataset", "print_inspection"],
     "tutelage.data.loading": ["load_dataset"],
-    "tutelage.data.tokenization": [
+    "tutelage.data.tokenization": ["Tokenization"],
+    "tutelage.data.tokenized": [
         "DataSummary",
-        "Tokenization",
         "TokenizedPrompt",
         "TokenizedRow",
         "group_from_row",
@@ -46,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Columns",
     "DataSummary",
     "Demonstration",
     "Inspection",

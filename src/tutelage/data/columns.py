@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tutelage.data.demonstrations import Turns, holds_prompts_alone, read_prompts, read_rows
+from tutelage.data.demonstrations import Columns, Turns, holds_prompts_alone, read_prompts, read_rows
 from tutelage.data.readers import extension, looks_like_path, missing, read_file, require_readable
 from tutelage.errors import UserError
 
@@ -57,35 +57,43 @@ def peek(source: str, limit: int | None = None) -> Peek | None:
 
 
 def check_demonstrations(
-    source: str, *, split: str = "train", turns: Turns = "last", limit: int | None = None
+    source: str,
+    *,
+    split: str = "train",
+    turns: Turns = "last",
+    limit: int | None = None,
+    columns: Columns | None = None,
 ) -> None:
     """Refuse a file whose first rows are no demonstrations, with the error that reading all of it would give.
 
     Args:
         split: of a part of the file the rows are not looked at, since it may leave out the first.
-        turns, limit: as for reading.
+        turns, limit, columns: as for reading.
 
     Raises:
         UserError: as ``peek`` and ``read_rows``.
     """
     found = peek(source, limit)
     if found is not None and split == "train":
-        for _ in read_rows(found, turns=turns, source=source):
+        for _ in read_rows(found, turns=turns, source=source, columns=columns):
             pass
 
 
-def check_prompts(source: str, *, turns: Turns = "last") -> None:
+def check_prompts(source: str, *, split: str = "train", turns: Turns = "last", columns: Columns | None = None) -> None:
     """Refuse a file whose first rows hold no prompts, with the error that reading all of it would give.
+
+    Args:
+        split, turns, columns: as for ``check_demonstrations``.
 
     Raises:
         UserError: as ``peek``, ``read_prompts`` and ``read_rows``.
     """
     found = peek(source)
-    if found is None:
+    if found is None or split != "train":
         return
     for _ in (
-        read_prompts(found, source=source)
-        if holds_prompts_alone(found)
-        else read_rows(found, turns=turns, source=source)
+        read_prompts(found, source=source, columns=columns)
+        if holds_prompts_alone(found, columns)
+        else read_rows(found, turns=turns, source=source, columns=columns)
     ):
         pass

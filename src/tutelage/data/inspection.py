@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.data.demonstrations import Turns
-from tutelage.data.tokenization import DataSummary, Tokenization, tokenized_rows
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import DataSummary, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.groups import Group
 

@@ -10,7 +10,9 @@ from typing import cast
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from tutelage.data.tokenization import FEATURES, Tokenization, row_of_group, tokenized_prompts
+from tutelage.data.origin import located
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import FEATURES, row_of_group, tokenized_prompts
 from tutelage.errors import UserError
 from tutelage.groups import Group
 
@@ -42,27 +44,30 @@ def tokenize_prompts(
         UserError: as ``tokenized_prompts``; a prompt of the other kind; a prompt that is held out; or no prompt remains.
     """
     rows, known = [], held_out or {}
+    field = tokenization.columns.prompt or "prompt"
     for prompt in tokenized_prompts(dataset, tokenization, source=source):
-        number = prompt.group.row + 1
+        row = prompt.group.row
         if prompt.conversational != conversational:
             kinds = ("text", "a conversation")
-            raise UserError(
+            error = UserError(
                 f"the prompt is {kinds[prompt.conversational]}, and the demonstrations have "
                 f"{kinds[conversational]} there.",
                 remedy="Give prompts in the form of the demonstrations.",
                 file=source,
-                row=number,
-                field="prompt",
+                row=row + 1,
+                field=field,
             )
+            raise located(error, dataset, row)
         if prompt.group.prompt_ids in known:
-            raise UserError(
+            error = UserError(
                 f"the prompt is also one of the {known[prompt.group.prompt_ids]}, on which nothing may be trained.",
                 remedy="Leave the row out.",
                 file=source,
-                row=number,
-                field="prompt",
+                row=row + 1,
+                field=field,
             )
-        rows.append(row_of_group(Group(prompt.group.prompt_ids, row=first_row + prompt.group.row)))
+            raise located(error, dataset, row)
+        rows.append(row_of_group(Group(prompt.group.prompt_ids, row=first_row + row)))
     if not rows:
         raise UserError("no prompt remains.", remedy="Give at least one that is short enough.", file=source)
     if left_out := len(dataset) - len(rows):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -71,33 +73,89 @@ def open_file(path: Path) -> Any:
 def _read_json_lines(lines: Iterable[bytes], source: str) -> Iterator[dict[str, Any]]:
     empty = None
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             empty = empty or number
             continue
         if empty:  # else the numbers of rows and lines would drift apart
             raise UserError(f"line {empty} is empty.", remedy="Delete it.", file=source, row=empty)
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise UserError(f"line {number} is not UTF-8 text: {error.reason}.", file=source, row=number) from error
-        except json.JSONDecodeError as error:
-            problem = f"line {number} is not valid JSON: {error.msg} at column {error.colno}."
-            raise UserError(problem, remedy="Each line holds one JSON object.", file=source, row=number) from error
+        text = _text(line, source, line=number, row=number).rstrip("\r\n")
+        row = _decoded(_DECODER.decode, text, number, number, source)
         yield _object(row, f"line {number}", number, source)
 
 
 def _read_json(file: Any, source: str) -> Iterator[dict[str, Any]]:
-    content = file.read()
+    content = file.read().removeprefix(codecs.BOM_UTF8)
     if not content.lstrip().startswith(b"["):
-        yield from _read_json_lines(content.splitlines(), source)
+        yield from _read_json_lines(io.BytesIO(content), source)
         return
-    try:
-        rows = json.loads(content)
-    except json.JSONDecodeError as error:
-        problem = f"line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}."
-        raise UserError(problem, file=source) from error
-    for number, row in enumerate(rows, start=1):
+    yield from _items(_text(content, source), source)
+
+
+def _items(text: str, source: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list, one after the other, so that an error knows which one it is in."""
+    number, line, counted = 0, 1, 0
+    place = _past_space(text, text.index("[") + 1)
+    while number or text[place : place + 1] != "]":
+        number += 1
+        line, counted = line + text.count("\n", counted, place), place
+        row, end = _decoded(_DECODER.raw_decode, text, line, number, source, place)
         yield _object(row, "the item", number, source)
+        place = _past_space(text, end)
+        if text[place : place + 1] == "]":
+            break
+        if text[place : place + 1] != ",":
+            line += text.count("\n", counted, place)
+            problem = f"line {line}: the item is followed neither by ',' nor by ']'."
+            raise UserError(problem, remedy="The file holds one list of objects.", file=source, row=number)
+        place = _past_space(text, place + 1)
+    if text[place + 1 :].strip():
+        raise UserError("something follows the list.", remedy="The file holds one list of objects.", file=source)
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _past_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return match.end() if match else place
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {double!r} stands twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_doubles)
+
+
+def _decoded(decode: Callable[..., Any], text: str, line: int, number: int, source: str, *place: int) -> Any:
+    """What ``decode`` makes of a JSON text; ``line`` is the one that the value begins on."""
+    try:
+        return decode(text, *place)
+    except json.JSONDecodeError as error:
+        line += text.count("\n", place[0] if place else 0, error.pos)
+        problem = f"line {line} is not valid JSON: {error.msg} at column {error.colno}."
+    except RecursionError:
+        problem = f"line {line} nests lists or objects too deeply."
+    except ValueError as error:  # a name twice, or a number of thousands of digits
+        problem = f"line {line} cannot be read: {str(error).split(';')[0]}."
+    raise UserError(problem, remedy="A row is one JSON object.", file=source, row=number)
+
+
+def _text(content: bytes, source: str, *, line: int | None = None, row: int | None = None) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = line or content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"line {line} is not UTF-8 text: {error.reason}.", remedy="Save the file as UTF-8.", file=source, row=row
+        ) from error
 
 
 def _object(value: Any, what: str, number: int, source: str) -> dict[str, Any]:
@@ -109,15 +167,19 @@ def _object(value: Any, what: str, number: int, source: str) -> dict[str, Any]:
 
 def _read_csv(file: Iterable[bytes], source: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is short for a conversation
-    reader = csv.DictReader(
-        (line.decode("utf-8-sig" if not i else "utf-8") for i, line in enumerate(file)), strict=True
+    lines = (
+        _text(line if number > 1 else line.removeprefix(codecs.BOM_UTF8), source, line=number)
+        for number, line in enumerate(file, start=1)
     )
+    reader = csv.DictReader(lines, strict=True)
     number = 0
     try:
+        names = list(reader.fieldnames or ())
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"the header has the column '{double}' twice.", remedy="Rename one.", file=source)
         for number, row in enumerate(reader, start=1):
             if None in row or None in row.values():
-                columns = len(reader.fieldnames or ())
-                problem = f"the row that ends on line {reader.line_num} has not {columns} cells, as the header has."
+                problem = f"the row that ends on line {reader.line_num} has not {len(names)} cells, as the header has."
                 raise UserError(problem, file=source, row=number)
             yield row
     except csv.Error as error:

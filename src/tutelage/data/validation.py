@@ -9,7 +9,10 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from tutelage.data.demonstrations import Turns
-from tutelage.data.tokenization import Tokenization, tokenized_rows
+from tutelage.data.origin import selected
+from tutelage.data.tables import table_of
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import tokenized_rows
 from tutelage.errors import UserError
 
 __all__ = ["split_validation", "without_prompts"]
@@ -42,7 +45,8 @@ def split_validation(
         UserError: more than half would be validation rows, or nothing would remain to train on.
     """
     if isinstance(dataset, IterableDataset):
-        raw = Dataset.from_list(list(dataset.take(rows or 64)))
+        first = list(dataset.take(rows or 64))
+        raw = table_of(first) if hasattr(dataset, "origin") else Dataset.from_list(first)
     else:
         wanted = rows or max(16, min(128, len(dataset) // 10))
         if wanted > len(dataset) // 2:
@@ -53,7 +57,7 @@ def split_validation(
                 field="validation_rows",
             )
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        raw = dataset.select(sorted(order[:wanted]))
+        raw = selected(dataset, sorted(order[:wanted]))
     prompts = {row.group.prompt_ids for row in tokenized_rows(raw, tokenization, turns=turns, source=source)}
 
     return raw, without_prompts(tokenized, prompts, source=source)

@@ -12,7 +12,9 @@ from datasets import Dataset
 from torch import nn
 
 from tutelage.data.demonstrations import Demonstration, Turns
-from tutelage.data.tokenization import Tokenization, tokenized_rows
+from tutelage.data.origin import selected
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import tokenized_rows
 from tutelage.errors import UserError
 from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
 from tutelage.evaluation.statistics import bootstrap_mean, mean_interval
@@ -259,7 +261,7 @@ class EvaluationSet:
             UserError: bad data; or no row remains.
         """
         if limit is not None:
-            dataset = dataset.select(range(min(limit, len(dataset))))
+            dataset = selected(dataset, range(min(limit, len(dataset))))
         rows = list(tokenized_rows(dataset, tokenization, turns=turns, source=source))
         demonstrations = [row.demonstration for row in rows]
         groups = [row.group for row in rows]

@@ -26,6 +26,7 @@ __all__ = [
     "add_adapter",
     "base_causal_lm",
     "check_vocabulary",
+    "end_ids",
     "first_line",
     "load_model",
     "load_tokenizer",
@@ -102,6 +103,24 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
             remedy="Use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save it.",
             field="model_name_or_path",
         )
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end the model's text by its generation config: none, one or several.
+
+    A generation config that nobody wrote, and that was made of the model's config, counts as far as its tokens are the
+    tokenizer's special ones: the model's config has a default there.
+    """
+    config: Any = getattr(base_causal_lm(model), "generation_config", None)
+    found: Any = getattr(config, "eos_token_id", None)
+    if isinstance(found, torch.Tensor):
+        found = found.tolist()
+    found = found if isinstance(found, (list, tuple)) else [found]
+    known = frozenset(token_id for token_id in found if isinstance(token_id, int) and token_id >= 0)
+    if getattr(config, "_from_model_config", False):
+        added = tokenizer.added_tokens_decoder
+        known &= frozenset(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
+    return known
 
 
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:

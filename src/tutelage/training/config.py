@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, Field, dataclass, field, fields
+from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from tutelage.data.formats import Columns
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
 from tutelage.models.precision import choose_precision
@@ -41,6 +43,8 @@ class DemonstrationConfig(TrainingArguments):
 
     adapter_learning_rate: ClassVar[float] = 1e-4
     full_learning_rate: ClassVar[float] = 1e-5
+    is_new: ClassVar[bool] = False
+    """Set on a config to say that what an earlier run left in the output folder is not gone on with."""
 
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
@@ -101,6 +105,18 @@ class DemonstrationConfig(TrainingArguments):
             "choices": ["last", "all"],
         },
     )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column to read as the prompt, in all data of the run; by default known columns are recognized."
+        },
+    )
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column to read as the demonstration, with --prompt_column."}
+    )
+    messages_column: str | None = field(
+        default=None, metadata={"help": "Column to read as the conversation, whatever other columns there are."}
+    )
     layout: str = field(
         default="auto",
         metadata={
@@ -153,6 +169,7 @@ class DemonstrationConfig(TrainingArguments):
         if self.bf16 is None:
             device = "cpu" if self.use_cpu else None
             self.bf16 = not self.fp16 and choose_precision(device=device).dtype is torch.bfloat16
+        _ = self.columns  # refuses what does not go together
         super().__post_init__()
         # A batch of groups holds no tensors, so accelerate cannot hand a streamed one out from its first process.
         self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
@@ -180,11 +197,29 @@ class DemonstrationConfig(TrainingArguments):
         """What matrix products are computed in; ``load_model`` takes it."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
-    def tokenization(self, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-        """How prompts and completions are tokenized under these settings."""
+    @property
+    def columns(self) -> Columns:
+        """The columns of the data that the user named."""
+        return Columns(self.prompt_column, self.completion_column, self.messages_column)
+
+    def tokenization(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model_end_ids: frozenset[int] = frozenset(),
+        now: datetime | None = None,
+    ) -> Tokenization:
+        """How prompts and completions are tokenized under these settings.
+
+        Args:
+            model_end_ids, now: as for ``Tokenization``.
+        """
         return Tokenization(
             tokenizer,
             max_prompt_length=self.max_prompt_length,
             max_completion_length=self.max_completion_length,
             on_long_prompt=cast(Literal["error", "drop"], self.on_long_prompt),
+            model_end_ids=model_end_ids,
+            columns=self.columns,
+            now=now or datetime.now(),
         )

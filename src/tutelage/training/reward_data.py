@@ -11,7 +11,8 @@ from datasets import Dataset, IterableDataset
 
 from tutelage.data.demonstrations import Turns
 from tutelage.data.prompts import mix_prompts, tokenize_prompts
-from tutelage.data.tokenization import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
+from tutelage.data.tokenization import Tokenization
+from tutelage.data.tokenized import group_from_row, preference_group_from_row, tokenize_dataset
 from tutelage.data.validation import split_validation, without_prompts
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet

@@ -24,12 +24,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from tutelage.data.demonstrations import Turns, is_conversational
-from tutelage.data.tokenization import group_from_row, tokenize_dataset
+from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
 from tutelage.groups import Group
-from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
+from tutelage.models.loading import (
+    add_adapter,
+    base_causal_lm,
+    check_vocabulary,
+    end_ids,
+    load_model,
+    load_tokenizer,
+)
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.models.router import router_loss
@@ -39,6 +46,7 @@ from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, R
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
+from tutelage.training.clock import CLOCK, record_time, recorded_time
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.flops import counted
@@ -59,6 +67,7 @@ NOT_UPLOADED = (
     "retention-start/*",
     "results.json",
     "report.html",
+    CLOCK,
 )
 """Patterns of what lies in an output folder besides model, tokenizer and card. Most of it holds the user's data: rows,
 samples, and in the folder of the controls their training rows and all this once more."""
@@ -125,11 +134,14 @@ class DemonstrationTrainer(Trainer):
             raise UserError(
                 "streamed data have no length, so the run needs one.", remedy="Add --max_steps.", field="max_steps"
             )
-        self.tokenization = args.tokenization(tokenizer)
+        recorded = None if args.is_new else recorded_time(Path(str(args.output_dir)))
+        self.tokenization = args.tokenization(tokenizer, model_end_ids=end_ids(policy, tokenizer), now=recorded)
         self.progress: Progress = progress or Silent()
         self.source, self.eval_source = source, eval_source
         self.model_name = model if isinstance(model, str) else base_causal_lm(policy).name_or_path
-        self.conversational = train_dataset is not None and is_conversational(train_dataset, source=source)
+        self.conversational = train_dataset is not None and is_conversational(
+            train_dataset, source=source, columns=self.tokenization.columns
+        )
         if train_dataset is not None:
             with self.progress.phase("reading demonstrations"):
                 train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns, source=source)  # type: ignore[arg-type]
@@ -376,6 +388,8 @@ class DemonstrationTrainer(Trainer):
         """As in transformers. The initial policy's held-out log-probs are cached, as π_0 of the implicit reward."""
         if self.stages is not None:
             self.stages.store.check()
+        if self.tokenization.asks_for_time:
+            record_time(Path(str(self.args.output_dir)), self.tokenization.now)
         if self.evaluation_set is not None and self.evaluation_set.reference is None:
             with self.progress.phase("held-out log-probs of the start"):
                 self._remember_start(self.evaluation_set)

@@ -1,0 +1,264 @@
+"""The demonstrations of a dataset as tokens, and what became of its rows."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+
+from tutelage.data.demonstrations import Demonstration, Turns, holds_prompts_alone, read_prompts, read_rows
+from tutelage.data.origin import located
+from tutelage.data.tokenization import Tokenization
+from tutelage.errors import UserError
+from tutelage.groups import Completion, Group, Role
+
+__all__ = [
+    "FEATURES",
+    "DataSummary",
+    "TokenizedPrompt",
+    "TokenizedRow",
+    "group_from_row",
+    "preference_group_from_row",
+    "row_of_group",
+    "tokenize_dataset",
+    "tokenized_prompts",
+    "tokenized_rows",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataSummary:
+    """What became of the rows of a dataset, counted while they were tokenized.
+
+    Attributes:
+        rows: rows read.
+        demonstrations: demonstrations kept.
+        pairs: how many of them can be compared with a rejected answer.
+        truncated: how many of them were truncated at the length limit.
+        empty: rows left out because the last turn of a dialogue in text is empty.
+        unwanted: rows left out because their label says that the answer was not wanted.
+        long_prompts: demonstrations left out because their prompt is too long.
+    """
+
+    rows: int = 0
+    demonstrations: int = 0
+    pairs: int = 0
+    truncated: int = 0
+    empty: int = 0
+    unwanted: int = 0
+    long_prompts: int = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Why something was left out, and how often; empty if nothing was."""
+        reasons = {
+            "empty last turn of a dialogue": self.empty,
+            "labelled false": self.unwanted,
+            "prompt too long": self.long_prompts,
+        }
+        return {reason: count for reason, count in reasons.items() if count}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """A demonstration as it was read and as tokens.
+
+    Attributes:
+        demonstration: as it was read, with the row's other columns.
+        group: its prompt and the demonstration.
+        pair: the prompt with the preferred and the rejected answer, if the row has both and they differ.
+    """
+
+    demonstration: Demonstration
+    group: Group
+    pair: Group | None
+
+
+def tokenized_rows(
+    dataset: Dataset | IterableDataset,
+    tokenization: Tokenization,
+    *,
+    turns: Turns = "last",
+    source: str = "dataset",
+    summary: DataSummary | None = None,
+) -> Iterator[TokenizedRow]:
+    """Read and tokenize a dataset's demonstrations one by one; the way from rows to groups that everything takes.
+
+    Args:
+        dataset: of a recognized format, map-style or streamed.
+        turns: as in ``read_row``.
+        source: file or dataset, for messages to people.
+        summary: is counted up as rows are read.
+
+    Yields:
+        every demonstration that remains: those with a prompt that is too long are left out or raise, as ``tokenization`` says.
+
+    Raises:
+        UserError: as ``read_rows`` and ``Tokenization.group`` for the first bad row.
+    """
+    summary = DataSummary() if summary is None else summary
+    left_out: Counter[str] = Counter()
+    read = read_rows(dataset, turns=turns, source=source, columns=tokenization.columns, left_out=left_out)
+    for index, demonstrations in enumerate(read):
+        summary.rows += 1
+        if not demonstrations:
+            summary.empty += left_out.pop("empty", 0)
+            summary.unwanted += left_out.pop("unwanted", 0)
+        for demonstration in demonstrations:
+            try:
+                group = tokenization.group(demonstration, source=source)
+                pair = None if group is None else tokenization.pair(group, demonstration, source=source)
+            except UserError as error:
+                raise located(error, dataset, index) from error
+            if group is None:
+                summary.long_prompts += 1
+                continue
+            summary.demonstrations += 1
+            summary.pairs += pair is not None
+            summary.truncated += not group.completions[0].finished
+            yield TokenizedRow(demonstration, group, pair)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt to sample from.
+
+    Attributes:
+        group: the prompt, with the demonstration that the data give, if they give one.
+        conversational: whether it is a list of messages.
+    """
+
+    group: Group
+    conversational: bool
+
+
+def tokenized_prompts(
+    dataset: Dataset | IterableDataset, tokenization: Tokenization, *, source: str = "dataset"
+) -> Iterator[TokenizedPrompt]:
+    """The prompts of a dataset of a recognized format, or of one that holds a ``prompt`` column and no answers.
+
+    Raises:
+        UserError: as ``tokenized_rows``; or a prompt is no text and no list of messages.
+    """
+    columns = tokenization.columns
+    if not holds_prompts_alone(dataset, columns):
+        for row in tokenized_rows(dataset, tokenization, source=source):
+            yield TokenizedPrompt(row.group, row.demonstration.conversational)
+        return
+    field = columns.prompt or "prompt"
+    for index, prompt in enumerate(read_prompts(dataset, source=source, columns=columns)):
+        try:
+            prompt_ids = tokenization.short_prompt_ids(prompt)
+        except UserError as error:
+            error = UserError(error.problem, remedy=error.remedy, file=source, row=index + 1, field=field)
+            raise located(error, dataset, index) from error
+        if prompt_ids is not None:
+            yield TokenizedPrompt(Group(prompt_ids, row=index), isinstance(prompt, list))
+
+
+FEATURES = Features(  # of what is tokenized; without a demonstration its tokens are an empty list
+    {
+        "row": Value("int64"),
+        "prompt_ids": List(Value("int32")),
+        "demonstration_ids": List(Value("int32")),
+        "demonstration_finished": Value("bool"),
+        "rejected_ids": List(Value("int32")),
+        "rejected_finished": Value("bool"),
+    }
+)
+
+
+def tokenize_dataset(
+    dataset: Dataset | IterableDataset,
+    tokenization: Tokenization,
+    *,
+    turns: Turns = "last",
+    source: str = "dataset",
+    summary: DataSummary | None = None,
+) -> Dataset | IterableDataset:
+    """The tokens of every demonstration, and of the rejected answer where there is one.
+
+    Columns of the result: ``row``; ``prompt_ids``, ``demonstration_ids`` and ``rejected_ids``, lists of tokens, the
+    last one empty without a rejected answer; ``demonstration_finished`` and ``rejected_finished``. ``group_from_row`` and
+    ``preference_group_from_row`` read them. No data is cached on disk.
+
+    Args:
+        dataset: of a recognized format; streamed data is read lazily, other data entirely, now.
+        tokenization: how.
+        turns: as in ``read_row``.
+        source: file or dataset, for messages to people.
+        summary: is counted up; of streamed data, while it is read.
+
+    Raises:
+        UserError: as ``read_rows`` and ``Tokenization.group`` for the first bad row; or nothing remains.
+    """
+    arguments = {
+        "dataset": dataset,
+        "tokenization": tokenization,
+        "turns": turns,
+        "source": source,
+        "summary": summary or DataSummary(),
+    }
+    if isinstance(dataset, IterableDataset):
+        # One generator, hence one shard: numbering rows in shards would give two rows the same number.
+        return IterableDataset.from_generator(_columns, features=FEATURES, gen_kwargs=arguments)
+    rows = _columns(**arguments)
+    chunks = iter(lambda: list(islice(rows, 1000)), [])  # Python's lists of tokens are large: not all at once
+    tokenized = concatenate_datasets([Dataset.from_list(chunk, features=FEATURES) for chunk in chunks])
+    for reason, count in arguments["summary"].dropped.items():
+        logger.warning("%s: left out %d of %d: %s", source, count, arguments["summary"].rows, reason)
+    return tokenized
+
+
+def _columns(
+    dataset: Dataset | IterableDataset, tokenization: Tokenization, turns: Turns, source: str, summary: DataSummary
+) -> Iterator[dict[str, Any]]:
+    any_left = False
+    for row in tokenized_rows(dataset, tokenization, turns=turns, source=source, summary=summary):
+        any_left = True
+        yield row_of_group(row.group, row.pair)
+    if not any_left:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in summary.dropped.items())
+        raise UserError(
+            f"no demonstration remains: {reasons}.",
+            remedy="Look at the data or raise --max_prompt_length.",
+            file=source,
+        )
+
+
+def row_of_group(group: Group, pair: Group | None = None) -> dict[str, Any]:
+    """The columns of a prompt with its demonstration, if it has one, and with its rejected answer, if it has one."""
+    demonstration = group.completions[0] if group.completions else None
+    rejected = pair.completions[1] if pair else None
+    return {
+        "row": group.row,
+        "prompt_ids": list(group.prompt_ids),
+        "demonstration_ids": list(demonstration.token_ids) if demonstration else [],
+        "demonstration_finished": demonstration.finished if demonstration else False,
+        "rejected_ids": list(rejected.token_ids) if rejected else [],
+        "rejected_finished": rejected.finished if rejected else False,
+    }
+
+
+def group_from_row(row: Mapping[str, Any]) -> Group:
+    """The prompt with its demonstration, if it has one, from a row of ``tokenize_dataset`` or ``tokenize_prompts``."""
+    if not row["demonstration_ids"]:
+        return Group(tuple(row["prompt_ids"]), row=row["row"])
+    demonstration = Completion(tuple(row["demonstration_ids"]), Role.DEMONSTRATION, row["demonstration_finished"])
+    return Group(tuple(row["prompt_ids"]), (demonstration,), row=row["row"])
+
+
+def preference_group_from_row(row: Mapping[str, Any]) -> Group | None:
+    """The prompt with its preferred and rejected answer, from a row of ``tokenize_dataset``; None without a pair."""
+    if not row["rejected_ids"]:
+        return None
+    preferred = Completion(tuple(row["demonstration_ids"]), Role.PREFERRED, row["demonstration_finished"])
+    rejected = Completion(tuple(row["rejected_ids"]), Role.REJECTED, row["rejected_finished"])
+    return Group(tuple(row["prompt_ids"]), (preferred, rejected), row=row["row"])
