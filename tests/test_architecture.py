@@ -19,7 +19,7 @@ LAYERS = (
     ("rewards",),
     ("data", "sampling", "scoring"),
     ("models", "results", "testing"),
-    ("files", "groups", "losses", "progress"),
+    ("files", "groups", "losses", "progress", "ranges"),
     ("errors",),
 )
 HEIGHT = {package: height for height, layer in enumerate(reversed(LAYERS)) for package in layer}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import yaml
-
+from tutelage.cli.config_file import read_fields
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import CommandParser, take_config
 from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
+from tutelage.ranges import whole
 
 __all__ = ["check_training"]
 
@@ -36,7 +35,7 @@ def check_training(command: str, args: Sequence[str]) -> None:
         parser.add_argument(f"--{name}")
     parser.add_argument("--dataset_train_split", default="train", help="")
     parser.add_argument("--turns", default="last", help="")
-    parser.add_argument("--eval_rows", type=int)
+    parser.add_argument("--eval_rows", type=whole(1))
     for name in ("resume", "overwrite_output_dir", "dataset_streaming"):
         parser.add_argument(f"--{name}", nargs="?", const="true", default="false", help="")
     found, _ = parser.parse_known_args([_underscored(arg) for arg in args])
@@ -72,12 +71,10 @@ def _simple_values(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = read_fields(path)
+    except UserError:
         return []
-    if not isinstance(content, dict):
-        return []
-    return [f"--{name}={value}" for name, value in content.items() if isinstance(value, (str, int, float))]
+    return [f"--{name}={entry.text}" for name, entry in found.items() if isinstance(entry.text, str)]
 
 
 def _underscored(arg: str) -> str:
@@ -89,4 +86,4 @@ def _underscored(arg: str) -> str:
 
 
 def _is(value: str) -> bool:
-    return value.lower() in ("true", "t", "yes", "y", "1")
+    return value.lower() in ("true", "t", "yes", "y", "1", "on")

@@ -12,6 +12,7 @@ from rich.markup import escape
 from tutelage.algorithms.registry import NAMES
 from tutelage.cli.parser import CommandParser
 from tutelage.errors import UserError
+from tutelage.ranges import whole
 
 __all__ = ["main"]
 
@@ -25,16 +26,14 @@ def main(args: Sequence[str], console: Console) -> None:
     )
     run.add_argument("grid", metavar="GRID.yaml", help="A file, or a grid that comes with the package.")
     run.add_argument("--output_dir", required=True, help="Where runs, table and page go; run again to resume.")
-    run.add_argument("--jobs", type=int, help="Processes; by default one per core.")
-    run.add_argument("--seeds", type=int, help="Only so many of the grid's reporting seeds, from the first.")
+    run.add_argument("--jobs", type=whole(1, 1024), help="Processes; by default one per core.")
+    run.add_argument("--seeds", type=whole(1), help="Only so many of the grid's reporting seeds, from the first.")
     run.add_argument("--worlds", help="Only these worlds, separated by commas.")
     commands.add_parser("list", help="Say which worlds, grids and algorithms there are.", allow_abbrev=False)
     options = parser.parse_args(args)
     if options.command == "list":
         _list(console)
         return
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"must be at least 1, not {options.jobs}.", field="jobs")
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")

@@ -30,6 +30,7 @@ from tutelage.evaluation.record import evaluated
 from tutelage.evaluation.verifiers import reasoning_gym_rows
 from tutelage.lab.english import english_rows
 from tutelage.models.loading import load_tokenizer
+from tutelage.ranges import SEED, whole
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
 from tutelage.results import RunRecord, write_results
@@ -135,16 +136,18 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         help="arrange: words in an order without two of one kind side by side. Or a reasoning-gym task that comes with written solutions.",
     )
     parser.add_argument(
-        "--rows", type=int, help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long."
+        "--rows",
+        type=whole(16),
+        help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long.",
     )
-    parser.add_argument("--test_rows", type=int, help=f"Held-out rows: {_TEST_ROWS}, or fewer, as for --rows.")
+    parser.add_argument("--test_rows", type=whole(16), help=f"Held-out rows: {_TEST_ROWS}, or fewer, as for --rows.")
     parser.add_argument(
         "--max_completion_length",
-        type=int,
+        type=whole(1),
         default=20,
         help="Maximum completion length, in tokens; longer completions are truncated.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Random seed of data, training and samples.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Random seed of data, training and samples.")
     parser.add_argument("--full", action="store_true", help="Full size: 2,000 demonstrations and 500 held-out rows.")
     parser.add_argument("--output_dir", default="quickstart", help="Folder for models, results and the report.")
     parser.add_argument(
@@ -155,8 +158,6 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         options.rows, options.test_rows = 2000, 500
     options.sized = options.rows is None and options.test_rows is None  # what the user names is kept
     options.rows, options.test_rows = options.rows or _ROWS, options.test_rows or _TEST_ROWS
-    if min(options.rows, options.test_rows) < 16:
-        raise UserError("at least 16 rows are needed.", field="rows / test_rows")
     return options
 
 

@@ -14,13 +14,13 @@ from tutelage.cli.parser import (
     data_arguments,
     length_arguments,
     new_file,
-    require_at_least_one,
     weight_arguments,
 )
 from tutelage.data.columns import check_demonstrations, peek
 from tutelage.data.demonstrations import holds_prompts_alone
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
+from tutelage.ranges import SEED, TEMPERATURE, number, whole
 
 if TYPE_CHECKING:
     from tutelage.data import Tokenization
@@ -34,15 +34,18 @@ def main(args: Sequence[str], console: Console) -> None:
     parser = command_parser("sample", main.__doc__, data_arguments, length_arguments, weight_arguments)
     parser.add_argument("--model_name_or_path", required=True, help="A model, or the folder of a run.")
     parser.add_argument("--output", required=True, help="The .jsonl file to write; it must not exist yet.")
-    parser.add_argument("--num_samples", type=int, default=1, help="Completions per prompt.")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token.")
-    parser.add_argument("--top_k", type=int, default=0, help="Top-k sampling; 0 turns it off.")
-    parser.add_argument("--top_p", type=float, default=1.0, help="Top-p (nucleus) sampling; 1 turns it off.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Sequences decoded in parallel.")
+    parser.add_argument("--num_samples", type=whole(1), default=1, help="Completions per prompt.")
+    parser.add_argument(
+        "--temperature", type=number(0, TEMPERATURE.high), default=1.0, help="0 takes the likeliest token."
+    )
+    parser.add_argument("--top_k", type=whole(0), default=0, help="Top-k sampling; 0 turns it off.")
+    parser.add_argument(
+        "--top_p", type=number(0, 1, above=True), default=1.0, help="Top-p (nucleus) sampling; 1 turns it off."
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the samples.")
+    parser.add_argument("--batch_size", type=whole(1), default=64, help="Sequences decoded in parallel.")
     options = parser.parse_args(args)
     output = new_file(options.output)
-    require_at_least_one(options, "max_prompt_length", "max_completion_length", "num_samples", "batch_size")
     require_model(options.model_name_or_path)
     _check_rows(options)
     _draw(options, output, console)
