@@ -133,15 +133,18 @@ class ModelArguments(ModelConfig):
         Raises:
             UserError: none is named, or it cannot be loaded.
         """
+        from tutelage.models.loading import load_model, loading
+
         name = self.require_name()
         options = {}
         if self.load_in_4bit or self.load_in_8bit:
             self.dtype = self.dtype or "bfloat16"  # what the quantized products are computed in
-        quantization = get_quantization_config(self)
+        with loading(
+            "the model", "Use one of the two.", field="load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        ):
+            quantization = get_quantization_config(self)
         if quantization is not None:
             options["quantization_config"] = quantization
-        from tutelage.models.loading import load_model
-
         return load_model(
             name,
             dtype=self.dtype if self.dtype in (None, "auto") else getattr(torch, self.dtype),

@@ -116,6 +116,10 @@ def train(
         trainer.export(folder)
         record = trainer.record(name=name)
         write_results(folder, record)  # before the evaluation, which may fail
+        with progress.phase("loading the export back"):
+            checked = trainer.check_export(folder)
+        for sentence in checked:
+            console.print(f"  {sentence}", highlight=False, markup=False)
         record = _final_evaluation(trainer, record, progress)
         after(trainer)
     console.print(f"  {name} took {duration(record.time_s['total'])}", highlight=False)

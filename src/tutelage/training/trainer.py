@@ -39,6 +39,7 @@ from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
+from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
 from tutelage.training.flops import counted
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
@@ -159,6 +160,11 @@ class DemonstrationTrainer(Trainer):
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._choose_layout(cast(Layout, args.layout))
+        self.exported_tokenizer: PreTrainedTokenizerBase = tokenizer
+        if train_dataset is not None:
+            stop_ids = self.tokenization.stop_ids(self.conversational)
+            end_of_turn = self.tokenization.end_of_turn_id(self.conversational)
+            self.exported_tokenizer = prepare_export(self.policy, tokenizer, stop_ids, end_of_turn)
         self.scorer = PolicyScorer(
             self.policy,
             layout=self.layout,
@@ -342,6 +348,10 @@ class DemonstrationTrainer(Trainer):
         self.check_weights()
         super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
+
     def export(self, folder: Path) -> None:
         """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned."""
         phase = self.stages.phase if self.stages else None
@@ -349,6 +359,21 @@ class DemonstrationTrainer(Trainer):
         self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
         if phase:
             phase.export(folder)
+
+    def check_export(self, folder: Path) -> list[str]:
+        """Load back what ``export`` wrote into a folder, with the libraries that others will use, and compare.
+
+        Returns:
+            what was compared, a sentence each.
+
+        Raises:
+            UserError: something loads as other than what was trained.
+        """
+        phase = self.stages.phase if self.stages else None
+        reward = phase.reward if phase else None
+        told = [check_policy(folder if reward is None else folder / "policy", self.policy)]
+        found = check_reward(folder / "reward", reward) if reward is not None else None
+        return [*told, found] if found else told
 
     def _place(self) -> str:
         return f" of stage {self.stage}" if self.stages else ""
