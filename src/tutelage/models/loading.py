@@ -31,6 +31,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "loading",
+    "refuse_virtual_tokens",
     "require_base",
     "require_exists",
     "run_part",
@@ -82,7 +83,7 @@ def load_model(
     with loading(f"the model '{name_or_path}'", _REMEDY):
         is_adapter = find_adapter_config_file(name_or_path, revision=revision)
     if is_adapter:
-        require_base(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        refuse_virtual_tokens(require_base(name_or_path, revision=revision, trust_remote_code=trust_remote_code))
         with loading(f"the model '{name_or_path}'", _REMEDY):
             return AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=True, **options)
     with loading(f"the model '{name_or_path}'", _REMEDY):
@@ -134,11 +135,14 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def require_base(adapter: str, *, field: str = "model_name_or_path", **options: Any) -> None:
+def require_base(adapter: str, *, field: str = "model_name_or_path", **options: Any) -> PeftConfig:
     """Find the model that an adapter was trained on; a relative path is looked for from the current folder.
 
     Args:
         options: of ``PeftConfig.from_pretrained`` and ``AutoConfig.from_pretrained``.
+
+    Returns:
+        the adapter's config.
 
     Raises:
         UserError: the adapter cannot be read or names no base, or its base is not there.
@@ -163,6 +167,7 @@ def require_base(adapter: str, *, field: str = "model_name_or_path", **options: 
             file=adapter,
             field=field,
         ) from error
+    return config
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -180,11 +185,26 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
+def refuse_virtual_tokens(config: PeftConfig) -> None:
+    """Raise for adapters that are tokens before the prompt: bodies are run without peft's forward, which would leave them out.
+
+    Raises:
+        UserError: it is one of them (prompt tuning, prefix tuning, P-tuning).
+    """
+    if config.is_prompt_learning:
+        raise UserError(
+            f"adapters of kind {getattr(config.peft_type, 'value', config.peft_type)} are not supported: they put virtual "
+            "tokens before the prompt.",
+            remedy="Use LoRA or another adapter on the model's layers.",
+            field="peft_config",
+        )
+
+
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
     """Add a new adapter to a model and freeze the model's own weights.
 
     Raises:
-        UserError: the model already has an adapter; or the adapter would change a head that is tied to the
+        UserError: the model already has an adapter; the new one is of virtual tokens; or the adapter would change a head that is tied to the
             embedding, which merging and saving then break.
     """
     if isinstance(model, PeftModel):
@@ -193,6 +213,7 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
             remedy="Leave out --use_peft (peft_config), or merge the adapter into its base first.",
             field="use_peft",
         )
+    refuse_virtual_tokens(config)
     base = cast(PreTrainedModel, model)
     adapted = cast(PeftModel, get_peft_model(base, config))
     ends = (base.get_input_embeddings(), base.get_output_embeddings())

@@ -56,11 +56,14 @@ def own_logps(
     ]
 
 
-def reward_func(reward: Reward, tokenization: Tokenization) -> Callable[..., list[float]]:
+def reward_func(reward: Reward, tokenization: Tokenization, name: str) -> Callable[..., list[float]]:
     """A function for ``reward_funcs`` of TRL's trainers (``GRPOTrainer``, ``RLOOTrainer``).
 
     It scores the tokens that TRL sampled (``completion_ids``) after the prompt as ``tokenization`` writes it. A completion
     has finished if it ends with a token that ends a turn.
+
+    Args:
+        name: what TRL calls it in its logs.
     """
 
     def learned_reward(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
@@ -73,4 +76,5 @@ def reward_func(reward: Reward, tokenization: Tokenization) -> Callable[..., lis
         ]
         return reward.score(groups).tolist()
 
+    learned_reward.__name__ = name
     return learned_reward

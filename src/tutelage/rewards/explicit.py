@@ -171,7 +171,7 @@ class ExplicitReward:
 
     def as_reward_func(self, tokenization: Tokenization) -> Callable[..., list[float]]:
         """A function for ``reward_funcs`` of TRL's trainers; see ``reward_func``."""
-        return reward_func(self, tokenization)
+        return reward_func(self, tokenization, "explicit_reward")
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 

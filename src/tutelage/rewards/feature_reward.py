@@ -196,7 +196,7 @@ class FeatureReward:
 
     def as_reward_func(self, tokenization: Tokenization) -> Callable[..., list[float]]:
         """A function for ``reward_funcs`` of TRL's trainers; see ``reward_func``."""
-        return reward_func(self, tokenization)
+        return reward_func(self, tokenization, "feature_reward")
 
     @property
     def is_classifier(self) -> bool:

@@ -28,7 +28,14 @@ from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.groups import Group
-from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
+from tutelage.models.loading import (
+    add_adapter,
+    base_causal_lm,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    refuse_virtual_tokens,
+)
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.models.weights import WeightSet
@@ -119,6 +126,8 @@ class DemonstrationTrainer(Trainer):
         )
         tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
         check_vocabulary(policy, tokenizer)
+        if isinstance(policy, PeftModel):
+            refuse_virtual_tokens(policy.active_peft_config)
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise UserError(
                 "streamed data have no length, so the run needs one.", remedy="Add --max_steps.", field="max_steps"
