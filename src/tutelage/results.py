@@ -43,7 +43,6 @@ __all__ = [
     "RunRecord",
     "SampleRecord",
     "load_results",
-    "model_card",
     "results_beside",
     "run_id",
     "write_results",
@@ -339,6 +338,7 @@ def write_results(folder: str | Path, record: RunRecord) -> Path:
     """
     path = Path(folder) / "results.json"
     content = record.to_dict()
+    json.dumps(content, allow_nan=False)  # a ValueError is a fault of ours, and no file that others cannot read
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path
@@ -389,42 +389,6 @@ def results_beside(model: str | Path) -> Path | None:
     folder = Path(model)
     places = (folder, folder.parent) if folder.name == "policy" else (folder,)
     return next((path for place in places if (path := place / "results.json").is_file()), None)
-
-
-def model_card(record: RunRecord) -> str:
-    """A README.md for the model: what made it, with which settings, and what was found on held-out rows."""
-    epochs = record.demonstration_epochs
-    lines = [
-        "---",
-        "library_name: " + ("peft" if record.settings.get("adapter") else "transformers"),
-        "tags: [tutelage, " + record.algorithm + "]",
-        "---",
-        "",
-        f"# {record.name}",
-        "",
-        f"Trained with **{record.algorithm}** by tutelage, starting from `{record.model}`, on `{record.dataset}` "
-        f"(seed {record.seed}{'' if epochs is None else f', {epochs:g} passes over the demonstrations'}).",
-        "",
-        *([record.card, ""] if record.card else []),
-        "## Settings",
-        "",
-        "| setting | value |",
-        "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in record.settings.items()),
-        "",
-        "## Results on held-out rows",
-        "",
-    ]
-    if record.evaluation is None:
-        lines.append("No held-out data was given.")
-    else:
-        lines += ["| quantity | mean | 95% interval | n |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {name} | {found.mean:.4g} | {found.low:.4g} to {found.high:.4g} | {found.n} |"
-            for name, found in record.evaluation.means.items()
-        ]
-        lines += [f"\n{note}" for note in record.evaluation.notes]
-    return "\n".join([*lines, ""])
 
 
 # --- to JSON and back --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tutelage.algorithms.irft import IRFT
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
+from tutelage.card import model_card
 from tutelage.errors import UserError
 from tutelage.evaluation.record import retention
 from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
@@ -32,7 +33,6 @@ from tutelage.results import (
     RunRecord,
     SampleRecord,
     load_results,
-    model_card,
     run_id,
     write_results,
 )

@@ -21,6 +21,7 @@ from tutelage.models.paths import run_part
 from tutelage.models.precision import Precision, choose_precision, given_precision, model_size
 from tutelage.ranges import check_ranges, number, whole
 from tutelage.training.config import DemonstrationConfig
+from tutelage.visible import write
 
 __all__ = ["DataArguments", "ModelArguments", "parse"]
 
@@ -187,7 +188,7 @@ def parse(command: str, config: type[DemonstrationConfig], args: Sequence[str]) 
     """
     kinds = (DataArguments, ModelArguments, config)
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
-        print(help_text(command, *kinds, everything="--help_all" in args))
+        write(help_text(command, *kinds, everything="--help_all" in args))
         sys.exit(0)
     parser = _TrainParser(kinds, prog=f"tutelage {command}", allow_abbrev=False)  # type: ignore[arg-type]
     path, args = take_config(args)

@@ -23,6 +23,7 @@ from tutelage.evaluation.policy import EvaluationSet, can_sample
 from tutelage.files import read_json, write_json
 from tutelage.models.loading import load_tokenizer
 from tutelage.results import RunRecord, load_results
+from tutelage.terminal import say
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.trainer import DemonstrationTrainer
 
@@ -105,7 +106,7 @@ class Controls:
             for control, config in runs:
                 folder = self.home / control.name
                 if not (folder / "README.md").exists():  # written last
-                    console.print(f"\n[bold]control[/bold] {name}: {control.name}", highlight=False)
+                    say(console, ("\ncontrol", "bold"), f" {name}: {control.name}")
                     data = split.data if split else self.data
                     with OutputFolder(str(folder), overwrite=True) as output:
                         train(

@@ -35,6 +35,7 @@ from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
 from tutelage.results import RunRecord, write_results
 from tutelage.sampling import SamplingParams, TransformersSampler
+from tutelage.terminal import say, show
 from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
 from tutelage.training.costs import peak_memory_bytes, reset_peak_memory
 
@@ -121,10 +122,10 @@ def main(args: Sequence[str], console: Console) -> None:
         folder.clear()
         records = _run(options, out, console)
     write_report(records, out / "report.html")
-    console.print(summary_table(records))
+    show(console, summary_table(records))
     for sentence in verdicts(records):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"report: {out / 'report.html'}", highlight=False, markup=False)
+        say(console, sentence)
+    say(console, f"report: {out / 'report.html'}")
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
@@ -166,7 +167,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     rows = _data(options)
     train_rows, test_rows = rows["train"], rows["test"]
     if options.model_name_or_path is None:
-        console.print(GEMMA_LICENSE, style="dim", highlight=False)
+        say(console, GEMMA_LICENSE, style="dim")
         with (
             TerminalProgress(console, "model") as progress,
             progress.phase("getting it ready (a minute the first time)"),
@@ -192,16 +193,17 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     if options.sized:
         sized = size_for(pace, 60 * _MINUTES - (time.monotonic() - begun), *asked)
         train_rows, test_rows = train_rows[: sized[0]], test_rows[: sized[1]]
-    console.print(
-        f"[bold]tutelage quickstart[/bold]: task {options.task}, {len(train_rows)} demonstrations, "
-        f"{len(test_rows)} held-out rows, seed {options.seed}, computing in {precision}",
-        highlight=False,
+    say(
+        console,
+        ("tutelage quickstart", "bold"),
+        f": task {options.task}, {len(train_rows)} demonstrations, {len(test_rows)} held-out rows, seed {options.seed}, "
+        f"computing in {precision}",
     )
     if asked != (len(train_rows), len(test_rows)):
-        console.print(
+        say(
+            console,
             f"  {asked[0]} demonstrations and {asked[1]} held-out rows would take "
             f"{duration(pace.total(*asked))} on this machine; --rows and --test_rows override this",
-            highlight=False,
         )
     plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})
     out.mkdir(parents=True, exist_ok=True)
@@ -355,10 +357,11 @@ class Plan:
 
     @contextmanager
     def part(self, name: str, description: str) -> Iterator[None]:
-        self.console.print(
-            f"\n[bold]{len(self.done) + 1}/{len(self.expected)}[/bold] {description}   "
-            f"[dim]about {duration(self.left)} left[/dim]",
-            highlight=False,
+        say(
+            self.console,
+            (f"\n{len(self.done) + 1}/{len(self.expected)}", "bold"),
+            f" {description}   ",
+            (f"about {duration(self.left)} left", "dim"),
         )
         begun = self.clock()
         yield

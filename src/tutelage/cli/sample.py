@@ -59,6 +59,7 @@ def _draw(options: argparse.Namespace, output: Path, console: Console) -> None:
     from tutelage.data.records import group_record
     from tutelage.files import write_json_lines
     from tutelage.sampling import SamplingParams, TransformersSampler
+    from tutelage.terminal import say
 
     quiet_libraries()
     tokenization = load_tokenization(options, options.model_name_or_path)
@@ -101,7 +102,7 @@ def _draw(options: argparse.Namespace, output: Path, console: Console) -> None:
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(output, (group_record(group, tokenization.text) for group in sampled))
-    console.print(f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
+    say(console, f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}")
 
 
 def _check_rows(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from tutelage.progress import Progress
 from tutelage.rewards import FeatureReward, ImplicitReward, Reward
 from tutelage.rewards.ensemble import RewardEnsemble
 from tutelage.scoring.logps import cached_logps
+from tutelage.terminal import say
 
 __all__ = ["score"]
 
@@ -74,9 +75,9 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
     write_json_lines(output, lines)
     if told:
         show_explanations(lines, console)
-    console.print(f"{len(scored)} rows: {output}", highlight=False, markup=False)
+    say(console, f"{len(scored)} rows: {output}")
     for line in summary:
-        console.print(line, highlight=False, markup=False)
+        say(console, line)
 
 
 # --- what is scored ----------------------------------------------------------------------------------------------------
