@@ -19,7 +19,9 @@ def markdown(text: object) -> str:
     'a&#42;b&#42; &lt;i&gt;&#124;&#92;nhttp&#58;//x'
     """
     shown = escape(visible(text, lines=False).replace("\t", " "), quote=False)
-    shown = re.sub(r"[\\`*{}\[\]()#+!|~$@:\"']|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", lambda found: f"&#{ord(found[0])};", shown)
+    shown = re.sub(
+        r"[\\`*{}\[\]()#+!|~$@:\"']|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", lambda found: f"&#{ord(found[0])};", shown
+    )
     shown = re.sub(r"^(-+|=+|\d+[.)])(?=\s|$)", lambda found: "".join(f"&#{ord(char)};" for char in found[0]), shown)
     return shown.replace("www.", "www&#46;")
 

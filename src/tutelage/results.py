@@ -435,7 +435,7 @@ def _written(kind: Any, value: Any, place: str) -> Any:
     if get_origin(kind) is dict:
         _, inner = get_args(kind)
         return {str(name): _written(inner, each, _at(place, name)) for name, each in value.items()}
-    if kind is float and not math.isfinite(value):
+    if kind in (int, float) and not math.isfinite(value):
         raise UserError(
             f"{value} cannot stand in results.json.",
             field=place,

@@ -11,6 +11,7 @@ from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
 from tutelage.ranges import whole
+from tutelage.training.processes import require_one_process
 
 __all__ = ["check_training"]
 
@@ -22,12 +23,13 @@ def check_training(command: str, args: Sequence[str]) -> None:
 
     Raises:
         UserError: a path to nothing, a folder without a model, a data file whose first rows are no demonstrations, a
-            verifier without its rows, or an output folder in use.
+            verifier without its rows, an output folder in use, or several processes.
     """
     path, args = take_config(args)
     args = [*_simple_values(path), *args]
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
         return
+    require_one_process()
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
     paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "retention_dataset", "output_dir")
     others = ("preference_dataset", "validation_dataset", "prompt_dataset", "base_model_name_or_path")

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from tutelage.models.loading import base_causal_lm, first_line
@@ -38,7 +39,7 @@ def classifier_adapter_config(model: PeftModel) -> Any:
 
 
 @torch.no_grad()
-def why_no_classifier(model: nn.Module, head_size: int, pad_token_id: int) -> str | None:
+def why_no_classifier(model: nn.Module, head_size: int, pad_token_id: int | None) -> str | None:
     """Why the reward on this body cannot be a model for sequence classification of transformers; None if it can.
 
     The class is built without memory for weights, takes the adapter's config, then the body that is in memory, and has to
@@ -47,7 +48,7 @@ def why_no_classifier(model: nn.Module, head_size: int, pad_token_id: int) -> st
     Args:
         model: the body, with or without an adapter and with any head.
         head_size: width of the hidden states that the reward's head reads.
-        pad_token_id: fills the batch.
+        pad_token_id: fills the batch; None tries single rows alone.
     """
     base = base_causal_lm(model)
     kind = base.config.model_type
@@ -87,21 +88,23 @@ def why_no_classifier(model: nn.Module, head_size: int, pad_token_id: int) -> st
     return None
 
 
-def _scores(whole: PreTrainedModel, score: nn.Linear, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """[4] scores of a padded batch by the class, and of its rows alone by the head on the last token's hidden state."""
+def _scores(whole: PreTrainedModel, score: nn.Linear, pad_token_id: int | None) -> tuple[Tensor, Tensor]:
+    """[8] scores of rows in a padded batch and alone by the class, and of the rows alone by the head on the last hidden state.
+
+    Without a pad token the class refuses batches: then it is [4], of the rows alone.
+    """
     generator = torch.Generator().manual_seed(0)
-    size = min(whole.config.get_text_config().vocab_size, 1000)
-    known = [token for token in range(size) if token != pad_token_id]
-    rows = [
-        [known[place] for place in torch.randint(len(known), (length,), generator=generator)]
-        for length in (3, 4, 5, 5)
-    ]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows], device=score.weight.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=score.weight.device)
     score.weight.copy_(torch.randn(score.weight.shape, generator=generator))
+    size = min(whole.config.get_text_config().vocab_size, 1000)
+    known = torch.tensor([token for token in range(size) if token != pad_token_id])
+    rows = [known[torch.randint(len(known), (length,), generator=generator)] for length in (3, 4, 5, 5)]
+    rows = [row.to(score.weight.device) for row in rows]
+    found = []
     with without_dropout(whole):
-        found = whole(input_ids=ids, attention_mask=mask).logits
-        alone = [whole.base_model(input_ids=ids[place : place + 1, : len(row)])[0] for place, row in enumerate(rows)]
-    truth = torch.stack([score(cast(Tensor, states)[0, -1].to(score.weight.dtype)) for states in alone])
-    return found.float().flatten(), truth.float().flatten()
+        if pad_token_id is not None:
+            ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+            found.append(whole(input_ids=ids, attention_mask=(ids != pad_token_id).long()).logits[:, 0])
+        found.append(torch.stack([whole(input_ids=row[None]).logits[0, 0] for row in rows]))
+        states = [cast(Tensor, whole.base_model(input_ids=row[None])[0])[0, -1] for row in rows]
+    truth = torch.stack([score(state.to(score.weight.dtype))[0] for state in states])
+    return torch.cat(found).float(), truth.float().repeat(len(found))

@@ -51,6 +51,8 @@ from tutelage.training.exporting import check_policy, check_reward, finish_expor
 from tutelage.training.flops import counted
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
+from tutelage.training.optimization import check_optimization
+from tutelage.training.processes import require_one_process
 from tutelage.training.retention import Retention
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.stages import Stages
@@ -161,11 +163,7 @@ class DemonstrationTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise UserError(
-                f"{max(args.world_size, args.n_gpu)} processes or devices: training runs on one so far.",
-                remedy="Start one process and show it one device (CUDA_VISIBLE_DEVICES=0).",
-            )
+        require_one_process(max(args.world_size, args.n_gpu))
         # The loss comes averaged over the whole optimizer step (``num_items_in_batch``): transformers must not divide
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
@@ -175,6 +173,8 @@ class DemonstrationTrainer(Trainer):
             stop_ids = self.tokenization.stop_ids(self.conversational)
             end_of_turn = self.tokenization.end_of_turn_id(self.conversational)
             self.exported_tokenizer = prepare_export(self.policy, tokenizer, stop_ids, end_of_turn)
+            if optimizers == (None, None):
+                check_optimization(args, self.policy)
         self.scorer = PolicyScorer(
             self.policy,
             layout=self.layout,
