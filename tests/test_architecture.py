@@ -17,10 +17,11 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("rewards",),
-    ("data", "sampling", "scoring"),
+    ("card", "data", "sampling", "scoring"),
     ("models", "results", "testing"),
-    ("files", "groups", "losses", "progress"),
+    ("files", "groups", "losses", "progress", "ranges", "terminal"),
     ("errors",),
+    ("visible",),
 )
 HEIGHT = {package: height for height, layer in enumerate(reversed(LAYERS)) for package in layer}
 
@@ -107,7 +108,7 @@ def test_report_needs_nothing_but_numbers():
     """A report can be written of a results.json alone: no engine, no model."""
     needed = {module for name in OURS if package_of(name) == "report" for module in ours(name)}
     outside = {module for module in needed if package_of(module) != "report"}
-    assert outside <= {"tutelage.evaluation.statistics", "tutelage.errors", "tutelage.results"}
+    assert outside <= {"tutelage.evaluation.statistics", "tutelage.errors", "tutelage.results", "tutelage.visible"}
 
 
 def test_no_cycles():

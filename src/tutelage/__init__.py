@@ -1,5 +1,13 @@
 """tutelage: alignment from demonstrations alone."""
 
+import os
+import sys
+
+# `python -m tutelage` puts the current folder first, where any json.py would be run in place of the library that is meant. The
+# command `tutelage` does not look there; what a user wants imported from there goes on PYTHONPATH.
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[:1] in ([""], [os.getcwd()]):
+    del sys.path[0]
+
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tutelage.visible import visible
+
 __all__ = ["NonFiniteLossError", "UserError"]
 
 
@@ -31,7 +33,7 @@ class UserError(ValueError):
         place = ", ".join(
             part
             for part in (
-                file and str(file),
+                file and visible(file, lines=False),
                 row is not None and f"row {row}",
                 field and f"field '{field}'",
             )

@@ -43,7 +43,6 @@ __all__ = [
     "RunRecord",
     "SampleRecord",
     "load_results",
-    "model_card",
     "results_beside",
     "run_id",
     "told_of_probes",
@@ -344,6 +343,7 @@ def write_results(folder: str | Path, record: RunRecord) -> Path:
     """
     path = Path(folder) / "results.json"
     content = record.to_dict()
+    json.dumps(content, allow_nan=False)  # a ValueError is a fault of ours, and no file that others cannot read
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path
@@ -415,42 +415,6 @@ def told_of_probes(record: RunRecord) -> dict[str, str]:
     return {name: line for name, line in told.items() if line}
 
 
-def model_card(record: RunRecord) -> str:
-    """A README.md for the model: what made it, with which settings, and what was found on held-out rows."""
-    epochs = record.demonstration_epochs
-    lines = [
-        "---",
-        "library_name: " + ("peft" if record.settings.get("adapter") else "transformers"),
-        "tags: [tutelage, " + record.algorithm + "]",
-        "---",
-        "",
-        f"# {record.name}",
-        "",
-        f"Trained with **{record.algorithm}** by tutelage, starting from `{record.model}`, on `{record.dataset}` "
-        f"(seed {record.seed}{'' if epochs is None else f', {epochs:g} passes over the demonstrations'}).",
-        "",
-        *([record.card, ""] if record.card else []),
-        "## Settings",
-        "",
-        "| setting | value |",
-        "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in {**record.settings, **told_of_probes(record)}.items()),
-        "",
-        "## Results on held-out rows",
-        "",
-    ]
-    if record.evaluation is None:
-        lines.append("No held-out data was given.")
-    else:
-        lines += ["| quantity | mean | 95% interval | n |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {name} | {found.mean:.4g} | {found.low:.4g} to {found.high:.4g} | {found.n} |"
-            for name, found in record.evaluation.means.items()
-        ]
-        lines += [f"\n{note}" for note in record.evaluation.notes]
-    return "\n".join([*lines, ""])
-
-
 # --- to JSON and back --------------------------------------------------------------------------------------------------
 
 
@@ -495,7 +459,7 @@ def _written(kind: Any, value: Any, place: str) -> Any:
     if get_origin(kind) is dict:
         _, inner = get_args(kind)
         return {str(name): _written(inner, each, _at(place, name)) for name, each in value.items()}
-    if kind is float and not math.isfinite(value):
+    if kind in (int, float) and not math.isfinite(value):
         raise UserError(
             f"{value} cannot stand in results.json.",
             field=place,

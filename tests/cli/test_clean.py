@@ -276,7 +276,7 @@ BAD = {
     "one fold": (("--drop", 0.1), ["--num_folds", 1], ["'num_folds'", "at least 2"]),
     "more folds than prompts": (("--drop", 0.1), ["--num_folds", 25], ["24 different prompts", "25 folds"]),
     "no epochs": (("--drop", 0.1), ["--fold_epochs", 0], ["'fold_epochs'", "above 0"]),
-    "rate nan": (("--drop", 0.1), ["--fold_learning_rate", "nan"], ["'fold_learning_rate'", "above 0"]),
+    "rate nan": (("--drop", 0.1), ["--fold_learning_rate", "nan"], ["'fold_learning_rate'", "finite"]),
     "no reward": (("--drop", 0.1), ["--by", "reward"], ["'reward'", "Add --reward"]),
     "a reward for nothing": (("--drop", 0.1), ["--reward", "r"], ["'reward'", "Add --by reward"]),
     "no such reward": (

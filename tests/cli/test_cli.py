@@ -237,7 +237,7 @@ BAD_OPTIONS = {
     "SPIN with two stages": ("spin", {"stages_per_epoch": 2}, ["'stages_per_epoch'", "not 2", "Use irft"]),
     "beta below 0": ("irft", {"beta": -1}, ["'beta'", "above 0"]),
     "two betas for three stages": ("irft", {"beta": (0.1, 0.2), "stages_per_epoch": 3}, ["'beta'", "3 stages"]),
-    "temperature 0": ("irft", {"temperature": 0}, ["'temperature'", "above 0"]),
+    "temperature 0": ("irft", {"temperature": 0}, ["'temperature'", "at least 0.0001"]),
     "smoothed labels": ("sft", {"label_smoothing_factor": 0.1}, ["'label_smoothing_factor'", "Leave it at 0"]),
     "no number": ("irft", {"num_samples": "two"}, ["--num_samples", "'two'", "irft --help"]),
     "no such choice": ("irft", {"loss_kind": "squared"}, ["--loss_kind", "'squared'", "'logistic'"]),

@@ -453,3 +453,27 @@ def test_training_and_evaluation_take_a_run_folder(tutelage, run, base, tmp_path
         for row in SUMS
     ]
     assert found["means"]["demonstration_logp"]["mean"] == pytest.approx(fmean(truth), rel=1e-4)
+
+
+def test_samples_of_a_padded_vocabulary_are_scored(training, capsys):
+    """The model has rows that its tokenizer names no token for, and draws them; its own samples are good ones."""
+    model = training.model(vocab_size=len(training.tokenizer) + 40)
+    folder = training.folder / "padded"
+    model.save_pretrained(folder)
+    training.tokenizer.save_pretrained(folder)
+    data, drawn, output = (training.folder / name for name in ("rows.jsonl", "drawn.jsonl", "scored.jsonl"))
+    data.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(8)), encoding="utf-8")
+    common = ["--dataset_name", str(data), "--max_completion_length", "16"]
+    assert main(["sample", "--model_name_or_path", str(folder), *common, "--output", str(drawn)]) == 0
+    rows = [json.loads(line) for line in drawn.read_text(encoding="utf-8").splitlines()]
+    assert max(token for row in rows for answer in row["completions"] for token in answer["token_ids"]) >= len(
+        training.tokenizer
+    )
+    policies = ["--policy", str(folder), "--reference", str(folder)]
+    assert main(["score", *policies, "--dataset_name", str(drawn), "--output", str(output)]) == 0, capsys.readouterr()
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 8
+    rows[0]["completions"][0]["token_ids"][0] = len(training.tokenizer) + 40
+    drawn.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    output.unlink()
+    assert main(["score", *policies, "--dataset_name", str(drawn), "--output", str(output)]) == 2
+    assert "not in the model's vocabulary" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tutelage.algorithms.irft import IRFT
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
+from tutelage.card import model_card
 from tutelage.errors import UserError
 from tutelage.evaluation.record import retention
 from tutelage.evaluation.reward_quality import ScoredAnswers, reward_quality
@@ -32,7 +33,6 @@ from tutelage.results import (
     RunRecord,
     SampleRecord,
     load_results,
-    model_card,
     run_id,
     write_results,
 )
@@ -1075,3 +1075,48 @@ class TestModelCard:
 def test_a_record_begins_empty():
     record = RunRecord("base", "base", "org/model", None, 0)
     assert (record.selection, record.evaluation, record.demonstration_epochs) == ([], None, None)
+
+
+def _leaves(value, path=()):
+    """The places of all numbers in JSON-like data made of dataclasses."""
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield path
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _leaves(each, (*path, key))
+    elif isinstance(value, list):
+        for key, each in enumerate(value):
+            yield from _leaves(each, (*path, key))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_number_of_a_record_makes_its_file_other_than_json(number, tmp_path):
+    """Whichever number is not finite: null, or an error that names it, and then nothing is written."""
+    whole = rft(evaluation(scores(3, 5)), history=rft_history(1, 1), flops={"total": 1.0})
+    outcomes = set()
+    for place, path in enumerate(_leaves(whole.to_dict())):
+        if path == ("schema",):
+            continue
+        record = target = RunRecord.from_dict(whole.to_dict())
+        *inner, last = path
+        for key in inner:
+            target = getattr(target, key) if isinstance(key, str) and hasattr(target, key) else target[key]
+        if isinstance(target, dict | list):
+            target[last] = number
+        else:
+            object.__setattr__(target, last, number)  # some are frozen
+        folder = tmp_path / str(place)
+        try:
+            file = write_results(folder, record)
+        except UserError as error:
+            outcomes.add("error" if error.field else "an error without a field")
+            assert not (folder / "results.json").exists()
+        else:
+            outcomes.add("null")
+            json.loads(
+                file.read_text(encoding="utf-8"), parse_constant=lambda name, at=path: pytest.fail(f"{name}: {at}")
+            )
+            load_results(file)
+    assert outcomes == {"error", "null"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -19,6 +19,7 @@ from tutelage.errors import UserError
 from tutelage.groups import Group, Role, pair_indices
 from tutelage.losses import LossKind, implicit_reward, irft_loss, sft_loss
 from tutelage.progress import Progress
+from tutelage.ranges import number
 from tutelage.results import AlgorithmInfo, Curve, RunRecord
 from tutelage.sampling import Sampler
 from tutelage.scoring.logps import TokenLogps
@@ -38,13 +39,13 @@ class IRFTConfig(StageConfig):
     adapter_learning_rate: ClassVar[float] = 2e-5
     full_learning_rate: ClassVar[float] = 5e-7
 
-    beta: list[float] = field(
+    beta: Annotated[list[float], number(0, above=True)] = field(
         default_factory=lambda: [0.1],
         metadata={
             "help": (
                 "β, temperature of the implicit reward β log π/π_ref: one number, or one per stage of an epoch. "
                 "Larger values keep the policy closer to its reference."
-            )
+            ),
         },
     )
     loss_kind: str = field(
@@ -56,8 +57,9 @@ class IRFTConfig(StageConfig):
             "choices": ["logistic", "hinge", "linear"],
         },
     )
-    sft_weight: float = field(
-        default=0.0, metadata={"help": "Weight of an added SFT loss on the demonstrations, in nats per token."}
+    sft_weight: Annotated[float, number(0)] = field(
+        default=0.0,
+        metadata={"help": "Weight of an added SFT loss on the demonstrations, in nats per token."},
     )
 
     def __post_init__(self):
@@ -70,8 +72,6 @@ class IRFTConfig(StageConfig):
                 remedy="Give one number, or one per stage of an epoch.",
                 field="beta",
             )
-        if min(self.beta) <= 0:
-            raise UserError("must be above 0.", field="beta")
 
 
 class IRFTObjective:

@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from tutelage.algorithms.registry import Algorithm
 from tutelage.algorithms.rft_labels import RFT_CURVES, rft_card
-from tutelage.errors import UserError
 from tutelage.groups import Group
 from tutelage.losses import (
     group_normalized_advantages,
@@ -30,6 +29,7 @@ from tutelage.losses import (
     sft_loss,
 )
 from tutelage.progress import Progress
+from tutelage.ranges import number
 from tutelage.results import AlgorithmInfo
 from tutelage.rewards.base import Reward
 from tutelage.rewards.comparisons import best_of_n, graded
@@ -98,15 +98,10 @@ class RFTConfig(RewardStageConfig):
             "choices": ["reward", "loss"],
         },
     )
-    clip_range: float = field(
+    clip_range: Annotated[float, number(0, above=True)] = field(
         default=0.2,
         metadata={"help": "PPO clip range."},
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.clip_range <= 0:
-            raise UserError(f"must be above 0, not {self.clip_range:g}.", field="clip_range")
 
 
 class RFTObjective:

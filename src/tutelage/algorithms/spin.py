@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -13,6 +13,7 @@ from tutelage.algorithms.irft import IRFT, IRFTConfig, IRFTObjective, contrast_i
 from tutelage.algorithms.registry import Algorithm
 from tutelage.errors import UserError
 from tutelage.progress import Progress
+from tutelage.ranges import whole
 from tutelage.sampling import Sampler
 from tutelage.training.trainer import DemonstrationTrainer
 
@@ -25,7 +26,9 @@ SPIN = replace(IRFT, name="spin", summary="IRFT with one stage per epoch", page=
 class SPINConfig(IRFTConfig):
     """Settings of SPIN: those of IRFT with the number of stages fixed at one per epoch."""
 
-    stages_per_epoch: int = field(default=1, metadata={"help": "Always 1. With more stages the method is IRFT."})
+    stages_per_epoch: Annotated[int, whole(1)] = field(
+        default=1, metadata={"help": "Always 1. With more stages the method is IRFT."}
+    )
 
     def __post_init__(self):
         if self.stages_per_epoch != 1:

@@ -8,6 +8,7 @@ from importlib import import_module
 
 from tutelage.algorithms.registry import NAMES
 from tutelage.errors import UserError
+from tutelage.visible import write
 
 __all__ = ["main"]
 
@@ -46,17 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     args, debug = _take_debug(args)
     if command in ("-h", "--help"):
-        print(USAGE)
+        write(USAGE)
         return 0
     try:
         return _run(command, args)
     except UserError as error:
         if debug:
             raise
-        print(f"tutelage: error: {error}", file=sys.stderr)
+        write(f"tutelage: error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntutelage: stopped. Continue a training run with --resume.", file=sys.stderr)
+        write("\ntutelage: stopped. Continue a training run with --resume.", sys.stderr)
         return 130
 
 
@@ -71,9 +72,9 @@ def _take_debug(args: list[str]) -> tuple[list[str], bool]:
 def _run(command: str, args: list[str]) -> int:
     if command not in _COMMANDS:
         raise UserError(f"unknown command '{command}'.", remedy=f"Commands: {', '.join(sorted(_COMMANDS))}.")
-    from rich.console import Console
+    from tutelage.terminal import SafeConsole
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 120)
     if _COMMANDS[command] == "train":
         # torch and transformers take seconds to import: what can be refused without them is refused before.
         from tutelage.cli.checks import check_training

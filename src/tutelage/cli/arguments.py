@@ -7,21 +7,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from tutelage.cli.config_file import read_fields, refuse_unasked_code
 from tutelage.cli.help import help_text
 from tutelage.cli.parser import CommandParser, take_config, usage_error
 from tutelage.errors import UserError
 from tutelage.models.paths import run_part
 from tutelage.models.precision import Precision, choose_precision, given_precision, model_size
+from tutelage.ranges import check_ranges, number, whole
 from tutelage.training.config import DemonstrationConfig
+from tutelage.visible import write
 
 __all__ = ["DataArguments", "ModelArguments", "parse"]
+
+
+MODEL_RANGES = {"lora_r": whole(1, 2**16), "lora_alpha": whole(1), "lora_dropout": number(0, 1, below=True)}
+"""The numbers that trl's fields of ``ModelArguments`` take."""
 
 
 @dataclass
@@ -89,6 +95,7 @@ class ModelArguments(ModelConfig):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self):
+        check_ranges(self, MODEL_RANGES)
         super().__post_init__()
         self.precision: Precision | None = None
 
@@ -128,15 +135,18 @@ class ModelArguments(ModelConfig):
         Raises:
             UserError: none is named, or it cannot be loaded.
         """
+        from tutelage.models.loading import load_model, loading
+
         name = self.require_name()
         options = {}
         if self.load_in_4bit or self.load_in_8bit:
             self.dtype = self.dtype or "bfloat16"  # what the quantized products are computed in
-        quantization = get_quantization_config(self)
+        with loading(
+            "the model", "Use one of the two.", field="load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        ):
+            quantization = get_quantization_config(self)
         if quantization is not None:
             options["quantization_config"] = quantization
-        from tutelage.models.loading import load_model
-
         return load_model(
             name,
             dtype=self.dtype if self.dtype in (None, "auto") else getattr(torch, self.dtype),
@@ -179,12 +189,12 @@ def parse(command: str, config: type[DemonstrationConfig], args: Sequence[str]) 
     """
     kinds = (DataArguments, ModelArguments, config)
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
-        print(help_text(command, *kinds, everything="--help_all" in args))
+        write(help_text(command, *kinds, everything="--help_all" in args))
         sys.exit(0)
     parser = _TrainParser(kinds, prog=f"tutelage {command}", allow_abbrev=False)  # type: ignore[arg-type]
     path, args = take_config(args)
     if path is not None:
-        from_file, others = _config_arguments(path, kinds)
+        from_file, others = _config_arguments(path, args, kinds)
         parser.set_defaults_with_config(**others)
         args = [*from_file, *args]
     precision, settled = _settle_precision(command, args)
@@ -229,40 +239,51 @@ def _settle_precision(command: str, args: Sequence[str]) -> tuple[Precision | No
     return precision, [] if told else [f"--bf16={precision.dtype is torch.bfloat16}"]
 
 
-def _config_arguments(path: str, kinds: Iterable[type]) -> tuple[list[str], dict[str, Any]]:
+def _config_arguments(path: str, args: Sequence[str], kinds: Iterable[type]) -> tuple[list[str], dict[str, Any]]:
     """A config file as command-line arguments, so that its values meet the same checks, and what cannot be written so.
 
+    Args:
+        args: the command line, which has to ask for what the file may not.
+
     Raises:
-        UserError: the file cannot be read, is no mapping, or has an unknown key.
+        UserError: the file cannot be read, is no mapping, has an unknown key or a value of another kind, or asks for code.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}.", file=path, remedy="Check the path after --config.", field="config"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(
-            f"not YAML: {getattr(error, 'problem', None) or error}.",
-            file=path,
-            row=mark and mark.line + 1,
-            remedy="Write lines of 'name: value'.",
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError("holds no fields.", file=path, remedy="Write lines of 'name: value'.")
+    found = read_fields(path)
+    refuse_unasked_code(path, found, args)
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    args, others = [], {}
-    for name, value in content.items():
+    from_file, others = [], {}
+    for name, entry in found.items():
         if name not in _names(kinds):
-            raise UserError("unknown field.", file=path, field=str(name), remedy=_closest(str(name), kinds))
+            raise UserError("unknown field.", file=path, field=name, remedy=_closest(name, kinds))
+        taken = _kinds(hints[name])
+        value = entry.value
+        for kind in (dict, list):
+            if isinstance(value, kind) and kind not in taken:
+                wanted = next((said for each, said in _CALLED.items() if each in taken), "a text")
+                raise UserError(f"must be {wanted}, not {_CALLED[kind]}.", file=path, row=entry.line, field=name)
         if isinstance(value, list) and str not in get_args(hints[name]):
-            args += [f"--{name}", *map(str, value)]
+            members = [str(each) for each in (entry.text if str in taken else value)]  # type: ignore[union-attr]
+            bad = next((each for each in members if each.startswith("--") or each == "None"), None)
+            if bad is not None:
+                raise UserError(
+                    "must be a list of plain values.", file=path, row=entry.line, field=name, remedy=f"Not {bad!r}."
+                )
+            from_file += [f"--{name}", *members]
         elif isinstance(value, (dict, list)):
             others[name] = value
-        elif value is not None:
-            args.append(f"--{name}={value}")
-    return args, others
+        else:  # YAML makes other things of texts: no is false, 0042 is 34
+            from_file.append(f"--{name}={entry.text if not taken & {bool, int, float} else value}")
+    return from_file, others
+
+
+_CALLED = {list: "a list", dict: "a mapping", int: "a number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The plain types in a hint: {str, list} of ``list[str] | None``."""
+    inner = get_args(hint)
+    own = {get_origin(hint) or hint} & {bool, int, float, str, dict, list}
+    return own.union(*map(_kinds, inner)) if inner else own
 
 
 def _names(kinds: Iterable[type]) -> list[str]:

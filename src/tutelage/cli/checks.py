@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import yaml
-
+from tutelage.cli.config_file import read_fields
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import CommandParser, columns_of, take_config
 from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
+from tutelage.ranges import whole
+from tutelage.training.processes import require_one_process
 
 __all__ = ["check_training"]
 
@@ -23,12 +23,13 @@ def check_training(command: str, args: Sequence[str]) -> None:
 
     Raises:
         UserError: a path to nothing, a folder without a model, a data file whose first rows are no demonstrations, a
-            verifier without its rows, or an output folder in use.
+            verifier without its rows, an output folder in use, or several processes.
     """
     path, args = take_config(args)
     args = [*_simple_values(path), *args]
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
         return
+    require_one_process()
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
     paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "retention_dataset", "output_dir")
     others = ("preference_dataset", "validation_dataset", "prompt_dataset", "base_model_name_or_path")
@@ -36,7 +37,7 @@ def check_training(command: str, args: Sequence[str]) -> None:
         parser.add_argument(f"--{name}")
     parser.add_argument("--dataset_train_split", default="train", help="")
     parser.add_argument("--turns", default="last", help="")
-    parser.add_argument("--eval_rows", type=int)
+    parser.add_argument("--eval_rows", type=whole(1))
     for name in ("prompt_column", "completion_column", "messages_column"):
         parser.add_argument(f"--{name}")
     for name in ("resume", "overwrite_output_dir", "dataset_streaming"):
@@ -76,12 +77,10 @@ def _simple_values(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = read_fields(path)
+    except UserError:
         return []
-    if not isinstance(content, dict):
-        return []
-    return [f"--{name}={value}" for name, value in content.items() if isinstance(value, (str, int, float))]
+    return [f"--{name}={entry.text}" for name, entry in found.items() if isinstance(entry.text, str)]
 
 
 def _underscored(arg: str) -> str:
@@ -93,4 +92,4 @@ def _underscored(arg: str) -> str:
 
 
 def _is(value: str) -> bool:
-    return value.lower() in ("true", "t", "yes", "y", "1")
+    return value.lower() in ("true", "t", "yes", "y", "1", "on")

@@ -12,7 +12,6 @@ from tutelage.cli.parser import (
     columns_of,
     command_parser,
     length_arguments,
-    require_at_least_one,
     row_arguments,
     weight_arguments,
 )
@@ -20,6 +19,7 @@ from tutelage.data.columns import NUM_ROWS, check_demonstrations, peek
 from tutelage.errors import UserError
 from tutelage.evaluation.cleaning import number_dropped
 from tutelage.models.paths import require_model
+from tutelage.ranges import LARGEST, SEED, number, whole
 
 __all__ = ["main"]
 
@@ -39,8 +39,8 @@ def main(args: Sequence[str], console: Console) -> None:
     )
     parser.add_argument("--output_dir", required=True, help="Folder for the ranking, the kept rows and the page.")
     amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--drop", type=float, help="Share of the rows to drop, such as 0.3.")
-    amount.add_argument("--keep", type=int, help="Number of rows to keep.")
+    amount.add_argument("--drop", type=number(0, 1, below=True), help="Share of the rows to drop, such as 0.3.")
+    amount.add_argument("--keep", type=whole(1), help="Number of rows to keep.")
     parser.add_argument(
         "--by",
         default="log_prob",
@@ -49,17 +49,22 @@ def main(args: Sequence[str], console: Console) -> None:
         "of the model's own greedy answer.",
     )
     parser.add_argument("--reward", help="With --by reward: a reward, or the folder of a run that learned one.")
-    parser.add_argument("--num_folds", type=int, default=2, help="Folds, and adapters to train.")
+    parser.add_argument("--num_folds", type=whole(2), default=2, help="Folds, and adapters to train.")
     parser.add_argument(
-        "--fold_epochs", type=float, default=3.0, help="Passes over the demonstrations of each adapter."
+        "--fold_epochs",
+        type=number(0, LARGEST, above=True),
+        default=3.0,
+        help="Passes over the demonstrations of each adapter.",
     )
-    parser.add_argument("--fold_learning_rate", type=float, default=2e-4, help="Peak learning rate of the adapters.")
-    parser.add_argument("--fold_batch_size", type=int, default=8, help="Demonstrations per optimizer step.")
-    parser.add_argument("--lora_r", type=int, default=16, help="Rank of the adapters.")
-    parser.add_argument("--show", type=int, default=20, help="How many of the worst rows are shown.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the folds and of their training.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Rows per forward pass.")
-    parser.add_argument("--sampling_batch_size", type=int, default=64, help="Sequences decoded in parallel.")
+    parser.add_argument(
+        "--fold_learning_rate", type=number(0, above=True), default=2e-4, help="Peak learning rate of the adapters."
+    )
+    parser.add_argument("--fold_batch_size", type=whole(1), default=8, help="Demonstrations per optimizer step.")
+    parser.add_argument("--lora_r", type=whole(1, 2**16), default=16, help="Rank of the adapters.")
+    parser.add_argument("--show", type=whole(0), default=20, help="How many of the worst rows are shown.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the folds and of their training.")
+    parser.add_argument("--batch_size", type=whole(1), default=16, help="Rows per forward pass.")
+    parser.add_argument("--sampling_batch_size", type=whole(1), default=64, help="Sequences decoded in parallel.")
     parser.add_argument("--resume", action="store_true", help="Go on with the adapters in --output_dir.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace what is in --output_dir.")
     options = parser.parse_args(args)
@@ -81,15 +86,6 @@ def main(args: Sequence[str], console: Console) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what can be refused before anything heavy is imported."""
-    positive = ("max_prompt_length", "max_completion_length", "fold_batch_size", "lora_r", "batch_size")
-    require_at_least_one(options, *positive, "sampling_batch_size", "keep")
-    if options.num_folds < 2:
-        raise UserError(f"must be at least 2, not {options.num_folds}.", field="num_folds")
-    if options.show < 0:
-        raise UserError(f"must be at least 0, not {options.show}.", field="show")
-    for field in ("fold_epochs", "fold_learning_rate"):
-        if not 0 < getattr(options, field) < float("inf"):
-            raise UserError(f"must be above 0, not {getattr(options, field):g}.", field=field)
     if (options.by == "reward") != (options.reward is not None):
         given = options.reward is not None
         raise UserError(

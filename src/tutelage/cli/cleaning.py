@@ -35,6 +35,7 @@ from tutelage.rewards import Reward
 from tutelage.rewards.base import scores_by_group
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 from tutelage.scoring.logps import cached_logps
+from tutelage.terminal import say, show
 from tutelage.training.folds import Folds, FoldSettings, base_weights
 
 __all__ = ["clean"]
@@ -78,11 +79,11 @@ def clean(options: argparse.Namespace, console: Console, *, before_training: Cal
     page = cleaning_page(shown, title=title, measure=measure, dropped=dropped, total=len(rows))
     write_text(folder / "clean.html", page)
     if shown:
-        console.print(worst_table(shown, f"× dropped; {measure}"))
+        show(console, worst_table(shown, f"× dropped; {measure}"))
     kept = f"{len(rows) - dropped} of {len(rows)} demonstrations kept: {folder / 'kept.jsonl'}"
     left = f"\n{len(originals) - len(rows)} rows were left out: no answer, or a prompt that is too long"
-    console.print(kept + (left if len(originals) > len(rows) else ""), highlight=False, markup=False)
-    console.print(f"ranking: {folder / 'ranking.jsonl'}\npage: {folder / 'clean.html'}", highlight=False, markup=False)
+    say(console, kept + (left if len(originals) > len(rows) else ""))
+    say(console, f"ranking: {folder / 'ranking.jsonl'}\npage: {folder / 'clean.html'}")
 
 
 # --- numbers and answers -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tutelage.data import Tokenization, load_dataset
 from tutelage.models.loading import check_vocabulary, end_ids, load_model
 from tutelage.models.precision import Precision, choose_precision, given_precision, model_size
 from tutelage.models.tokenizer import load_tokenizer
+from tutelage.terminal import say
 
 __all__ = [
     "computing",
@@ -72,7 +73,7 @@ def computing(options: argparse.Namespace, name: str, console: Console | None) -
     """Within, models compute as in training; the console is told in which precision, and why."""
     precision = precision_of(options, name)
     if console is not None:
-        console.print(f"computing in {precision}", highlight=False, markup=False)
+        say(console, f"computing in {precision}")
     with precision.autocast(torch.accelerator.current_accelerator() or "cpu"):
         yield
 

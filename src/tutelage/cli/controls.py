@@ -24,6 +24,7 @@ from tutelage.files import read_json, write_json
 from tutelage.models.loading import load_tokenizer
 from tutelage.report.verdicts import signed
 from tutelage.results import RunRecord, load_results
+from tutelage.terminal import say
 from tutelage.training.callbacks import StopAtScore
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.trainer import DemonstrationTrainer
@@ -134,7 +135,7 @@ class Controls:
             control = matched(name, method, plateau)
             record = self._run(control, self._config(control), self._split, console, train)
             if control.until_score is not None:
-                console.print(_stopped(control.until_score, record), highlight=False, markup=False)
+                say(console, _stopped(control.until_score, record))
             found.append(record)
         return found
 
@@ -150,7 +151,7 @@ class Controls:
         folder = self.home / control.name
         if (folder / "README.md").exists():  # written last
             return load_results(folder)
-        console.print(f"\n[bold]control[/bold] {control.control}: {control.name}", highlight=False)
+        say(console, ("\ncontrol", "bold"), f" {control.control}: {control.name}")
         options: dict[str, Any] = {"after": split.measure_into(folder)} if split else {}
         if (score := control.until_score) is not None:
             options["prepare"] = lambda trainer: trainer.add_callback(StopAtScore(trainer, score))

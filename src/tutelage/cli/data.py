@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tutelage.cli.parser import column_arguments, columns_of, command_parser, length_arguments, require_at_least_one
+from tutelage.cli.parser import column_arguments, columns_of, command_parser, length_arguments
 from tutelage.data.columns import check_demonstrations
 from tutelage.models.paths import require_model
 
@@ -29,7 +29,6 @@ def main(args: Sequence[str], console: Console) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer to use.")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     options = parser.parse_args(args)
-    require_at_least_one(options, "max_prompt_length", "max_completion_length")
     require_model(options.model_name_or_path)
     columns = columns_of(options)
     check_demonstrations(options.dataset_name, split=options.split, turns=options.turns, columns=columns)

@@ -13,13 +13,13 @@ from tutelage.cli.parser import (
     command_parser,
     data_arguments,
     length_arguments,
-    require_at_least_one,
     weight_arguments,
 )
 from tutelage.cli.report import find_starts, short_labels, show_runs
 from tutelage.data.columns import check_demonstrations
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
+from tutelage.ranges import SEED, number, whole
 from tutelage.results import RunRecord, write_results
 
 __all__ = ["main"]
@@ -40,11 +40,11 @@ def main(args: Sequence[str], console: Console) -> None:
     )
     parser.add_argument("--verifier", help="Scores answers: reasoning_gym:NAME or module:function.")
     parser.add_argument("--output_dir", required=True, help="Where results and the report go.")
-    parser.add_argument("--rows", type=int, help="Evaluate on the first N rows only.")
-    parser.add_argument("--beta", type=float, default=0.1, help="Temperature of the implicit reward.")
+    parser.add_argument("--rows", type=whole(1), help="Evaluate on the first N rows only.")
+    parser.add_argument("--beta", type=number(0, above=True), default=0.1, help="Temperature of the implicit reward.")
     parser.add_argument(
         "--eval_samples",
-        type=int,
+        type=whole(1),
         default=1,
         help="Answers to each row at temperature 1; with several and a verifier, diversity is measured too.",
     )
@@ -55,12 +55,10 @@ def main(args: Sequence[str], console: Console) -> None:
     parser.add_argument(
         "--retention_verifier", help="Scores answers to --retention_dataset; written as --verifier is."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Rows per forward pass.")
-    parser.add_argument("--sampling_batch_size", type=int, default=64, help="Sequences decoded in parallel.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the samples.")
+    parser.add_argument("--batch_size", type=whole(1), default=16, help="Rows per forward pass.")
+    parser.add_argument("--sampling_batch_size", type=whole(1), default=64, help="Sequences decoded in parallel.")
     options = parser.parse_args(args)
-    numbers = ("max_prompt_length", "max_completion_length", "rows", "eval_samples", "batch_size")
-    require_at_least_one(options, *numbers, "sampling_batch_size")
     _check_retention(options)
     out = Path(options.output_dir)
     if out.is_file() or (out.exists() and any(out.iterdir())):

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from tutelage.data import Tokenization
@@ -14,6 +13,7 @@ from tutelage.groups import Group
 from tutelage.progress import Progress
 from tutelage.rewards import FeatureReward
 from tutelage.rewards.feature_reward import Spoken
+from tutelage.terminal import label, say, show
 
 __all__ = ["Explanation", "explanations", "show_explanations"]
 
@@ -43,16 +43,16 @@ def show_explanations(lines: Sequence[Mapping[str, Any]], console: Console) -> N
     answers = [(line, answer) for line in lines for answer in line["completions"]]
     for line, answer in answers[:_SHOWN]:
         title = f"row {line['row'] + 1}, {answer['role']}: {_short(answer['text'])}  reward {answer['reward']:.3g}"
-        table = Table(title=escape(title), title_justify="left", title_style="bold")
+        table = Table(title=label(title), title_justify="left", title_style="bold")
         table.add_column("feature")
         for column in ("value", "weight", "contribution"):
             table.add_column(column, justify="right")
         for said in answer["explanation"]:
             numbers = (f"{said['value']:.3g}", f"{said['weight']:+.3g}", f"{said['contribution']:+.3g}")
-            table.add_row(escape(said["feature"]), *numbers)
-        console.print(table, highlight=False)
+            table.add_row(label(said["feature"]), *numbers)
+        show(console, table)
     if len(answers) > _SHOWN:
-        console.print(f"{len(answers) - _SHOWN} further answers are explained in the file", highlight=False)
+        say(console, f"{len(answers) - _SHOWN} further answers are explained in the file")
 
 
 def _short(text: str, limit: int = 60) -> str:

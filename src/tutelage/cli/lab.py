@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from tutelage.algorithms.registry import NAMES
 from tutelage.cli.parser import CommandParser
 from tutelage.errors import UserError
+from tutelage.ranges import whole
+from tutelage.terminal import say
 
 __all__ = ["main"]
 
@@ -25,16 +27,14 @@ def main(args: Sequence[str], console: Console) -> None:
     )
     run.add_argument("grid", metavar="GRID.yaml", help="A file, or a grid that comes with the package.")
     run.add_argument("--output_dir", required=True, help="Where runs, table and page go; run again to resume.")
-    run.add_argument("--jobs", type=int, help="Processes; by default one per core.")
-    run.add_argument("--seeds", type=int, help="Only so many of the grid's reporting seeds, from the first.")
+    run.add_argument("--jobs", type=whole(1, 1024), help="Processes; by default one per core.")
+    run.add_argument("--seeds", type=whole(1), help="Only so many of the grid's reporting seeds, from the first.")
     run.add_argument("--worlds", help="Only these worlds, separated by commas.")
     commands.add_parser("list", help="Say which worlds, grids and algorithms there are.", allow_abbrev=False)
     options = parser.parse_args(args)
     if options.command == "list":
         _list(console)
         return
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"must be at least 1, not {options.jobs}.", field="jobs")
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")
@@ -51,13 +51,13 @@ def main(args: Sequence[str], console: Console) -> None:
     from tutelage.lab.table import table_rows, write_table
 
     check_grid(grid, options.grid)
-    say = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
-    plan = run_grid(grid, folder, jobs=options.jobs or os.cpu_count() or 1, say=say)
+    tell = partial(say, console)
+    plan = run_grid(grid, folder, jobs=options.jobs or os.cpu_count() or 1, say=tell)
     rows = table_rows(grid, plan, finished_runs(folder))
     write_table(rows, folder)
     write_page(grid, plan, rows, folder / "lab.html")
-    say(f"table: {folder / 'runs.parquet'}, {folder / 'runs.csv'}")
-    say(f"page: {folder / 'lab.html'}")
+    tell(f"table: {folder / 'runs.parquet'}, {folder / 'runs.csv'}")
+    tell(f"page: {folder / 'lab.html'}")
 
 
 def _list(console: Console) -> None:
@@ -69,6 +69,6 @@ def _list(console: Console) -> None:
         ("grids", shipped_grids()),
         ("algorithms", {**{name: f"tutelage {name} --help" for name in NAMES}, "none": "the start as it is"}),
     ):
-        console.print(f"[bold]{title}[/bold]")
+        say(console, (title, "bold"))
         for name, text in lines.items():
-            console.print(f"  {escape(name):<18}{escape(' '.join(text.split()))}", highlight=False)
+            say(console, f"  {name:<18}{' '.join(text.split())}")

@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 import warnings
 
+from tutelage.visible import visible
+
 __all__ = ["quiet_libraries"]
+
+
+class _Visible(logging.Formatter):
+    """Names in messages are shown, not obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def quiet_libraries() -> None:
@@ -13,7 +22,9 @@ def quiet_libraries() -> None:
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Visible("%(message)s"))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

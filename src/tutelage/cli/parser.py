@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from tutelage.data.formats import Columns
 from tutelage.errors import UserError
+from tutelage.ranges import whole
 
 __all__ = [
     "CommandParser",
@@ -19,7 +20,6 @@ __all__ = [
     "data_arguments",
     "length_arguments",
     "new_file",
-    "require_at_least_one",
     "row_arguments",
     "take_config",
     "usage_error",
@@ -40,6 +40,9 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def usage_error(prog: str, message: str) -> UserError:
+    """What is wrong with a command line, as argparse says it."""
+    if bad_value := re.match(r"argument --?(\w+)(?:/\S+)?: (must be .*)", message, re.DOTALL):  # a Range says it
+        return UserError(bad_value[2], field=bad_value[1])
     message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # transformers gives each argument a second spelling
     return UserError(f"{message}.", remedy=f"{prog} --help explains the arguments.")
 
@@ -87,10 +90,10 @@ def columns_of(options: argparse.Namespace) -> Columns:
 
 def length_arguments(parser: argparse.ArgumentParser) -> None:
     """How long prompts and completions may be."""
-    parser.add_argument("--max_prompt_length", type=int, default=512, help="Maximum prompt length, in tokens.")
+    parser.add_argument("--max_prompt_length", type=whole(1), default=512, help="Maximum prompt length, in tokens.")
     parser.add_argument(
         "--max_completion_length",
-        type=int,
+        type=whole(1),
         default=256,
         help="Maximum completion length, in tokens; longer completions are truncated.",
     )
@@ -104,13 +107,6 @@ def weight_arguments(parser: argparse.ArgumentParser) -> None:
         help="Precision of the weights; auto uses the stored one.",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
-
-
-def require_at_least_one(options: argparse.Namespace, *fields: str) -> None:
-    """Raise ``UserError`` for a number below 1."""
-    for field in fields:
-        if (value := getattr(options, field)) is not None and value < 1:
-            raise UserError(f"must be at least 1, not {value}.", field=field)
 
 
 def new_file(name: str) -> Path:

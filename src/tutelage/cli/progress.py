@@ -13,6 +13,8 @@ from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 
 from tutelage.report.summary import duration
+from tutelage.terminal import say
+from tutelage.visible import visible
 
 __all__ = ["LogLines", "TerminalProgress"]
 
@@ -56,19 +58,19 @@ class TerminalProgress:
     def __init__(
         self, console: Console, name: str, *, every: float = 30.0, clock: Callable[[], float] = time.monotonic
     ):
-        self.console, self.name, self.every, self.clock = console, name, every, clock
+        self.console, self.name, self.every, self.clock = console, visible(name, lines=False), every, clock
         self._bars = Bars(
             SpinnerColumn(),
-            TextColumn("[progress.description]{task.description}"),
+            TextColumn("{task.description}", style="progress.description", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._run = self._bars.add_task(name, total=None, left="")
+        self._run = self._bars.add_task(self.name, total=None, left="")
         self._steps: _Pace | None = None
         self._phases: list[_Pace] = []
         self._last_line = clock()
@@ -91,7 +93,7 @@ class TerminalProgress:
         with self._lock:
             self._phases.append(pace)
             self._say(f"{name} ({total})" if total else name)
-        task = self._bars.add_task(f"  {name}", total=total, left="")
+        task = self._bars.add_task(f"  {visible(name, lines=False)}", total=total, left="")
 
         def advance(done: int) -> None:
             pace.done = done
@@ -122,7 +124,7 @@ class TerminalProgress:
 
     def _say(self, text: str) -> None:
         if not self.console.is_terminal:
-            self.console.print(f"{self.name}: {text}", highlight=False, markup=False)
+            say(self.console, f"{self.name}: {text}")
             self._last_line = self.clock()
 
     def _keep_telling(self) -> None:
@@ -161,7 +163,7 @@ class LogLines(TrainerCallback):
         shown = [f"{label} {_number(logs[name])}" for name, label in _SHOWN.items() if logs and name in logs]
         if shown:
             stage = f" stage {logs['stage']}" if logs and "stage" in logs else ""
-            self.console.print(f"  [dim]step {state.global_step}{stage}[/dim]  " + "  ".join(shown), highlight=False)
+            say(self.console, (f"  step {state.global_step}{stage}", "dim"), "  " + "  ".join(shown))
 
 
 def _number(value: float) -> str:

@@ -30,10 +30,12 @@ from tutelage.evaluation.record import evaluated
 from tutelage.evaluation.verifiers import reasoning_gym_rows
 from tutelage.lab.english import english_rows
 from tutelage.models.loading import end_ids, load_tokenizer
+from tutelage.ranges import SEED, whole
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
 from tutelage.results import RunRecord, write_results
 from tutelage.sampling import SamplingParams, TransformersSampler
+from tutelage.terminal import say, show
 from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
 from tutelage.training.costs import peak_memory_bytes, reset_peak_memory
 
@@ -120,10 +122,10 @@ def main(args: Sequence[str], console: Console) -> None:
         folder.clear()
         records = _run(options, out, console)
     write_report(records, out / "report.html")
-    console.print(summary_table(records))
+    show(console, summary_table(records))
     for sentence in verdicts(records):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"report: {out / 'report.html'}", highlight=False, markup=False)
+        say(console, sentence)
+    say(console, f"report: {out / 'report.html'}")
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
@@ -135,16 +137,18 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         help="arrange: words in an order without two of one kind side by side. Or a reasoning-gym task that comes with written solutions.",
     )
     parser.add_argument(
-        "--rows", type=int, help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long."
+        "--rows",
+        type=whole(16),
+        help=f"Demonstrations to train on: {_ROWS}, or fewer where {_SLOW} would be too long.",
     )
-    parser.add_argument("--test_rows", type=int, help=f"Held-out rows: {_TEST_ROWS}, or fewer, as for --rows.")
+    parser.add_argument("--test_rows", type=whole(16), help=f"Held-out rows: {_TEST_ROWS}, or fewer, as for --rows.")
     parser.add_argument(
         "--max_completion_length",
-        type=int,
+        type=whole(1),
         default=20,
         help="Maximum completion length, in tokens; longer completions are truncated.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Random seed of data, training and samples.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Random seed of data, training and samples.")
     parser.add_argument("--full", action="store_true", help="Full size: 2,000 demonstrations and 500 held-out rows.")
     parser.add_argument("--output_dir", default="quickstart", help="Folder for models, results and the report.")
     parser.add_argument(
@@ -155,8 +159,6 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         options.rows, options.test_rows = 2000, 500
     options.sized = options.rows is None and options.test_rows is None  # what the user names is kept
     options.rows, options.test_rows = options.rows or _ROWS, options.test_rows or _TEST_ROWS
-    if min(options.rows, options.test_rows) < 16:
-        raise UserError("at least 16 rows are needed.", field="rows / test_rows")
     return options
 
 
@@ -165,7 +167,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     rows = _data(options)
     train_rows, test_rows = rows["train"], rows["test"]
     if options.model_name_or_path is None:
-        console.print(GEMMA_LICENSE, style="dim", highlight=False)
+        say(console, GEMMA_LICENSE, style="dim")
         with (
             TerminalProgress(console, "model") as progress,
             progress.phase("getting it ready (a minute the first time)"),
@@ -191,16 +193,17 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     if options.sized:
         sized = size_for(pace, 60 * _MINUTES - (time.monotonic() - begun), *asked)
         train_rows, test_rows = train_rows[: sized[0]], test_rows[: sized[1]]
-    console.print(
-        f"[bold]tutelage quickstart[/bold]: task {options.task}, {len(train_rows)} demonstrations, "
-        f"{len(test_rows)} held-out rows, seed {options.seed}, computing in {precision}",
-        highlight=False,
+    say(
+        console,
+        ("tutelage quickstart", "bold"),
+        f": task {options.task}, {len(train_rows)} demonstrations, {len(test_rows)} held-out rows, seed {options.seed}, "
+        f"computing in {precision}",
     )
     if asked != (len(train_rows), len(test_rows)):
-        console.print(
+        say(
+            console,
             f"  {asked[0]} demonstrations and {asked[1]} held-out rows would take "
             f"{duration(pace.total(*asked))} on this machine; --rows and --test_rows override this",
-            highlight=False,
         )
     plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})
     out.mkdir(parents=True, exist_ok=True)
@@ -355,10 +358,11 @@ class Plan:
 
     @contextmanager
     def part(self, name: str, description: str) -> Iterator[None]:
-        self.console.print(
-            f"\n[bold]{len(self.done) + 1}/{len(self.expected)}[/bold] {description}   "
-            f"[dim]about {duration(self.left)} left[/dim]",
-            highlight=False,
+        say(
+            self.console,
+            (f"\n{len(self.done) + 1}/{len(self.expected)}", "bold"),
+            f" {description}   ",
+            (f"about {duration(self.left)} left", "dim"),
         )
         begun = self.clock()
         yield

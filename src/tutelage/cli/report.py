@@ -10,6 +10,7 @@ from rich.console import Console
 from tutelage.cli.parser import command_parser
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.results import RunRecord, load_results
+from tutelage.terminal import say, show
 
 __all__ = ["find_starts", "main", "short_labels", "show_runs"]
 
@@ -41,10 +42,10 @@ def find_starts(records: Sequence[RunRecord], folders: Sequence[str]) -> None:
 def show_runs(records: Sequence[RunRecord], path: Path, console: Console) -> None:
     """Write the report; print the table, the verdicts and where the report is."""
     write_report(records, path)
-    console.print(summary_table(records))
+    show(console, summary_table(records))
     for sentence in verdicts(records):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"report: {path}", highlight=False, markup=False)
+        say(console, sentence)
+    say(console, f"report: {path}")
 
 
 def short_labels(names: Sequence[str]) -> list[str]:

@@ -15,12 +15,12 @@ from tutelage.cli.parser import (
     data_arguments,
     length_arguments,
     new_file,
-    require_at_least_one,
     weight_arguments,
 )
 from tutelage.data.columns import check_prompts
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
+from tutelage.ranges import SEED, TEMPERATURE, number, whole
 
 if TYPE_CHECKING:
     from tutelage.data import Tokenization
@@ -34,15 +34,18 @@ def main(args: Sequence[str], console: Console) -> None:
     parser = command_parser("sample", main.__doc__, data_arguments, length_arguments, weight_arguments)
     parser.add_argument("--model_name_or_path", required=True, help="A model, or the folder of a run.")
     parser.add_argument("--output", required=True, help="The .jsonl file to write; it must not exist yet.")
-    parser.add_argument("--num_samples", type=int, default=1, help="Completions per prompt.")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token.")
-    parser.add_argument("--top_k", type=int, default=0, help="Top-k sampling; 0 turns it off.")
-    parser.add_argument("--top_p", type=float, default=1.0, help="Top-p (nucleus) sampling; 1 turns it off.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Sequences decoded in parallel.")
+    parser.add_argument("--num_samples", type=whole(1), default=1, help="Completions per prompt.")
+    parser.add_argument(
+        "--temperature", type=number(0, TEMPERATURE.high), default=1.0, help="0 takes the likeliest token."
+    )
+    parser.add_argument("--top_k", type=whole(0), default=0, help="Top-k sampling; 0 turns it off.")
+    parser.add_argument(
+        "--top_p", type=number(0, 1, above=True), default=1.0, help="Top-p (nucleus) sampling; 1 turns it off."
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the samples.")
+    parser.add_argument("--batch_size", type=whole(1), default=64, help="Sequences decoded in parallel.")
     options = parser.parse_args(args)
     output = new_file(options.output)
-    require_at_least_one(options, "max_prompt_length", "max_completion_length", "num_samples", "batch_size")
     require_model(options.model_name_or_path)
     check_prompts(options.dataset_name, split=options.split, columns=columns_of(options))
     _draw(options, output, console)
@@ -56,6 +59,7 @@ def _draw(options: argparse.Namespace, output: Path, console: Console) -> None:
     from tutelage.data.records import group_record
     from tutelage.files import write_json_lines
     from tutelage.sampling import SamplingParams, TransformersSampler
+    from tutelage.terminal import say
 
     quiet_libraries()
     tokenization = load_tokenization(options, options.model_name_or_path)
@@ -98,7 +102,7 @@ def _draw(options: argparse.Namespace, output: Path, console: Console) -> None:
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(output, (group_record(group, tokenization.text) for group in sampled))
-    console.print(f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}", highlight=False)
+    say(console, f"{len(groups)} prompts, {options.num_samples} completion(s) each: {output}")
 
 
 def _prompts(dataset: Any, tokenization: Tokenization, source: str) -> tuple[list[Group], bool]:

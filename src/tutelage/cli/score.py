@@ -14,12 +14,12 @@ from tutelage.cli.parser import (
     command_parser,
     data_arguments,
     new_file,
-    require_at_least_one,
     weight_arguments,
 )
 from tutelage.data.columns import check_demonstrations, peek
 from tutelage.errors import UserError
 from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD, require_model, run_part
+from tutelage.ranges import number, whole
 
 __all__ = ["main"]
 
@@ -65,20 +65,22 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--logp_model", help="The policy, for a feature reward with logp; by default the run's.")
     parser.add_argument(
         "--explain",
-        type=int,
+        type=whole(1),
         nargs="?",
         const=8,
         metavar="N",
         help="Tell which N features (8 where none is given) spoke for and against each answer; for a feature reward.",
     )
-    parser.add_argument("--beta", type=float, help="β, temperature of the implicit reward; 0.1 by default.")
+    parser.add_argument(
+        "--beta", type=number(0, above=True), help="β, temperature of the implicit reward; 0.1 by default."
+    )
     for length, unless in (("prompt", 512), ("completion", 256)):
         parser.add_argument(
             f"--max_{length}_length",
-            type=int,
+            type=whole(1),
             help=f"Maximum {length} length of a dataset, in tokens. By default what the reward was trained with, else {unless}.",
         )
-    parser.add_argument("--batch_size", type=int, default=16, help="Rows per forward pass.")
+    parser.add_argument("--batch_size", type=whole(1), default=16, help="Rows per forward pass.")
     parser.add_argument("--output", required=True, help="The .jsonl file to write. It must not exist yet.")
     options = parser.parse_args(args)
     for field in ("reference", "beta"):
@@ -86,9 +88,6 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
             raise UserError("applies only to --policy.", remedy="Leave it out, or use --policy.", field=field)
     _check_feature_options(options)
     options.beta = 0.1 if options.beta is None else options.beta
-    if options.beta <= 0:
-        raise UserError(f"must be above 0, not {options.beta:g}.", field="beta")
-    require_at_least_one(options, "batch_size", "max_prompt_length", "max_completion_length", "explain")
     for field in ("reward", "policy", "reference", "base_model", "logp_model"):
         if getattr(options, field):
             require_model(getattr(options, field), field, "reward" if field == "reward" else "policy")

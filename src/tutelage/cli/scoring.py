@@ -25,10 +25,14 @@ from tutelage.files import write_json_lines
 from tutelage.groups import Group, Role
 from tutelage.losses import implicit_reward
 from tutelage.models.loading import load_tokenizer
+from tutelage.models.paths import FEATURE_REWARD
+from tutelage.models.precision import model_size
 from tutelage.progress import Progress
 from tutelage.rewards import FeatureReward, ImplicitReward, Reward
 from tutelage.rewards.ensemble import RewardEnsemble
+from tutelage.rewards.feature_reward import saved_facts
 from tutelage.scoring.logps import cached_logps
+from tutelage.terminal import say
 
 __all__ = ["score"]
 
@@ -45,7 +49,7 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
         output: file to write.
     """
     tokenization = load_tokenization(options, first_member(name) if options.reward else name)
-    groups = _groups(load_data(options), tokenization, options.dataset_name)
+    groups = _groups(load_data(options), tokenization, options.dataset_name, _vocabulary(options, name, tokenization))
     reward: Reward | None = None
     told: list[list[Explanation]] | None = None
     with TerminalProgress(console, "score") as progress:
@@ -74,24 +78,33 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
     write_json_lines(output, lines)
     if told:
         show_explanations(lines, console)
-    console.print(f"{len(scored)} rows: {output}", highlight=False, markup=False)
+    say(console, f"{len(scored)} rows: {output}")
     for line in summary:
-        console.print(line, highlight=False, markup=False)
+        say(console, line)
 
 
 # --- what is scored ----------------------------------------------------------------------------------------------------
 
 
-def _groups(dataset: Any, tokenization: Tokenization, source: str) -> list[Group]:
+def _vocabulary(options: argparse.Namespace, name: str, tokenization: Tokenization) -> int:
+    """How many tokens the model knows that scores. Vocabularies are padded: it may have more than its tokenizer, and draw them."""
+    folder = first_member(name) if options.reward else name
+    if options.reward and (Path(folder) / FEATURE_REWARD).exists():
+        folder = options.base_model or options.logp_model or saved_facts(folder).get("base_model")
+    size = model_size(str(folder), trust_remote_code=options.trust_remote_code) if folder else None
+    return max(len(tokenization.tokenizer), size.vocabulary if size else 0)
+
+
+def _groups(dataset: Any, tokenization: Tokenization, source: str, vocabulary: int) -> list[Group]:
     """Every prompt with the completions that its row holds."""
     columns = set(dataset.column_names)
     if "completions" not in columns:
         rows = tokenize_dataset(dataset, tokenization, source=source)
         return [preference_group_from_row(row) or group_from_row(row) for row in rows]  # type: ignore[arg-type]
-    return [_recorded(row, number, tokenization, source) for number, row in enumerate(dataset, start=1)]
+    return [_recorded(row, number, tokenization, source, vocabulary) for number, row in enumerate(dataset, start=1)]
 
 
-def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, source: str) -> Group:
+def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, source: str, vocabulary: int) -> Group:
     """A prompt with its demonstration, if it has one, and its samples, as they were recorded.
 
     Raises:
@@ -107,7 +120,7 @@ def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, s
                 field=field,
             )
     try:
-        return _group_of_record(row, tokenization)
+        return _group_of_record(row, tokenization, vocabulary)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the samples cannot be scored: {error}.",
@@ -117,11 +130,11 @@ def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, s
         ) from error
 
 
-def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization) -> Group:
+def _group_of_record(row: Mapping[str, Any], tokenization: Tokenization, vocabulary: int) -> Group:
     group = group_from_record(row)
     texts = [row["prompt"], *(completion["text"] for completion in row["completions"])]
     for ids, text in zip([group.prompt_ids, *(c.token_ids for c in group.completions)], texts, strict=True):
-        if not all(type(id) is int and 0 <= id < len(tokenization.tokenizer) for id in ids):
+        if not all(type(id) is int and 0 <= id < vocabulary for id in ids):
             raise ValueError("a token is not in the model's vocabulary")
         if tokenization.text(ids) != text:
             raise ValueError("with the model's tokenizer, the tokens do not decode to the text next to them")

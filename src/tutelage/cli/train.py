@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tutelage.algorithms.registry import find
+from tutelage.card import model_card
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.controls import Controls
 from tutelage.cli.libraries import quiet_libraries
@@ -26,8 +27,9 @@ from tutelage.models.loading import load_tokenizer
 from tutelage.models.precision import given_precision
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.report.summary import duration
-from tutelage.results import RunRecord, model_card, write_results
+from tutelage.results import RunRecord, write_results
 from tutelage.scoring.layout import probe_layout
+from tutelage.terminal import say, show
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import reset_peak_memory
 from tutelage.training.trainer import DemonstrationTrainer
@@ -51,10 +53,10 @@ def main(args: Sequence[str], console: Console) -> None:
     write_report([record], report)  # before the controls, which may fail
     records = [record, *controls.train(record, console, train)]
     write_report(records, report)
-    console.print(summary_table(records))
+    show(console, summary_table(records))
     for sentence in verdicts(records):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"model and results: {folder}\nreport: {report}", highlight=False, markup=False)
+        say(console, sentence)
+    say(console, f"model and results: {folder}\nreport: {report}")
 
 
 def train(
@@ -103,26 +105,29 @@ def train(
             trainer.remove_callback(callback)
         trainer.add_callback(LogLines(console))
         prepare(trainer)
-        console.print(
-            f"[bold]{name}[/bold]: {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
+        say(
+            console,
+            (name, "bold"),
+            f": {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
             f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "
             f"computing in {model.precision or given_precision(training.computing, '--bf16')}",
-            highlight=False,
         )
         checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None
         if data.resume and checkpoint is None:
-            console.print(
-                f"  no checkpoint in {training.output_dir}: starting at step 0", highlight=False, markup=False
-            )
+            say(console, f"  no checkpoint in {training.output_dir}: starting at step 0")
         before_training()
         trainer.train(resume_from_checkpoint=checkpoint)
         folder = Path(str(training.output_dir))
         trainer.export(folder)
         record = trainer.record(name=name)
         write_results(folder, record)  # before the evaluation, which may fail
+        with progress.phase("loading the export back"):
+            checked = trainer.check_export(folder)
+        for sentence in checked:
+            say(console, f"  {sentence}")
         record = _final_evaluation(trainer, record, progress)
         after(trainer)
-    console.print(f"  {name} took {duration(record.time_s['total'])}", highlight=False)
+    say(console, f"  {name} took {duration(record.time_s['total'])}")
     write_results(folder, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if training.push_to_hub:
@@ -169,11 +174,7 @@ def _load_model(model: ModelArguments, console: Console, progress: TerminalProgr
     if not continued:
         return policy, tokenizer, model.peft_config()
     rank = getattr(next(iter(continued.values())), "r", "?")
-    console.print(
-        f"  training continues the adapter of {model.model_name_or_path} (r {rank}); --lora_* have no effect",
-        highlight=False,
-        markup=False,
-    )
+    say(console, f"  training continues the adapter of {model.model_name_or_path} (r {rank}); --lora_* have no effect")
     return policy, tokenizer, None
 
 

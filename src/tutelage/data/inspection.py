@@ -18,6 +18,8 @@ from tutelage.data.tokenization import Tokenization
 from tutelage.data.tokenized import DataSummary, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.groups import Group
+from tutelage.terminal import label, show
+from tutelage.visible import visible
 
 __all__ = ["Example", "Inspection", "Lengths", "Segment", "inspect_dataset", "print_inspection"]
 
@@ -179,22 +181,22 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 
     Data is shown literally: neither markup nor control characters in it reach the terminal.
     """
-    console.print(_counts(inspection))
+    show(console, _counts(inspection))
     if inspection.summary.long_prompts and inspection.on_long_prompt == "error":
         remedy = (
             "Training would stop at them: raise --max_prompt_length, or leave them out with --on_long_prompt drop."
         )
-        console.print(Text(f"Prompts too long: {inspection.summary.long_prompts:,}. {remedy}", style="bold red"))
+        show(console, Text(f"Prompts too long: {inspection.summary.long_prompts:,}. {remedy}", style="bold red"))
     for title, lengths in (("Prompts", inspection.prompts), ("Completions", inspection.completions)):
-        console.print(_length_line(title, lengths))
-        console.print(_histogram(lengths))
+        show(console, _length_line(title, lengths))
+        show(console, _histogram(lengths))
     for example in inspection.examples:
-        console.print(_example_panel(example))
+        show(console, _example_panel(example))
 
 
 def _counts(inspection: Inspection) -> Table:
     summary = inspection.summary
-    table = Table(title=Text(_visible(inspection.source)), title_justify="left", show_header=False)
+    table = Table(title=label(inspection.source), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
@@ -235,12 +237,20 @@ def _example_panel(example: Example) -> Panel:
     if not example.finished:
         text.append(" ✂ truncated here", style="bold red")
     return Panel(
-        text, title=f"row {example.number}: prompt [cyan]■[/] completion [green]■[/] special tokens [reverse] ■ [/]"
+        text,
+        title=Text.assemble(
+            f"row {example.number}: prompt ",
+            ("■", "cyan"),
+            " completion ",
+            ("■", "green"),
+            " special tokens ",
+            (" ■ ", "reverse"),
+        ),
     )
 
 
 def _styled(segments: Sequence[Segment], style: str) -> Text:
-    parts = [(_visible(part.text), f"bold reverse {style}" if part.special else style) for part in segments]
+    parts = [(visible(part.text), f"bold reverse {style}" if part.special else style) for part in segments]
     return Text.assemble(*parts)
 
 
@@ -250,9 +260,3 @@ def _shorten(text: Text) -> Text:
     half = MAX_SHOWN // 2
     left_out = Text(f" … {len(text) - 2 * half:,} characters … ", style="dim italic")
     return Text.assemble(text[:half], left_out, text[-half:])
-
-
-def _visible(text: str) -> str:
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
-    )

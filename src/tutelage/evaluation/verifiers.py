@@ -37,9 +37,9 @@ def load_verifier(name: str) -> Verifier:
         return _reasoning_gym_verifier(attribute)
     try:
         verifier = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise UserError(
-            f"the verifier '{name}' cannot be imported: {error}.",
+            f"the verifier '{name}' cannot be imported: {type(error).__name__}: {error}.",
             remedy="Put its module on PYTHONPATH and check the function's name.",
             field="verifier",
         ) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,9 +12,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from tutelage.errors import UserError
@@ -30,7 +31,10 @@ __all__ = [
     "first_line",
     "load_model",
     "load_tokenizer",
+    "loading",
     "model_body",
+    "refuse_virtual_tokens",
+    "require_base",
     "require_exists",
     "run_part",
 ]
@@ -78,16 +82,94 @@ def load_model(
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    try:
-        if find_adapter_config_file(name_or_path, revision=revision):
+    with loading(f"the model '{name_or_path}'", _REMEDY):
+        is_adapter = find_adapter_config_file(name_or_path, revision=revision)
+    if is_adapter:
+        refuse_virtual_tokens(require_base(name_or_path, revision=revision, trust_remote_code=trust_remote_code))
+        with loading(f"the model '{name_or_path}'", _REMEDY):
             return AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=True, **options)
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    with loading(f"the model '{name_or_path}'", _REMEDY):
+        model, found = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+    if found["missing_keys"]:  # transformers fills them with random numbers
         raise UserError(
-            f"the model '{name_or_path}' cannot be loaded: {first_line(error)}",
-            remedy="Give a hub name or a folder with config.json or adapter_config.json and safetensors weights.",
+            f"the model '{name_or_path}' lacks weights, such as {min(found['missing_keys'])}.",
+            remedy="Copy the folder anew, or give a whole model.",
             field="model_name_or_path",
+        )
+    return model
+
+
+_REMEDY = "Give a hub name or a folder with config.json or adapter_config.json and safetensors weights."
+
+
+@contextmanager
+def loading(what: str, remedy: str, *, file: str | None = None, field: str = "model_name_or_path") -> Iterator[None]:
+    """Within, what a library says of a model that it cannot load is the user's to mend.
+
+    A broken or unknown model makes libraries raise nearly anything.
+
+    Args:
+        what: could not be loaded.
+        remedy: unless a package is missing or an attention implementation.
+        file, field: of the error.
+
+    Raises:
+        UserError: the library raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, KeyError):  # says the key alone
+            reason = f"unknown: {reason}"
+        if isinstance(error, ImportError):
+            remedy = "Install what is missing, or leave out the setting or the quantized weights that need it."
+        if any(sign in reason for sign in ("FlashAttention", "attn_implementation", "flash_attn")):
+            field, remedy = "attn_implementation", "Install its package, or use --attn_implementation sdpa."
+        raise UserError(
+            f"{what} cannot be loaded: {_sentence(reason)}", remedy=remedy, file=file, field=field
         ) from error
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def require_base(adapter: str, *, field: str = "model_name_or_path", **options: Any) -> PeftConfig:
+    """Find the model that an adapter was trained on; a relative path is looked for from the current folder.
+
+    Args:
+        options: of ``PeftConfig.from_pretrained`` and ``AutoConfig.from_pretrained``.
+
+    Returns:
+        the adapter's config.
+
+    Raises:
+        UserError: the adapter cannot be read or names no base, or its base is not there.
+    """
+    revision = options.pop("revision", "main")
+    with loading("the adapter", "Copy the folder anew.", file=adapter, field=field):
+        config = PeftConfig.from_pretrained(adapter, revision=revision)
+    base = config.base_model_name_or_path
+    remedy = (
+        "A relative path is looked for from the current folder: start where it can be found, or write where the base is into "
+        f"base_model_name_or_path of {Path(adapter) / 'adapter_config.json'}."
+    )
+    if not base or not isinstance(base, str):
+        raise UserError("the adapter does not name the model it belongs to.", remedy=remedy, file=adapter, field=field)
+    try:
+        AutoConfig.from_pretrained(base, revision=config.revision or "main", **options)
+    except Exception as error:
+        reason = "there is no such folder" if "/" in base and not Path(base).exists() else first_line(error)
+        raise UserError(
+            f"the model '{base}' that the adapter belongs to cannot be loaded: {_sentence(reason)}",
+            remedy=remedy,
+            file=adapter,
+            field=field,
+        ) from error
+    return config
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -123,11 +205,26 @@ def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
     return known
 
 
+def refuse_virtual_tokens(config: PeftConfig) -> None:
+    """Raise for adapters that are tokens before the prompt: bodies are run without peft's forward, which would leave them out.
+
+    Raises:
+        UserError: it is one of them (prompt tuning, prefix tuning, P-tuning).
+    """
+    if config.is_prompt_learning:
+        raise UserError(
+            f"adapters of kind {getattr(config.peft_type, 'value', config.peft_type)} are not supported: they put virtual "
+            "tokens before the prompt.",
+            remedy="Use LoRA or another adapter on the model's layers.",
+            field="peft_config",
+        )
+
+
 def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
     """Add a new adapter to a model and freeze the model's own weights.
 
     Raises:
-        UserError: the model already has an adapter; or the adapter would change a head that is tied to the
+        UserError: the model already has an adapter; the new one is of virtual tokens; or the adapter would change a head that is tied to the
             embedding, which merging and saving then break.
     """
     if isinstance(model, PeftModel):
@@ -136,6 +233,7 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
             remedy="Leave out --use_peft (peft_config), or merge the adapter into its base first.",
             field="use_peft",
         )
+    refuse_virtual_tokens(config)
     base = cast(PreTrainedModel, model)
     adapted = cast(PeftModel, get_peft_model(base, config))
     ends = (base.get_input_embeddings(), base.get_output_embeddings())

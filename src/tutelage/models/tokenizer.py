@@ -22,7 +22,7 @@ def load_tokenizer(
     name_or_path = run_part(name_or_path, "policy")
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file makes libraries raise nearly anything
         raise UserError(
             f"no tokenizer can be loaded from '{name_or_path}': {first_line(error)}",
             remedy="Save the tokenizer next to the model (tokenizer.save_pretrained).",

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.report.verdicts import signed
+from tutelage.visible import visible
 
 __all__ = ["WorstRow", "cleaning_page", "worst_table"]
 
@@ -53,7 +54,9 @@ def worst_table(rows: Sequence[WorstRow], measure: str) -> Table:
     for row in rows:
         texts = (row.prompt, row.demonstration, "–" if row.answer is None else row.answer)
         numbers = (f"{row.rank}{'' if row.kept else ' ×'}", str(row.row), signed(row.value, 3))
-        table.add_row(*numbers, *(Text(_short(text)) for text in texts))  # Text: what people wrote is no markup
+        table.add_row(
+            *numbers, *(Text(visible(_short(text), lines=False)) for text in texts)
+        )  # Text: what people wrote is no markup
     return table
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from tutelage.report.runs import require_distinct_names
 from tutelage.report.verdicts import scientific, signed
 from tutelage.results import Interval, RunRecord
+from tutelage.visible import visible
 
 __all__ = ["Cell", "Column", "duration", "summary_columns", "summary_table"]
 
@@ -90,7 +91,7 @@ def _table(runs: Sequence[RunRecord], columns: Sequence[Column]) -> Table:
         table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for index, run in enumerate(runs):
         cells = [_terminal(column.cells[index]) for column in columns]
-        table.add_row(Text(run.name), *cells)  # Text: a name is no markup
+        table.add_row(Text(visible(run.name, lines=False)), *cells)  # Text: a name is no markup
     return table
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from tutelage.groups import Group
+from tutelage.data.tokenization import Tokenization
+from tutelage.groups import Completion, Group, Role
 
-__all__ = ["Reward", "own_logps", "scores_by_group"]
+__all__ = ["Reward", "own_logps", "reward_func", "scores_by_group"]
 
 
 class Reward(Protocol):
@@ -53,3 +54,27 @@ def own_logps(
         for group, is_known in zip(groups, known, strict=True)
         for total in (group.sums("old_logps") if is_known else map(sum, next(found)))
     ]
+
+
+def reward_func(reward: Reward, tokenization: Tokenization, name: str) -> Callable[..., list[float]]:
+    """A function for ``reward_funcs`` of TRL's trainers (``GRPOTrainer``, ``RLOOTrainer``).
+
+    It scores the tokens that TRL sampled (``completion_ids``) after the prompt as ``tokenization`` writes it. A completion
+    has finished if it ends with a token that ends a turn.
+
+    Args:
+        name: what TRL calls it in its logs.
+    """
+
+    def learned_reward(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        groups = [
+            Group(
+                tokenization.prompt_ids(prompt),
+                (Completion(tuple(ids), Role.SAMPLE, ids[-1] in tokenization.stop_ids(not isinstance(prompt, str))),),
+            )
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        return reward.score(groups).tolist()
+
+    learned_reward.__name__ = name
+    return learned_reward

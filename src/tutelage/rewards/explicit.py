@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,18 +17,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
+from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
 from tutelage.files import write_json
 from tutelage.groups import Group
-from tutelage.models.loading import base_causal_lm, first_line, require_exists, run_part
+from tutelage.models.adapters import named_by_peft, named_for_both_loaders
+from tutelage.models.generation import mend_generation_config
+from tutelage.models.loading import (
+    base_causal_lm,
+    first_line,
+    load_model,
+    loading,
+    require_base,
+    require_exists,
+    run_part,
+)
 from tutelage.models.weights import WeightSet, fingerprint
+from tutelage.rewards.base import reward_func
+from tutelage.rewards.classifier import HEAD_NAME, classifier_adapter_config, empty_classifier, why_no_classifier
 from tutelage.scoring.logps import Layout, end_hidden_states, in_batches
 
 __all__ = ["ExplicitReward"]
 
 _ADAPTER = "adapter_model.safetensors"
-_HEAD = "base_model.model.score.weight"
+_HEAD = f"base_model.model.{HEAD_NAME}.weight"
+_HEAD_FILE = "reward_head.safetensors"
 _FACTS = "reward.json"
 
 
@@ -73,8 +89,10 @@ class ExplicitReward:
                 trainable weights, initialized from the policy's.
             options: further arguments of the constructor.
         """
-        size = base_causal_lm(model).config.get_text_config().hidden_size
-        head = nn.Linear(size, 1, bias=False)
+        base = base_causal_lm(model)
+        output = base.get_output_embeddings()
+        size = output.weight.shape[1] if output is not None else base.config.get_text_config().hidden_size
+        head = nn.Linear(cast(int, size), 1, bias=False)
         nn.init.zeros_(head.weight)
         head.to(base_causal_lm(model).device)
         return ExplicitReward(model, head, weights=WeightSet(model) if shared else None, **options)
@@ -143,47 +161,69 @@ class ExplicitReward:
         with self.active(), self.autocast():
             return in_batches(of_batch, self.model, groups, batch_size=self.batch_size)
 
+    # --- elsewhere --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def why_no_classifier(self) -> str | None:
+        """Why transformers has no model for sequence classification that computes this reward; None if it has one."""
+        with self.active(), self.autocast():
+            return why_no_classifier(self.model, cast(Tensor, self.head.weight).shape[1], self.pad_token_id)
+
+    def as_reward_func(self, tokenization: Tokenization) -> Callable[..., list[float]]:
+        """A function for ``reward_funcs`` of TRL's trainers; see ``reward_func``."""
+        return reward_func(self, tokenization, "explicit_reward")
+
     # --- on disk ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
         """Write what ``AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)`` loads.
 
-        With an adapter: the adapter, with the head in it, and the name of its base. Else a full model.
+        With an adapter: the adapter, with the head in it, and the name of its base. Else a full model. Where transformers has
+        no such class (``why_no_classifier``): the model or adapter for causal language modeling with the head in
+        ``reward_head.safetensors``, which ``ExplicitReward.from_pretrained`` loads. ``loaded_by`` in reward.json says which.
 
         Args:
             facts: further entries of ``reward.json``.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        why = self.why_no_classifier
         with self.active():
             if isinstance(self.model, PeftModel):
                 self._save_adapter(folder)
                 facts["base_fingerprint"] = fingerprint(frozen_parameters(self.model))
+            elif why is None:
+                self._save_classifier(folder, tokenizer)
             else:
-                self._save_whole(folder, tokenizer)
+                body = base_causal_lm(self.model)
+                mend_generation_config(body)  # it is not read, and must not keep the reward from being written
+                body.save_pretrained(folder)
+        if why is not None:
+            save_file({HEAD_NAME: cast(Tensor, self.head.weight).detach().cpu().contiguous()}, folder / _HEAD_FILE)
         tokenizer.save_pretrained(folder)
+        facts |= {"loaded_by": "transformers"} if why is None else {"loaded_by": "tutelage", "why": why}
         write_json(folder / _FACTS, {"pad_token_id": self.pad_token_id, **facts})
 
     def _save_adapter(self, folder: Path) -> None:
         model = cast(PeftModel, self.model)
         name = str(model.active_adapter)
-        config = copy.deepcopy(model.peft_config[name])
-        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True  # type: ignore[attr-defined]
-        config.save_pretrained(str(folder))
         state = get_peft_model_state_dict(model, adapter_name=name)
-        state[_HEAD] = cast(Tensor, self.head.weight)
-        state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(state, folder / _ADAPTER, metadata={"format": "pt"})
+        if self.why_no_classifier is None:
+            classifier_adapter_config(model).save_pretrained(str(folder))
+            state[_HEAD] = cast(Tensor, self.head.weight)
+        else:
+            config: Any = copy.deepcopy(model.peft_config[name])
+            config.inference_mode = True
+            config.save_pretrained(str(folder))
+        state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}  # some share memory
+        save_file(named_for_both_loaders(state), folder / _ADAPTER, metadata={"format": "pt"})
 
-    def _save_whole(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _save_classifier(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         body = base_causal_lm(self.model)
-        config = copy.deepcopy(body.config)
-        config.num_labels = 1
         # transformers reads the last token that is not padding. If EOS is the pad token, that is the one before EOS.
         # Without a pad token it scores single rows correctly and refuses batches.
-        config.pad_token_id = None if self.pad_token_id == tokenizer.eos_token_id else self.pad_token_id
-        with torch.device("meta"):
-            whole = AutoModelForSequenceClassification.from_config(config)
+        pad_token_id = None if self.pad_token_id == tokenizer.eos_token_id else self.pad_token_id
+        whole = empty_classifier(body.config, pad_token_id)
         whole.base_model.load_state_dict(body.base_model.state_dict(), assign=True)
         scalar_head(whole).weight = nn.Parameter(cast(Tensor, self.head.weight).detach().to(body.dtype))
         whole.save_pretrained(folder)
@@ -236,15 +276,16 @@ class ExplicitReward:
         try:
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
             config = PeftConfig.from_pretrained(str(folder))
-            state = load_file(folder / _ADAPTER)
-        except (OSError, ValueError, SafetensorError) as error:
+            state = named_by_peft(load_file(folder / _ADAPTER))
+            alone = folder / _HEAD_FILE
+            head = load_file(alone)[HEAD_NAME] if alone.exists() else state.pop(_HEAD)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise refuse(f"the reward cannot be read: {first_line(error)}", "Copy the folder anew.") from error
         if facts.get("base_fingerprint") != fingerprint(frozen_parameters(self.model)):
             raise refuse(
                 f"the reward's base differs from {base_causal_lm(self.model).name_or_path}.",
                 "Start from a reward that was learned on the same base, by this version of tutelage.",
             )
-        head = state.pop(_HEAD)
         own = self.model.active_peft_config
         with self.active():
             expected = get_peft_model_state_dict(self.model)
@@ -286,17 +327,21 @@ class ExplicitReward:
         """
         name = str(folder)
         require_exists(name, field=field)
-        try:
+        alone = Path(name) / _HEAD_FILE
+        if alone.exists():
+            language_model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+            with loading("the reward's head", "Copy the folder anew.", file=str(alone), field=field):
+                weight = load_file(alone)[HEAD_NAME]
+                linear = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
+                linear.weight.data.copy_(weight)
+            return ExplicitReward(language_model.eval(), linear, layout=layout, **options)
+        remedy = "Give the reward folder of a run, or a model for sequence classification with one label."
+        if find_adapter_config_file(name):
+            require_base(name, field=field, trust_remote_code=trust_remote_code)
+        with loading("the reward model", remedy, file=name, field=field):
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"the reward model cannot be loaded: {first_line(error)}",
-                remedy="Give the reward folder of a run, or a model for sequence classification with one label.",
-                file=name,
-                field=field,
-            ) from error
         head = scalar_head(model)
         headless_adapter = hasattr(model, "peft_config") and not isinstance(head, ModulesToSaveWrapper)
         if loaded["missing_keys"] or headless_adapter:  # transformers initializes them at random

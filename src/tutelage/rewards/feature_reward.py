@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.data import Tokenization
 from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
-from tutelage.groups import Completion, Group, Role
+from tutelage.groups import Group, Role
 from tutelage.models.loading import base_causal_lm, load_model, load_tokenizer
 from tutelage.models.paths import FEATURE_REWARD, first_line, run_part
+from tutelage.rewards.base import reward_func
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, contrast
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.feature_sets import FeatureParts, FeatureSet, feature_set, feature_sets
@@ -194,27 +195,8 @@ class FeatureReward:
     # --- elsewhere ------------------------------------------------------------------------------------------------------
 
     def as_reward_func(self, tokenization: Tokenization) -> Callable[..., list[float]]:
-        """A function for ``reward_funcs`` of TRL's trainers (``GRPOTrainer``, ``RLOOTrainer``).
-
-        It scores the tokens that TRL sampled (``completion_ids``) after the prompt as ``tokenization`` writes it. A
-        completion has finished if it ends with a token that ends a turn.
-        """
-
-        def feature_reward(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-            groups = [
-                Group(
-                    tokenization.prompt_ids(prompt),
-                    (
-                        Completion(
-                            tuple(ids), Role.SAMPLE, ids[-1] in tokenization.stop_ids(not isinstance(prompt, str))
-                        ),
-                    ),
-                )
-                for prompt, ids in zip(prompts, completion_ids, strict=True)
-            ]
-            return self.score(groups).tolist()
-
-        return feature_reward
+        """A function for ``reward_funcs`` of TRL's trainers; see ``reward_func``."""
+        return reward_func(self, tokenization, "feature_reward")
 
     @property
     def is_classifier(self) -> bool:
@@ -237,7 +219,8 @@ class FeatureReward:
             bias. Differences within and across prompts are the same.
 
         Raises:
-            UserError: the reward is made of other features, is not fitted, or its base has an adapter in it.
+            UserError: the reward is made of other features, is not fitted, its base has an adapter in it, or transformers
+                has no such model of its type.
         """
         if not self.is_classifier:
             raise UserError(
@@ -253,7 +236,12 @@ class FeatureReward:
         weights = torch.tensor(term.weights / term.spread)
         head = nn.Linear(len(weights), 1, bias=False)
         head.weight = nn.Parameter(weights[None].to(base_causal_lm(body).dtype))
-        ExplicitReward(body, head, pad_token_id=pad_token_id).save_pretrained(folder, tokenizer)
+        reward = ExplicitReward(body, head, pad_token_id=pad_token_id)
+        if reward.why_no_classifier is not None:
+            raise UserError(
+                f"{reward.why_no_classifier}.", remedy="Use the feature reward itself.", field="hidden_pooling"
+            )
+        reward.save_pretrained(folder, tokenizer)
         return -term.center / term.spread
 
     # --- on disk --------------------------------------------------------------------------------------------------------

@@ -263,9 +263,9 @@ def _imported(name: str) -> Callable[[str, str], Mapping[str, float]]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise UserError(
-            f"the features '{name}' cannot be imported: {error}.",
+            f"the features '{name}' cannot be imported: {type(error).__name__}: {error}.",
             remedy="Put the module on PYTHONPATH and check the function's name.",
             field=_FIELD,
         ) from error

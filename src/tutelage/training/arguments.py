@@ -15,8 +15,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from tutelage.errors import UserError
+from tutelage.ranges import LARGEST, SEED, Range, number, whole
 
-__all__ = ["ARGUMENTS", "Honored", "Refused", "check_arguments"]
+__all__ = ["ARGUMENTS", "RANGES", "Honored", "Refused", "check_arguments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +268,36 @@ _REFUSED: dict[str, Refused] = {
 
 ARGUMENTS: dict[str, Honored | Refused] = {name: Honored() for name in _HONORED} | _REFUSED
 """What becomes of every field of ``TrainingArguments``, by name."""
+
+_SHARE_OR_STEPS = number(0, LARGEST, above=True)  # below 1 it is a share of all steps
+
+RANGES: dict[str, Range] = {
+    "per_device_train_batch_size": whole(1),
+    "per_device_eval_batch_size": whole(1),
+    "num_train_epochs": number(0, LARGEST, above=True),
+    "max_steps": whole(-1),
+    "gradient_accumulation_steps": whole(1),
+    "learning_rate": number(0, above=True),
+    "warmup_steps": number(0, LARGEST),
+    "weight_decay": number(0),
+    "adam_beta1": number(0, 1, below=True),
+    "adam_beta2": number(0, 1, below=True),
+    "adam_epsilon": number(0),
+    "max_grad_norm": number(0),
+    "neftune_noise_alpha": number(0),
+    "torch_empty_cache_steps": whole(1),
+    "logging_steps": _SHARE_OR_STEPS,
+    "eval_steps": _SHARE_OR_STEPS,
+    "eval_delay": number(0, LARGEST),
+    "save_steps": _SHARE_OR_STEPS,
+    "save_total_limit": whole(0),
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": whole(0, 1024),
+    "dataloader_prefetch_factor": whole(1, 2**16),
+    "local_rank": whole(-1),
+}
+"""The numbers that inherited arguments take; those that are refused with every value need none."""
 
 _DEFAULTS = {
     entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import datetime
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -14,22 +13,13 @@ from tutelage.data.formats import Columns
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
 from tutelage.models.precision import choose_precision
-from tutelage.training.arguments import check_arguments
+from tutelage.ranges import check_ranges, number, whole
+from tutelage.training.arguments import RANGES, check_arguments
 
 __all__ = ["SFT_LEARNING_RATES", "DemonstrationConfig", "default_of"]
 
 SFT_LEARNING_RATES = {"adapter": 2e-4, "full": 2e-5}
 """Of SFT on an adapter and on all parameters: the unit of other algorithms' rates."""
-
-_AT_LEAST_ONE = (
-    "max_prompt_length",
-    "max_completion_length",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "sampling_batch_size",
-    "eval_samples",
-    "gradient_accumulation_steps",
-)
 
 
 def default_of(entry: Field[Any]) -> Any:
@@ -46,13 +36,13 @@ class DemonstrationConfig(TrainingArguments):
     is_new: ClassVar[bool] = False
     """Set on a config to say that what an earlier run left in the output folder is not gone on with."""
 
-    learning_rate: float | None = field(  # type: ignore[assignment]
+    learning_rate: Annotated[float | None, number(0, above=True)] = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": (
                 "Initial learning rate. Each algorithm has its own default: larger for adapters, smaller when all "
                 "parameters are trained. The first line of the run's output says which one is used."
-            )
+            ),
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between log lines."})
@@ -75,17 +65,19 @@ class DemonstrationConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Has no effect: each algorithm knows which columns it needs."}
     )
-    max_prompt_length: int = field(
+    max_prompt_length: Annotated[int, whole(1)] = field(
         default=512,
-        metadata={"help": "Maximum prompt length in tokens. --on_long_prompt says what happens to longer prompts."},
+        metadata={
+            "help": "Maximum prompt length in tokens. --on_long_prompt says what happens to longer prompts.",
+        },
     )
-    max_completion_length: int = field(
+    max_completion_length: Annotated[int, whole(1)] = field(
         default=256,
         metadata={
             "help": (
                 "Maximum completion length in tokens, for demonstrations and samples alike. Longer completions are "
                 "truncated and then have no end-of-turn token."
-            )
+            ),
         },
     )
     on_long_prompt: str = field(
@@ -137,16 +129,19 @@ class DemonstrationConfig(TrainingArguments):
             )
         },
     )
-    eval_rows: int | None = field(
-        default=None, metadata={"help": "Number of held-out rows to evaluate on, from the start; by default all."}
+    eval_rows: Annotated[int | None, whole(1)] = field(
+        default=None,
+        metadata={
+            "help": "Number of held-out rows to evaluate on, from the start; by default all.",
+        },
     )
-    eval_samples: int = field(
+    eval_samples: Annotated[int, whole(1)] = field(
         default=1,
         metadata={
             "help": (
                 "Answers to each held-out row at temperature 1; the score is their mean. With several (8, for example) "
                 "and a verifier, the evaluation also has diversity, and the quality of a learned reward."
-            )
+            ),
         },
     )
     eval_kl: bool = field(
@@ -158,11 +153,15 @@ class DemonstrationConfig(TrainingArguments):
             )
         },
     )
-    sampling_batch_size: int = field(
-        default=64, metadata={"help": "Sequences decoded in parallel. Affects speed and memory, not the samples."}
+    sampling_batch_size: Annotated[int, whole(1)] = field(
+        default=64,
+        metadata={
+            "help": "Sequences decoded in parallel. Affects speed and memory, not the samples.",
+        },
     )
 
     def __post_init__(self):
+        check_ranges(self, RANGES)
         check_arguments(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bfloat16 without an accelerator unless the CPU is asked for
@@ -173,9 +172,6 @@ class DemonstrationConfig(TrainingArguments):
         super().__post_init__()
         # A batch of groups holds no tensors, so accelerate cannot hand a streamed one out from its first process.
         self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
         own = {
             name
             for cls in type(self).__mro__
@@ -183,9 +179,6 @@ class DemonstrationConfig(TrainingArguments):
             for name in cls.__annotations__
         }
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.name in own and isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"must be a finite number, not {value}.", field=entry.name)
             choices = entry.metadata.get("choices") if entry.name in own else None
             if choices and getattr(self, entry.name) not in choices:
                 raise UserError(

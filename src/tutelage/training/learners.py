@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from tutelage.rewards.feature_sets import FeatureParts
 from tutelage.rewards.fitting import RewardFitter
 
 __all__ = ["AutoLearner", "EnsembleLearner", "FeatureLearner", "FixedLearner", "Learner", "ModelLearner", "OnStep"]
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int], None]
 """Called with the number of steps done."""
@@ -229,7 +232,12 @@ class FeatureLearner:
         """
         self.reward.save(folder, tokenization.tokenizer, **self.facts)
         if self.reward.is_classifier:  # on the base alone: the one in memory may have an adapter in it
-            FeatureReward.from_pretrained(folder).save_as_classifier(folder / "classifier", tokenization.tokenizer)
+            try:
+                FeatureReward.from_pretrained(folder).save_as_classifier(folder / "classifier", tokenization.tokenizer)
+            except UserError as error:
+                logger.warning(
+                    "the reward is not written as a model for sequence classification too: %s", error.problem
+                )
 
 
 class FixedLearner:

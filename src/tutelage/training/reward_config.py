@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 from tutelage.errors import UserError
+from tutelage.ranges import LARGEST, number, whole
 from tutelage.rewards.comparisons import NegativeKind
 from tutelage.training.config import default_of
 from tutelage.training.negatives import parse_negatives
@@ -40,32 +41,36 @@ _FIXED = ("likelihood", "logp")  # rewards that are fitted to nothing
 class RewardStageConfig(StageConfig):
     """Settings of stages that learn a reward."""
 
-    num_samples: int = field(default=4, metadata={"help": "n: number of completions sampled per prompt; at least 2."})
+    num_samples: Annotated[int, whole(1)] = field(
+        default=4, metadata={"help": "n: number of completions sampled per prompt; at least 2."}
+    )
     reference: str = field(
         default="initial",
         metadata={"help": "Always the initial policy, π_0, to which the KL is measured.", "choices": ["initial"]},
     )
-    warmup_steps: float = field(
+    warmup_steps: Annotated[float, number(0, LARGEST)] = field(
         default=0.1,
         metadata={
             "help": "Steps over which the learning rate rises; below 1, their share of all steps. A fresh optimizer at the "
-            "full rate can undo what any reward would gain."
+            "full rate can undo what any reward would gain.",
         },
     )
-    per_device_train_batch_size: int = field(
+    per_device_train_batch_size: Annotated[int, whole(1)] = field(
         default=4,
-        metadata={"help": "Prompts per micro-batch of the policy phase, each with all its samples."},
+        metadata={
+            "help": "Prompts per micro-batch of the policy phase, each with all its samples.",
+        },
     )
-    gradient_accumulation_steps: int = field(
+    gradient_accumulation_steps: Annotated[int, whole(1)] = field(
         default=2, metadata={"help": "Micro-batches per optimizer step of the policy phase."}
     )
-    samplings_per_stage: int | None = field(
+    samplings_per_stage: Annotated[int | None, whole(1)] = field(
         default=None,
         metadata={
             "help": (
                 "How often the policy phase of a stage samples anew. By default at every optimizer step, so that each is "
                 "on-policy; 1 samples for the whole stage at once."
-            )
+            ),
         },
     )
     prompt_dataset: str | None = field(
@@ -77,29 +82,29 @@ class RewardStageConfig(StageConfig):
             )
         },
     )
-    prompt_mix: float | None = field(
+    prompt_mix: Annotated[float | None, number(0, 1, above=True)] = field(
         default=None,
         metadata={
             "help": (
                 "Share of prompts without demonstrations among those that the policy samples for, above 0 and at most 1. By "
                 "default every row of both kinds comes once per epoch."
-            )
+            ),
         },
     )
-    policy_epochs: int = field(
+    policy_epochs: Annotated[int, whole(1)] = field(
         default=1,
         metadata={
             "help": (
                 "Passes of the policy phase over the samples of a stage, with clipped importance ratios. More passes "
                 "at a lower learning rate take longer and keep the policy closer to π_0."
-            )
+            ),
         },
     )
-    beta: float = field(
+    beta: Annotated[float, number(0)] = field(
         default=0.3,
         metadata={
             "help": "Weight of the KL to π_0, in units of scaled reward per nat (see --reward_scaling). Larger values keep the "
-            "policy closer to π_0."
+            "policy closer to π_0.",
         },
     )
     reward: str = field(
@@ -124,10 +129,10 @@ class RewardStageConfig(StageConfig):
             )
         },
     )
-    hidden_depths: list[float] = field(
+    hidden_depths: Annotated[list[float], number(0, 1)] = field(
         default_factory=lambda: [1 / 3, 1 / 2, 2 / 3],
         metadata={
-            "help": "Depths whose hidden states are the features 'hidden': 0 is the embedding, 1 the last layer's output."
+            "help": "Depths whose hidden states are the features 'hidden': 0 is the embedding, 1 the last layer's output.",
         },
     )
     hidden_pooling: str = field(
@@ -149,16 +154,25 @@ class RewardStageConfig(StageConfig):
             )
         },
     )
-    num_folds: int = field(
-        default=2, metadata={"help": "K: number of folds, and of the policies trained for out_of_fold."}
+    num_folds: Annotated[int, whole(2)] = field(
+        default=2,
+        metadata={"help": "K: number of folds, and of the policies trained for out_of_fold."},
     )
-    fold_epochs: float = field(
-        default=3.0, metadata={"help": "Passes of the SFT of an out-of-fold policy over its demonstrations."}
+    fold_epochs: Annotated[float, number(0, LARGEST, above=True)] = field(
+        default=3.0,
+        metadata={
+            "help": "Passes of the SFT of an out-of-fold policy over its demonstrations.",
+        },
     )
-    fold_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of that SFT; by default that of tutelage sft."}
+    fold_learning_rate: Annotated[float | None, number(0, above=True)] = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of that SFT; by default that of tutelage sft.",
+        },
     )
-    fold_batch_size: int = field(default=8, metadata={"help": "Demonstrations per optimizer step of that SFT."})
+    fold_batch_size: Annotated[int, whole(1)] = field(
+        default=8, metadata={"help": "Demonstrations per optimizer step of that SFT."}
+    )
     base_model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -168,8 +182,9 @@ class RewardStageConfig(StageConfig):
             )
         },
     )
-    reward_ensemble: int = field(
-        default=1, metadata={"help": "Number of rewards, each fitted to its own resample of the prompts."}
+    reward_ensemble: Annotated[int, whole(1)] = field(
+        default=1,
+        metadata={"help": "Number of rewards, each fitted to its own resample of the prompts."},
     )
     reward_combine: str = field(
         default="mean_minus_std",
@@ -199,13 +214,13 @@ class RewardStageConfig(StageConfig):
             "choices": ["spread", "down_only"],
         },
     )
-    drop_below: float | None = field(
+    drop_below: Annotated[float | None, number(0, 1, below=True)] = field(
         default=None,
         metadata={
             "help": (
                 "Leave out prompts whose best sample has a reward under this quantile of the demonstrations' own rewards, "
                 "such as 0.05. Only for rewards that compare across prompts."
-            )
+            ),
         },
     )
     keep_policy: str = field(
@@ -215,8 +230,10 @@ class RewardStageConfig(StageConfig):
             "choices": ["best", "last"],
         },
     )
-    reward_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the reward; constant."})
-    reward_batch_size: int = field(
+    reward_learning_rate: Annotated[float, number(0, above=True)] = field(
+        default=3e-4, metadata={"help": "Learning rate of the reward; constant."}
+    )
+    reward_batch_size: Annotated[int, whole(1)] = field(
         default=8,
         metadata={"help": "Prompts per optimizer step of the reward."},
     )
@@ -230,43 +247,53 @@ class RewardStageConfig(StageConfig):
             "choices": ["logistic", "linear"],
         },
     )
-    reward_margin: float = field(
-        default=0.0, metadata={"help": "Margin by which the reward of a demonstration should exceed that of a sample."}
+    reward_margin: Annotated[float, number(0)] = field(
+        default=0.0,
+        metadata={
+            "help": "Margin by which the reward of a demonstration should exceed that of a sample.",
+        },
     )
-    reward_label_smoothing: float = field(
+    reward_label_smoothing: Annotated[float, number(0, 0.5, below=True)] = field(
         default=0.0,
         metadata={
             "help": (
                 "Label smoothing: assumed probability that the sample is the better answer, in [0, 0.5). Logistic loss "
                 "only."
-            )
+            ),
         },
     )
-    reward_centering: float = field(
+    reward_centering: Annotated[float, number(0)] = field(
         default=0.01,
-        metadata={"help": "Weight of the squared sum of a pair's rewards, which keeps rewards centered on zero."},
+        metadata={
+            "help": "Weight of the squared sum of a pair's rewards, which keeps rewards centered on zero.",
+        },
     )
-    reward_regularization: float = field(
+    reward_regularization: Annotated[float, number(0, above=True)] = field(
         default=1.0,
         metadata={
-            "help": "ρ of the linear loss: weight of the squared rewards, which keeps them within ±1/ρ. Linear loss only."
+            "help": "ρ of the linear loss: weight of the squared rewards, which keeps them within ±1/ρ. Linear loss only.",
         },
     )
-    reward_epochs: int = field(
+    reward_epochs: Annotated[int, whole(1)] = field(
         default=2,
-        metadata={"help": "K, as passes: how many passes a reward phase makes over the groups it learns from."},
+        metadata={
+            "help": "K, as passes: how many passes a reward phase makes over the groups it learns from.",
+        },
     )
-    reward_steps: int | None = field(
-        default=None, metadata={"help": "K, as optimizer steps of a reward phase; overrides --reward_epochs."}
-    )
-    reward_replay_stages: int | None = field(
+    reward_steps: Annotated[int | None, whole(1)] = field(
         default=None,
-        metadata={"help": "Also fit the reward on the samples of this many previous stages; by default of all."},
+        metadata={"help": "K, as optimizer steps of a reward phase; overrides --reward_epochs."},
     )
-    reward_warmup_stages: int = field(
+    reward_replay_stages: Annotated[int | None, whole(0)] = field(
+        default=None,
+        metadata={
+            "help": "Also fit the reward on the samples of this many previous stages; by default of all.",
+        },
+    )
+    reward_warmup_stages: Annotated[int, whole(0)] = field(
         default=0,
         metadata={
-            "help": "Number of stages at the start of a run that fit the reward and leave the policy unchanged."
+            "help": "Number of stages at the start of a run that fit the reward and leave the policy unchanged.",
         },
     )
     early_stopping: str = field(
@@ -276,8 +303,11 @@ class RewardStageConfig(StageConfig):
             "choices": ["saturated", "never"],
         },
     )
-    saturation: float = field(
-        default=0.97, metadata={"help": "Training accuracy at which a reward phase stops early."}
+    saturation: Annotated[float, number(0.5, 1, above=True)] = field(
+        default=0.97,
+        metadata={
+            "help": "Training accuracy at which a reward phase stops early.",
+        },
     )
     truncated_samples: str = field(
         default="floor",
@@ -295,9 +325,12 @@ class RewardStageConfig(StageConfig):
         default=None,
         metadata={"help": "Preference pairs that the reward also learns from: a hub name, a folder or a file."},
     )
-    preference_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on preference pairs."})
-    demonstration_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss on pairs of a demonstration and a sample."}
+    preference_weight: Annotated[float, number(0)] = field(
+        default=1.0, metadata={"help": "Weight of the loss on preference pairs."}
+    )
+    demonstration_weight: Annotated[float, number(0)] = field(
+        default=1.0,
+        metadata={"help": "Weight of the loss on pairs of a demonstration and a sample."},
     )
     reward_model_name_or_path: str | None = field(
         default=None,
@@ -320,13 +353,13 @@ class RewardStageConfig(StageConfig):
             )
         },
     )
-    validation_rows: int | None = field(
+    validation_rows: Annotated[int | None, whole(1)] = field(
         default=None,
         metadata={
             "help": (
                 "Number of rows held out from training. They decide when the policy phase may run and which stage's "
                 "policy is kept. By default a tenth, at least 16 and at most 128."
-            )
+            ),
         },
     )
 
@@ -346,45 +379,8 @@ class RewardStageConfig(StageConfig):
             )
         if self.fp16:
             raise UserError("the reward phase has no loss scaling.", remedy="Use --bf16.", field="fp16")
-        for name in (
-            "policy_epochs",
-            "reward_epochs",
-            "reward_steps",
-            "reward_batch_size",
-            "validation_rows",
-            "samplings_per_stage",
-            "fold_batch_size",
-            "reward_ensemble",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"must be at least 1, not {getattr(self, name)}.", field=name)
-        for name in (
-            "preference_weight",
-            "demonstration_weight",
-            "reward_replay_stages",
-            "reward_warmup_stages",
-            "beta",
-            "reward_margin",
-            "reward_centering",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise UserError(f"must be at least 0, not {getattr(self, name):g}.", field=name)
-        for name in ("reward_learning_rate", "reward_regularization", "fold_epochs", "fold_learning_rate"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"must be above 0, not {getattr(self, name):g}.", field=name)
-        if not 0 <= self.reward_label_smoothing < 0.5:
-            raise UserError("must be at least 0 and below 0.5.", field="reward_label_smoothing")
-        if not self.hidden_depths or not all(0 <= depth <= 1 for depth in self.hidden_depths):
-            raise UserError(
-                f"must be numbers from 0 to 1, not {' '.join(map(str, self.hidden_depths)) or 'none'}.",
-                field="hidden_depths",
-            )
-        if self.num_folds < 2:
-            raise UserError(f"must be at least 2, not {self.num_folds}.", field="num_folds")
-        if self.prompt_mix is not None and not 0 < self.prompt_mix <= 1:
-            raise UserError(f"must be above 0 and at most 1, not {self.prompt_mix:g}.", field="prompt_mix")
-        if self.drop_below is not None and not 0 <= self.drop_below < 1:
-            raise UserError(f"must be at least 0 and below 1, not {self.drop_below:g}.", field="drop_below")
+        if not self.hidden_depths:
+            raise UserError("names no depth.", remedy="Give numbers from 0 to 1.", field="hidden_depths")
         if self.validation_dataset is not None and self.validation_rows is not None:
             raise UserError(
                 "the validation rows are given by --validation_dataset.",
@@ -405,8 +401,6 @@ class RewardStageConfig(StageConfig):
                 field="reward_ensemble",
             )
         self._refuse_what_has_no_effect()
-        if not 0.5 < self.saturation <= 1:
-            raise UserError("must be above 0.5 and at most 1.", field="saturation")
 
     @property
     def negative_kinds(self) -> tuple[NegativeKind, ...]:

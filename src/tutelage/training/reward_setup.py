@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -60,6 +61,9 @@ __all__ = [
 ]
 
 
+logger = logging.getLogger(__name__)
+
+
 def make_reward(
     policy: nn.Module,
     args: RewardStageConfig,
@@ -102,6 +106,11 @@ def make_reward(
         reward = ExplicitReward.fresh(cast(nn.Module, model).to(args.device), shared=False, **options)
         if args.activation_checkpointing:  # a shared body follows the policy
             reward.recompute_activations(cast(Any, args.activation_checkpointing_kwargs))
+    if reward.why_no_classifier is not None:
+        logger.warning(
+            "%s: the reward will be written for tutelage (ExplicitReward.from_pretrained; for TRL, its as_reward_func)",
+            reward.why_no_classifier,
+        )
     if args.init_reward_from:
         reward.start_from(args.init_reward_from)
     return reward

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from tutelage.errors import UserError
+from tutelage.ranges import TEMPERATURE, number, whole
 from tutelage.sampling.base import SamplingParams
 from tutelage.training.config import DemonstrationConfig
 
@@ -16,31 +16,37 @@ __all__ = ["StageConfig"]
 class StageConfig(DemonstrationConfig):
     """Settings shared by every algorithm that samples in stages."""
 
-    stages_per_epoch: int = field(
+    stages_per_epoch: Annotated[int, whole(1)] = field(
         default=4,
         metadata={
             "help": (
                 "T: number of stages per epoch. Each stage begins by sampling from the current policy. More stages "
                 "mean fresher samples and less risk of collapse, for a little more time."
-            )
+            ),
         },
     )
-    num_samples: int = field(default=1, metadata={"help": "n: number of completions sampled per prompt."})
-    temperature: float = field(
+    num_samples: Annotated[int, whole(1)] = field(
+        default=1, metadata={"help": "n: number of completions sampled per prompt."}
+    )
+    temperature: Annotated[float, TEMPERATURE] = field(
         default=1.0,
-        metadata={"help": "Sampling temperature. The theory assumes 1, which samples from the policy itself."},
+        metadata={
+            "help": "Sampling temperature. The theory assumes 1, which samples from the policy itself.",
+        },
     )
-    top_k: int = field(
+    top_k: Annotated[int, whole(0)] = field(
         default=0,
-        metadata={"help": "Sample from the k most likely tokens only; 0 (as the theory assumes) means no limit."},
+        metadata={
+            "help": "Sample from the k most likely tokens only; 0 (as the theory assumes) means no limit.",
+        },
     )
-    top_p: float = field(
+    top_p: Annotated[float, number(0, 1, above=True)] = field(
         default=1.0,
         metadata={
             "help": (
                 "Sample from the smallest set of tokens with this total probability; 1 (as the theory assumes) means no "
                 "limit."
-            )
+            ),
         },
     )
     reference: str = field(
@@ -52,39 +58,27 @@ class StageConfig(DemonstrationConfig):
             "choices": ["stage", "initial"],
         },
     )
-    replay_stages: int = field(
+    replay_stages: Annotated[int, whole(0)] = field(
         default=0,
         metadata={
             "help": (
                 "Also train on the samples of this many previous stages, with reference log-probs recomputed. Each "
                 "adds as many groups to a batch as the batch already has."
-            )
+            ),
         },
     )
-    sampler_logps_tolerance: float = field(
+    sampler_logps_tolerance: Annotated[float, number(0)] = field(
         default=0.01,
         metadata={
             "help": "The sampler's own log-probs serve as those of the policy where they differ from the trainer's by no "
             "more than this on average (nats per token), which saves a pass over the samples. The difference is "
-            "measured once per stage and logged as samples/logp_gap. 0 always takes the trainer's."
+            "measured once per stage and logged as samples/logp_gap. 0 always takes the trainer's.",
         },
     )
     save_each_stage: bool = field(
         default=True,
         metadata={"help": "Write a checkpoint at the end of each stage, in addition to those of --save_steps."},
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in (("stages_per_epoch", 1), ("num_samples", 1), ("replay_stages", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"must be at least {least}, not {getattr(self, name)}.", field=name)
-        if self.sampler_logps_tolerance < 0:
-            raise UserError(
-                f"must not be below 0, but is {self.sampler_logps_tolerance:g}.", field="sampler_logps_tolerance"
-            )
-        if self.temperature <= 0:
-            raise UserError("must be above 0: greedy completions are not samples of the policy.", field="temperature")
 
     def sampling_params(self, stop_ids: frozenset[int]) -> SamplingParams:
         """How a stage's completions are drawn."""

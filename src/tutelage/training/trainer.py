@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from tutelage.card import model_card
 from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, UserError
@@ -36,23 +37,27 @@ from tutelage.models.loading import (
     end_ids,
     load_model,
     load_tokenizer,
+    refuse_virtual_tokens,
 )
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.models.router import router_loss
 from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress, Silent
-from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, model_card, run_id
+from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
 from tutelage.training.clock import CLOCK, record_time, recorded_time
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
+from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
 from tutelage.training.flops import counted
 from tutelage.training.lengths import probed_lengths
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
+from tutelage.training.optimization import check_optimization
+from tutelage.training.processes import require_one_process
 from tutelage.training.retention import Retention
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.stages import Stages
@@ -130,6 +135,8 @@ class DemonstrationTrainer(Trainer):
         )
         tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
         check_vocabulary(policy, tokenizer)
+        if isinstance(policy, PeftModel):
+            refuse_virtual_tokens(policy.active_peft_config)
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise UserError(
                 "streamed data have no length, so the run needs one.", remedy="Add --max_steps.", field="max_steps"
@@ -165,11 +172,7 @@ class DemonstrationTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise UserError(
-                f"{max(args.world_size, args.n_gpu)} processes or devices: training runs on one so far.",
-                remedy="Start one process and show it one device (CUDA_VISIBLE_DEVICES=0).",
-            )
+        require_one_process(max(args.world_size, args.n_gpu))
         # The loss comes averaged over the whole optimizer step (``num_items_in_batch``): transformers must not divide
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
@@ -180,6 +183,13 @@ class DemonstrationTrainer(Trainer):
                 type(base_causal_lm(self.policy)).__name__,
                 unused,
             )
+        self.exported_tokenizer: PreTrainedTokenizerBase = tokenizer
+        if train_dataset is not None:
+            stop_ids = self.tokenization.stop_ids(self.conversational)
+            end_of_turn = self.tokenization.end_of_turn_id(self.conversational)
+            self.exported_tokenizer = prepare_export(self.policy, tokenizer, stop_ids, end_of_turn)
+            if optimizers == (None, None):
+                check_optimization(args, self.policy)
         self.scorer = PolicyScorer(
             self.policy,
             layout=self.layout,
@@ -363,6 +373,10 @@ class DemonstrationTrainer(Trainer):
         self.check_weights()
         super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
+
     def export(self, folder: Path) -> None:
         """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned."""
         phase = self.stages.phase if self.stages else None
@@ -370,6 +384,21 @@ class DemonstrationTrainer(Trainer):
         self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
         if phase:
             phase.export(folder)
+
+    def check_export(self, folder: Path) -> list[str]:
+        """Load back what ``export`` wrote into a folder, with the libraries that others will use, and compare.
+
+        Returns:
+            what was compared, a sentence each.
+
+        Raises:
+            UserError: something loads as other than what was trained.
+        """
+        phase = self.stages.phase if self.stages else None
+        reward = phase.reward if phase else None
+        told = [check_policy(folder if reward is None else folder / "policy", self.policy)]
+        found = check_reward(folder / "reward", reward) if reward is not None else None
+        return [*told, found] if found else told
 
     def _place(self) -> str:
         return f" of stage {self.stage}" if self.stages else ""

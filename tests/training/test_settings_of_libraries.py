@@ -1,0 +1,71 @@
+"""Settings that libraries read are tried before training, and what libraries say of them is one error that names the setting."""
+
+import pytest
+
+from tutelage.errors import UserError
+from tutelage.training.processes import require_one_process
+
+BAD = {
+    "text for a number": ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"}}, "lr_scheduler_kwargs"),
+    "text for a share": ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": "a"}}, "lr_scheduler_kwargs"),
+    "a setting of another schedule": ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr": 0.1}}, "lr_scheduler_kwargs"),
+    "text for a power": ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "2"}}, "lr_scheduler_kwargs"),
+    "what is missing": ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type"),
+    "a rate below 0": ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1.0}}, "lr_scheduler_kwargs"),
+    "no package": ({"optim": "adamw_bnb_8bit"}, "optim"),
+    "no package either": ({"optim": "lion_8bit"}, "optim"),
+    "no argument of it": ({"optim": "adamw_torch", "optim_args": "betas"}, "optim"),
+    "an argument of none": ({"optim": "adafactor", "optim_args": "relative_step=abc,scale_parameter=1=2"}, "optim"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "field"), BAD.values(), ids=BAD)
+def test_what_a_library_refuses_names_the_setting(training, settings, field):
+    with pytest.raises(UserError) as error:
+        training.trainer("sft", **settings)
+    assert error.value.field == field
+    assert error.value.remedy
+
+
+GOOD = {
+    "min_lr": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+    "restarts": {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
+    "wsd": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}},
+    "polynomial": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-7, "power": 2.0}},
+    "adafactor": {"optim": "adafactor"},
+    "rmsprop": {"optim": "rmsprop", "warmup_steps": 2, "lr_scheduler_type": "inverse_sqrt"},
+}
+
+
+@pytest.mark.parametrize("settings", GOOD.values(), ids=GOOD)
+def test_what_works_in_transformers_works(training, settings):
+    assert training.run("sft", **settings).state.global_step == 4
+
+
+def test_an_optimizer_that_was_handed_in_is_not_made_again(training):
+    model = training.model()
+    import torch
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = training.trainer("sft", model=model, options={"optimizers": (optimizer, None)}, optim="adamw_bnb_8bit")
+    assert trainer.optimizer is optimizer
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2"},
+        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    ],
+)
+def test_several_processes_are_refused_and_not_passed_over(environment):
+    with pytest.raises(UserError, match="training runs on one so far"):
+        require_one_process(environment=environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WORLD_SIZE": "1", "MASTER_ADDR": "a"}, {"ACCELERATE_MIXED_PRECISION": "no"}, {"MASTER_ADDR": "x"}],
+)
+def test_one_process_is_fine(environment):
+    require_one_process(environment=environment)
