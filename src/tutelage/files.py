@@ -150,7 +150,11 @@ def difference(path: Path, noted: Mapping[str, Any]) -> str | None:
     size = path.stat().st_size
     if size != noted["bytes"]:
         return f"has {size:,} bytes where {noted['bytes']:,} were written"
-    return None if size_and_hash(path) == noted else "was altered: its content does not match the hash of what was written"
+    return (
+        None
+        if size_and_hash(path) == noted
+        else "was altered: its content does not match the hash of what was written"
+    )
 
 
 def sync(folder: Path) -> None:

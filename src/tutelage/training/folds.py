@@ -31,6 +31,7 @@ from tutelage.models.weights import WeightSet, load_weights, save_weights
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.manifest import Manifest, move_aside
 from tutelage.training.store import FORMAT
+from tutelage.training.termination import leave_if_asked
 
 __all__ = ["FoldSettings", "Folds", "base_weights", "check_base", "fold_of_prompts"]
 
@@ -286,4 +287,5 @@ class Folds:
             optimizer.zero_grad()
             trained += sum(len(c.token_ids) for group in batch for c in group.completions)
             on_step(step + 1)
+            leave_if_asked()
         return trained

@@ -28,6 +28,7 @@ from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import Draw
 from tutelage.training.selection import Candidates, CandidateScore
 from tutelage.training.store import StageStore
+from tutelage.training.termination import leave_if_asked
 
 __all__ = ["VALIDATION_ROWS", "ForPolicy", "RewardPhase", "RewardPhaseSettings"]
 
@@ -210,7 +211,12 @@ class RewardPhase:
         self._fitted = stage
         tokens = self.learner.tokens_done
         seen = self.candidates.latest.groups if self.candidates else ()
-        facts = self.learner.fit(comparisons, stage=stage, validation=seen, on_step=advance)
+
+        def on_step(done: int) -> None:
+            advance(done)
+            leave_if_asked()
+
+        facts = self.learner.fit(comparisons, stage=stage, validation=seen, on_step=on_step)
         if facts.get("saturated"):
             logger.warning(
                 "stage %d: the reward phase ended after %d steps, its training accuracy at %.2f",

@@ -125,6 +125,17 @@ class Stages:
         self.draws = self.schedule.of_draws(self.draws_per_stage)
         self._steps.clear()
 
+    @property
+    def planned(self) -> dict[str, int]:
+        """The schedule, for the record of the run."""
+        assert self.schedule is not None
+        assert self.draws is not None
+        return {
+            "optimizer_steps_per_epoch": self.schedule.steps_per_epoch * self.epochs,
+            "stages_per_epoch": self.schedule.stages_per_epoch,
+            "samplings_per_epoch": self.draws.stages_per_epoch,
+        }
+
     def repeated(self, batches: Collection[list[int]], accumulation: int) -> StageEpochs:
         """The batches of an epoch, those of each draw as often as the steps go over them."""
         once = StageSchedule(-(-len(batches) // accumulation), self.stages_per_epoch)
