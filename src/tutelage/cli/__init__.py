@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tutelage.algorithms.registry import NAMES
-from tutelage.errors import UserError
+from tutelage.errors import Terminated, UserError
 
 __all__ = ["main"]
 
@@ -42,7 +42,10 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for an error that the user can fix."""
+    """Run one command; returns the exit code.
+
+    0; 2 for an error that the user can fix; 130 for Ctrl-C, and 143 where training was asked to end (SIGTERM).
+    """
     command, *args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     args, debug = _take_debug(args)
     if command in ("-h", "--help"):
@@ -55,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"tutelage: error: {error}", file=sys.stderr)
         return 2
+    except Terminated:
+        print("\ntutelage: asked to end (SIGTERM); what is done is saved. Go on with --resume.", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\ntutelage: stopped. Continue a training run with --resume.", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import (
     command_parser,
     data_arguments,
@@ -20,6 +21,7 @@ from tutelage.data.columns import check_demonstrations
 from tutelage.errors import UserError
 from tutelage.models.paths import require_model
 from tutelage.results import RunRecord, write_results
+from tutelage.training.made import finish_made
 
 __all__ = ["main"]
 
@@ -62,15 +64,31 @@ def main(args: Sequence[str], console: Console) -> None:
     require_at_least_one(options, *numbers, "sampling_batch_size")
     _check_retention(options)
     out = Path(options.output_dir)
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise UserError("the output folder is not empty.", file=str(out), remedy="Name another.", field="output_dir")
     names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
+    output = OutputFolder(
+        options.output_dir,
+        overwrite=False,
+        again=True,
+        remedy="Name another.",
+        reads={
+            "dataset_name": options.dataset_name,
+            "retention_dataset": options.retention_dataset,
+            **{f"model_name_or_path ({name})": name for name in names},
+        },
+    )
     for name in names:
         require_model(name)
     check_demonstrations(options.dataset_name, split=options.split, limit=options.rows)
     if options.retention_dataset:
         check_demonstrations(options.retention_dataset, split=options.split, limit=options.rows)
-    show_runs(_evaluate(options, names, out, console), out / "report.html", console)
+    with output:
+        records = _evaluate(options, names, console)
+        output.clear()
+        output.add("report.html", *(f"{record.name}/results.json" for record in records), unfinished=True)
+        for record in records:
+            write_results(out / record.name, record)
+        show_runs(records, out / "report.html", console)
+        finish_made(out)
 
 
 def _check_retention(options: argparse.Namespace) -> None:
@@ -84,8 +102,8 @@ def _check_retention(options: argparse.Namespace) -> None:
         )
 
 
-def _evaluate(options: argparse.Namespace, names: list[str], out: Path, console: Console) -> list[RunRecord]:
-    """Evaluate each model and write its results; the first is the reference, if there is one."""
+def _evaluate(options: argparse.Namespace, names: list[str], console: Console) -> list[RunRecord]:
+    """Evaluate each model; the first is the reference, if there is one."""
     # Imported now that the arguments are good: it takes seconds.
     from tutelage.cli.evaluating import Evaluator
     from tutelage.cli.libraries import quiet_libraries
@@ -100,5 +118,4 @@ def _evaluate(options: argparse.Namespace, names: list[str], out: Path, console:
     for record in records:
         if options.reference and record.id != records[0].id:
             record.start = record.start or records[0].id
-        write_results(out / record.name, record)
     return records

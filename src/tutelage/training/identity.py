@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
@@ -143,8 +142,8 @@ def digest_of_rows(dataset: Dataset | IterableDataset, *, prompts_alone: bool = 
         return None, digest.hexdigest()
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         table = cast(pa.Table, table)
-        has = pc.greater(pc.list_value_length(table.column("demonstration_ids")), 0)
-        table = table.filter(pc.invert(has) if prompts_alone else has)
+        lengths = pa.concat_arrays(table.column("demonstration_ids").chunks).value_lengths().to_numpy()
+        table = table.filter(pa.array(lengths == 0 if prompts_alone else lengths > 0))
         count += len(table)
         for name in sorted(table.column_names):
             digest.update(name.encode())
@@ -155,10 +154,10 @@ def digest_of_rows(dataset: Dataset | IterableDataset, *, prompts_alone: bool = 
 def _feed(digest: Any, array: pa.Array) -> None:
     """The values of an array, whatever the buffers are that hold them."""
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        digest.update(pc.fill_null(pc.list_value_length(array), -1).cast("int64").to_numpy(zero_copy_only=False).data)
+        digest.update(array.value_lengths().fill_null(-1).cast("int64").to_numpy(zero_copy_only=False).data)
         _feed(digest, array.flatten())
     elif pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
-        digest.update(pc.fill_null(array.cast("int64"), -1).to_numpy(zero_copy_only=False).data)
+        digest.update(array.cast("int64").fill_null(-1).to_numpy(zero_copy_only=False).data)
     else:
         digest.update(json.dumps(array.to_pylist(), sort_keys=True, default=str).encode())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -28,7 +29,7 @@ from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenization import group_from_row, tokenize_dataset
 from tutelage.errors import NonFiniteLossError, Terminated, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
-from tutelage.files import storing
+from tutelage.files import storing, write_text
 from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.memory import keep_freed_memory
@@ -54,6 +55,7 @@ from tutelage.training.identity import (
     record_identity,
 )
 from tutelage.training.lock import locked
+from tutelage.training.made import add_made
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.resume import check_checkpoint, find_checkpoint
@@ -392,12 +394,23 @@ class DemonstrationTrainer(Trainer):
         rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
     def export(self, folder: Path) -> None:
-        """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned."""
+        """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned.
+
+        Files get their names when all of them are whole.
+        """
         phase = self.stages.phase if self.stages else None
-        home = folder / "policy" if phase and phase.reward is not None else folder
-        self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
-        if phase:
-            phase.export(folder)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with writing_folder(folder) as writing:
+            home = writing / "policy" if phase and phase.reward is not None else writing
+            self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
+            if phase:
+                phase.export(writing)
+            names = [str(path.relative_to(writing)) for path in sorted(writing.rglob("*")) if path.is_file()]
+            add_made(folder, names)
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(writing / name, folder / name)
 
     def _place(self) -> str:
         return f" of stage {self.stage}" if self.stages else ""
@@ -486,7 +499,7 @@ class DemonstrationTrainer(Trainer):
 
     def identity(self) -> dict[str, Any]:
         """What ``run.json`` holds of the run that begins with the policy as it stands."""
-        assert self.train_dataset is not None
+        assert isinstance(self.train_dataset, (Dataset, IterableDataset))
         data = {"training": Data(self.source, *digest_of_rows(self.train_dataset), "dataset_name")}
         if self.evaluation_set is not None:
             groups = self.evaluation_set.groups
@@ -714,7 +727,8 @@ class DemonstrationTrainer(Trainer):
         folder = Path(cast(str, self.args.output_dir))
         if record is None:
             record = self.record(name=kwargs.get("model_name") or folder.name)
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        add_made(folder, ["README.md"])
+        write_text(folder / "README.md", model_card(record))
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:
