@@ -1,6 +1,7 @@
 """Kills training commands and resumes them: a process of its own, which imports once and forks for each command.
 
-    python killing.py FOLDER SEED KILLS
+    python killing.py kill FOLDER SEED KILLS
+    python killing.py full FOLDER SEED WRITES
 
 Half of the kills come at events of writing (a file opened for writing, renamed, removed, a folder made), or a moment after one; the
 other half at random moments, counted in the process's own time, so that a busy machine changes nothing. No handler of Python
@@ -8,6 +9,7 @@ runs: the signal's default ends the process as SIGKILL does. A chain is killed a
 then have left the same bytes as the run that nobody killed. Prints what it did as JSON.
 """
 
+import errno
 import json
 import os
 import random
@@ -23,7 +25,6 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training_runs import Training  # noqa: E402
-
 from tutelage.cli import main  # noqa: E402
 from tutelage.cli import train as _imported  # noqa: E402, F401
 
@@ -35,7 +36,14 @@ COMMON = [
 COMMANDS = {
     "irft": ["irft", *COMMON, "--save_steps=2", "--replay_stages=1", "--use_peft", "--lora_dropout=0.1", "--lora_r=4"],
     "rft": [
-        *("rft", *COMMON, "--save_steps=1", "--num_samples=2", "--validation_rows=4", "--gradient_accumulation_steps=1"),
+        *(
+            "rft",
+            *COMMON,
+            "--save_steps=1",
+            "--num_samples=2",
+            "--validation_rows=4",
+            "--gradient_accumulation_steps=1",
+        ),
         *("--fold_epochs=1", "--reward_gate=off", "--samplings_per_stage=1", "--beta=0.01"),
     ],
 }
@@ -58,15 +66,19 @@ def arguments(folder, algorithm, out):
 
 
 class Events:
-    """Counts what this process writes below a folder; may die at one of them, or a moment after."""
+    """Counts what this process writes below a folder; may die at one of them, or a moment after.
 
-    def __init__(self, folder, at=None, after=0.0):
-        self.folder, self.at, self.after, self.seen = str(folder), at, after, 0
+    Args:
+        fails: from then on nothing can be written any more, instead.
+    """
+
+    def __init__(self, folder, at=None, after=0.0, fails=False):
+        self.folder, self.at, self.after, self.fails, self.seen = str(folder), at, after, fails, 0
         sys.addaudithook(self)
 
     def __call__(self, event, args):
         if event == "open":
-            path, mode, flags = args
+            path, _, flags = args
             if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR):
                 return
         elif event in WRITES:
@@ -76,15 +88,17 @@ class Events:
         if not isinstance(path, (str, os.PathLike)) or not str(path).startswith(self.folder):
             return
         self.seen += 1
-        if self.seen == self.at:
+        if self.fails and event in ("open", "os.mkdir") and self.seen >= self.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if self.seen == self.at and not self.fails:
             if self.after:
                 signal.setitimer(signal.ITIMER_REAL, self.after)
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(args, out, *, at=None, after=0.0, seconds=None):
-    """One command in a process of its own: how it ended, its events and its seconds, and what it printed."""
+def run(args, out, *, at=None, after=0.0, seconds=None, fails=False, largest=None):
+    """One command in a process of its own: its code, its events and what it printed; None if it was killed."""
     reading, writing = os.pipe()
     log = out.with_name(out.name + ".log")
     child = os.fork()
@@ -92,13 +106,15 @@ def run(args, out, *, at=None, after=0.0, seconds=None):
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        events = Events(out, at, after)
+        events = Events(out, at, after, fails)
+        if largest is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
         if seconds is not None:
             signal.setitimer(signal.ITIMER_PROF, seconds)
         code = main(args)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        os.write(writing, json.dumps([code, events.seen, used.ru_utime + used.ru_stime]).encode())
+        os.write(writing, json.dumps([code, events.seen]).encode())
         os._exit(code)
     os.close(writing)
     _, status = os.waitpid(child, 0)
@@ -107,9 +123,7 @@ def run(args, out, *, at=None, after=0.0, seconds=None):
     if os.WIFSIGNALED(status):
         return None
     assert told, f"the command died by itself:\n{log.read_text()[-3000:]}"
-    code, seen, used = json.loads(told)
-    assert code == 0, f"code {code}:\n{log.read_text()[-3000:]}"
-    return seen, used
+    return [*json.loads(told), log.read_text()]
 
 
 def without_times(value):
@@ -122,7 +136,7 @@ def without_times(value):
 
 
 def _is_of_a_clock(name):
-    told = ("time", "second", "runtime", "peak_memory", "begun", "sha256", "bytes", "_id", "id", "model", "output_dir")
+    told = ("time", "second", "seconds", "runtime", "peak_memory", "begun", "sha256", "bytes", "_id", "id", "model", "output_dir")
     return name.endswith(told) or name.startswith(("time", "seconds"))
 
 
@@ -145,17 +159,31 @@ def differences(found, expected):
     return [name for name in names if name not in found or name not in expected or found[name] != expected[name]]
 
 
-def chains(folder, seed, kills):
-    draw = random.Random(seed)
-    prepare(folder)
-    whole = {}
+def unharmed(folder):
+    """Of each algorithm: what it leaves, how often it writes, and its seconds."""
+    found = {}
     for algorithm in COMMANDS:
         out = folder / f"{algorithm}-whole"
-        begun = resource.getrusage(resource.RUSAGE_CHILDREN)
-        events, _ = run(arguments(folder, algorithm, out), out)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        whole[algorithm] = (left(out), events, used.ru_utime + used.ru_stime - begun.ru_utime - begun.ru_stime)
-    told = {"kills": 0, "at_events": 0, "chains": {name: 0 for name in COMMANDS}, "events": {n: w[1] for n, w in whole.items()}}
+        begun = children_seconds()
+        code, events, log = run(arguments(folder, algorithm, out), out)
+        assert code == 0, log
+        found[algorithm] = (left(out), events, children_seconds() - begun)
+    return found
+
+
+def children_seconds():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def chains(folder, seed, kills):
+    draw, whole = random.Random(seed), unharmed(folder)
+    told = {
+        "kills": 0,
+        "at_events": 0,
+        "chains": dict.fromkeys(COMMANDS, 0),
+        "events": {n: w[1] for n, w in whole.items()},
+    }
     while told["kills"] < kills:
         algorithm = min(COMMANDS, key=lambda name: told["chains"][name])
         number = told["chains"][algorithm] = told["chains"][algorithm] + 1
@@ -179,13 +207,37 @@ def chains(folder, seed, kills):
         else:
             ended = run([*arguments(folder, algorithm, out), "--resume"], out)
         assert ended, "not killed, and not ended"
+        assert ended[0] == 0, ended[2][-4000:]
         other = differences(left(out), expected)
         assert not other, f"{out} after {history}: {other}"
     return told
 
 
+def full_disks(folder, seed, writes):
+    draw, whole = random.Random(seed), unharmed(folder)
+    told = {"refused": 0, "harmless": 0}
+    for algorithm, (expected, events, _) in whole.items():
+        limits = [{"at": draw.randint(1, events), "fails": True} for _ in range(writes)]
+        for number, limit in enumerate([*limits, {"largest": 20_000}, {"largest": 3_000}]):
+            out = folder / f"{algorithm}-full-{number}"
+            args = arguments(folder, algorithm, out)
+            code, _, log = run(args, out, **limit)
+            if code:
+                error = [line for line in log.splitlines() if line.startswith("tutelage: error: ")]
+                assert (code, len(error)) == (2, 1), (limit, log[-3000:])
+                assert "Traceback" not in log, (limit, log[-3000:])
+                assert "cannot be written" in error[0], (limit, error)
+            told["refused" if code else "harmless"] += 1
+            code, _, log = run([*args, "--resume"], out)
+            assert code == 0, (limit, log[-4000:])
+            other = differences(left(out), expected)
+            assert not other, f"{out} after {limit}: {other}"
+    return told
+
+
 if __name__ == "__main__":
+    mode, folder, seed, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     begun = time.process_time()
-    told = chains(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(json.dumps(told | {"cpu_seconds": time.process_time() - begun + used.ru_utime + used.ru_stime}))
+    prepare(folder)
+    told = {"kill": chains, "full": full_disks}[mode](folder, seed, number)
+    print(json.dumps(told | {"cpu_seconds": time.process_time() - begun + children_seconds()}))
