@@ -16,7 +16,7 @@ from tutelage.training.termination import listening
 
 RUNS = {
     "irft": {"stages_per_epoch": 2, "num_train_epochs": 2, "sampling_batch_size": 1},
-    "rft": {**QUICK, "num_train_epochs": 2, "sampling_batch_size": 2},
+    "rft": {**QUICK, "num_train_epochs": 2, "sampling_batch_size": 1},
 }
 
 

@@ -28,20 +28,18 @@ def find_checkpoint(run: Path, stages: Stages | None) -> Path | None:
     """
     shutil.rmtree(run / WRITING, ignore_errors=True)
     damaged = stages.store.mend() if stages else []
-    passed: list[Path] = []
+    found: Path | None = None
     for checkpoint in checkpoints(run):
         if problem := checkpoint_problem(checkpoint):
             logger.warning("%s is passed over: %s; moved to %s", checkpoint, problem, move_aside(checkpoint, run))
-        elif stages and (lacking := stages.lacks(step_of(checkpoint), damaged)):
-            logger.warning("%s is passed over: what it goes on from is damaged or missing: %s", checkpoint, lacking)
-            passed.append(checkpoint)
-        else:
-            break
-    else:
-        checkpoint = None
-    for other in passed:
-        logger.warning("%s moved to %s", other, move_aside(other, run))
-    return checkpoint
+        elif found is None:
+            lacking = stages and stages.lacks(step_of(checkpoint), damaged)
+            if not lacking:
+                found = checkpoint
+                continue
+            reason = f"what it goes on from is damaged or missing: {lacking}"
+            logger.warning("%s is passed over: %s; moved to %s", checkpoint, reason, move_aside(checkpoint, run))
+    return found
 
 
 def check_checkpoint(checkpoint: Path, stages: Stages | None) -> None:

@@ -122,7 +122,8 @@ class StageStore:
             UserError: ``policy`` is None and there is no whole record, or it was made under other settings.
         """
         folder, noted = self.path(stage, draw), self.manifest(stage, draw)
-        is_whole = SAMPLES in noted.get("files", {})
+        # A damaged one was moved away before the run went on, and its note is still there.
+        is_whole = SAMPLES in noted.get("files", {}) and (folder / SAMPLES).is_file()
         if policy is None:
             if not is_whole or noted.get("settings") != self.settings:
                 raise UserError(
