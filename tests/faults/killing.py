@@ -136,7 +136,20 @@ def without_times(value):
 
 
 def _is_of_a_clock(name):
-    told = ("time", "second", "seconds", "runtime", "peak_memory", "begun", "sha256", "bytes", "_id", "id", "model", "output_dir")
+    told = (
+        "time",
+        "second",
+        "seconds",
+        "runtime",
+        "peak_memory",
+        "begun",
+        "sha256",
+        "bytes",
+        "_id",
+        "id",
+        "model",
+        "output_dir",
+    )
     return name.endswith(told) or name.startswith(("time", "seconds"))
 
 

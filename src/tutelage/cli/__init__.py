@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -41,6 +42,13 @@ _COMMANDS = {
 }
 
 
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+}
+"""What is the disk's fault, or the folder's, and not a mistake of this library."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
@@ -57,6 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"tutelage: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if debug or error.errno not in _DISK:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"tutelage: error: {place}cannot be read or written: {error.strerror}. Mend the folder or make room, and run again.",
+            file=sys.stderr,
+        )
         return 2
     except Terminated:
         print("\ntutelage: asked to end (SIGTERM); what is done is saved. Go on with --resume.", file=sys.stderr)

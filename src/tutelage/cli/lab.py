@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from tutelage.algorithms.registry import NAMES
+from tutelage.cli.output import try_folder
 from tutelage.cli.parser import CommandParser
 from tutelage.errors import UserError
+from tutelage.training.lock import locked
 
 __all__ = ["main"]
 
@@ -38,6 +40,7 @@ def main(args: Sequence[str], console: Console) -> None:
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")
+    try_folder(folder)
     from tutelage.cli.libraries import quiet_libraries
     from tutelage.lab.grid import read_grid
 
@@ -52,10 +55,12 @@ def main(args: Sequence[str], console: Console) -> None:
 
     check_grid(grid, options.grid)
     say = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
-    plan = run_grid(grid, folder, jobs=options.jobs or os.cpu_count() or 1, say=say)
-    rows = table_rows(grid, plan, finished_runs(folder))
-    write_table(rows, folder)
-    write_page(grid, plan, rows, folder / "lab.html")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        plan = run_grid(grid, folder, jobs=options.jobs or os.cpu_count() or 1, say=say)
+        rows = table_rows(grid, plan, finished_runs(folder))
+        write_table(rows, folder)
+        write_page(grid, plan, rows, folder / "lab.html")
     say(f"table: {folder / 'runs.parquet'}, {folder / 'runs.csv'}")
     say(f"page: {folder / 'lab.html'}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,13 @@ class Candidate:
         groups: each row's demonstrations and samples, with ``old_logps`` under the policy and ``reference_logps``
             under π_0.
         verifier_scores: the verifier's score of each sample, by row; None without a verifier.
+        known: ``kl`` and ``demonstration_logp`` where the groups do not tell them any more.
     """
 
     stage: int
     groups: list[Group]
     verifier_scores: list[list[float]] | None = None
+    known: tuple[float, float] | None = None
 
     @staticmethod
     def of(stage: int, groups: list[Group], rows: EvaluationSet) -> Candidate:
@@ -54,6 +56,8 @@ class Candidate:
     @property
     def kl(self) -> float:
         """Estimate of KL(π‖π_0): mean of log π − log π_0 over the samples (nats per sequence)."""
+        if self.known is not None:
+            return self.known[0]
         return float(
             np.mean([c.sum("old_logps") - c.sum("reference_logps") for group in self.groups for c in group.samples])
         )
@@ -61,7 +65,27 @@ class Candidate:
     @property
     def demonstration_logp(self) -> float:
         """Mean log π of the demonstrations (nats per sequence)."""
+        if self.known is not None:
+            return self.known[1]
         return float(np.mean([c.sum("old_logps") for g in self.groups for c in g.demonstrations]))
+
+    def without_logps(self, ids: dict[int, int]) -> Candidate:
+        """The same in a tenth of the memory: its groups keep their tokens, and no number per token.
+
+        Args:
+            ids: every token id that is known, once.
+        """
+        groups = [
+            replace(
+                group,
+                completions=tuple(
+                    replace(c, token_ids=tuple(ids.setdefault(token, token) for token in c.token_ids), token_values={})
+                    for c in group.completions
+                ),
+            )
+            for group in self.groups
+        ]
+        return replace(self, groups=groups, known=(self.kl, self.demonstration_logp))
 
     def scored(self, reward: Reward, *, reads_logps: bool = False) -> list[Group]:
         """The groups with the ``reward`` of each completion.
@@ -186,6 +210,7 @@ class Candidates:
         self.store, self.rows, self.policy, self.draw = store, rows, policy, draw
         self.by_stage: dict[int, Candidate] = {}
         self.kept: set[int] = set()
+        self._ids: dict[int, int] = {}
         self._last = ""
         self._scored: dict[int, list[Group]] = {}
         self._scored_by: int | None = None
@@ -227,6 +252,8 @@ class Candidates:
         self.store.write_with(stage, _WEIGHTS, lambda path: save_weights(self._weights, path))
 
     def _add(self, stage: int, groups: list[Group], policy: str) -> None:
+        if self.by_stage:  # one more for every stage: a long run must not fill the memory with what it needs no more
+            self.by_stage[max(self.by_stage)] = self.latest.without_logps(self._ids)
         self.by_stage[stage] = Candidate.of(stage, groups, self.rows)
         self.kept.add(stage)
         self._last = policy
