@@ -142,6 +142,7 @@ def _is_of_a_clock(name):
         "seconds",
         "runtime",
         "peak_memory",
+        "flops",  # a cost, as seconds are: work that a kill undid was done twice, or by a process that nobody asks
         "begun",
         "sha256",
         "bytes",
