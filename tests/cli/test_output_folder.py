@@ -228,3 +228,37 @@ def test_evaluate_goes_again_over_its_own_half_written_folder(refused, model, fi
     assert main(args) == 0
     assert (tmp_path / "out" / "report.html").exists()
     assert "not empty" in refused(*args), "a finished one is kept"
+
+
+# --- resuming by the command -------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_computes_as_it_was_begun(model, finished, tmp_path, monkeypatch, capsys):
+    """Where nobody says in what, it is measured, and a second measurement may come out otherwise."""
+    args = [str(a) for a in training("sft", model, finished / "sums.jsonl", tmp_path / "out", save_strategy="epoch")]
+    args = [a for place, a in enumerate(args) if "--bf16" not in (a, args[place - 1])]
+    args = [a for place, a in enumerate(args) if "--dtype" not in (a, args[place - 1])]
+    assert main(args) == 0
+    measured = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["settings"]["bf16"]
+
+    def otherwise(*args, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("tutelage.cli.arguments.choose_precision", otherwise)
+    assert main([*args, "--resume"]) == 0
+    assert main([*args, "--resume", f"--bf16={not measured}"]) == 2
+    assert "field 'bf16'" in capsys.readouterr().err
+
+
+def test_a_resume_that_is_refused_leaves_everything_as_it_is(refused, model, run, finished):
+    options = {"stages_per_epoch": 2, "save_strategy": "steps", "save_steps": 1}
+    other = write_rows(run.parent / "other.jsonl", SUMS[:7])
+    before = content(run)
+    error = refused(*training("irft", model, other, run, **options), "--resume")
+    assert "8 rows" in error
+    assert "7 rows" in error
+    error = refused(
+        *training("irft", model, finished / "sums.jsonl", run, **options), "--resume", "--learning_rate", 1
+    )
+    assert "field 'learning_rate'" in error
+    assert content(run) == before

@@ -32,6 +32,7 @@ __all__ = [
     "digest_of_rows",
     "identity",
     "record_identity",
+    "recorded_settings",
 ]
 
 logger = logging.getLogger(__name__)
@@ -212,6 +213,14 @@ def identity(
 def record_identity(folder: Path, what: Mapping[str, Any]) -> None:
     """Write run.json into the run's folder."""
     write_sealed(folder / RUN, what)
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a run was begun with; none where there is no record, or one that ``check_identity`` will refuse."""
+    try:
+        return read_sealed(folder / RUN)["settings"]
+    except (OSError, UserError, KeyError):
+        return {}
 
 
 def check_identity(folder: Path, now: Mapping[str, Any]) -> None:
