@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import re
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -221,3 +224,10 @@ def test_the_digest_of_rows_is_of_what_they_hold(training):
             digests.add(digest_of_rows(Dataset.from_list(rows, features=tokenized.features))[1])
     assert len(digests) == 1 + len(row["prompt_ids"]) + len(row["demonstration_ids"])
     assert digest_of_rows(tokenized, prompts_alone=True)[0] == 0
+
+
+def test_the_docs_state_what_may_change():
+    page = (Path(__file__).parents[2] / "docs" / "resuming.md").read_text(encoding="utf-8")
+    stated = [name.strip("`") for name in re.findall(r"`[a-z_*]+`", page)]
+    for name in FREE:
+        assert any(fnmatch(name, pattern) for pattern in stated) or name.startswith("dataloader_"), name
