@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tutelage.visible import visible
 
-__all__ = ["NonFiniteLossError", "UserError"]
+__all__ = ["DamagedFileError", "NonFiniteLossError", "Terminated", "UserError"]
 
 
 class UserError(ValueError):
@@ -45,3 +45,11 @@ class UserError(ValueError):
 
 class NonFiniteLossError(UserError):
     """The loss is NaN or infinite; raised before the optimizer step, so no weight has changed."""
+
+
+class DamagedFileError(UserError):
+    """A file of a run is not as the run wrote it: torn, altered or gone."""
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM), and has saved what a resumed run needs."""

@@ -153,10 +153,10 @@ def test_the_kl_is_that_of_the_policy_however_the_stages_sample(training):
     assert first[0] == first[1]
     assert cold.stages.store.groups(0) != warm.stages.store.groups(0)
     for trainer in (cold, warm):
-        for candidate in trainer.stages.phase.candidates.by_stage.values():
+        for stage in trainer.stages.phase.candidates.by_stage:
             logps = [
                 (sum(c.token_values["sampler_logps"]), sum(c.token_values["old_logps"]))
-                for group in candidate.groups
+                for group in trainer.stages.store.groups(stage, "validation")
                 for c in group.samples
             ]
             assert all(a == pytest.approx(b, abs=1e-2) for a, b in logps)

@@ -218,17 +218,20 @@ def test_a_record_of_something_else_is_thrown_away(training, change):
     assert all(group.completions[0].token_ids == demonstrations[group.row] for group in groups)
 
 
-def test_inside_a_stage_its_samples_must_be_there(training):
+def test_inside_a_stage_its_samples_must_be_there(training, caplog):
     with pytest.raises(Killed):
         make(training, "run", callbacks=[KillAt("on_step_begin", 5)]).train()
     resumed = make(training, "run")
     last = get_last_checkpoint(resumed.args.output_dir)
     other_data = make(training, "run", data=training.rows(24).select(range(23, -1, -1)))
-    with pytest.raises(UserError, match="the data differ"):
+    with pytest.raises(UserError, match="other training data"):
         other_data.train(resume_from_checkpoint=last)
     (resumed.stages.store.path(1) / "samples.jsonl").unlink()
-    with pytest.raises(UserError, match=r"samples of stage 1 are missing.*from a checkpoint at the stage's start"):
+    with pytest.raises(UserError, match=r"checkpoint-4: .*stage-0001/samples.jsonl is damaged or missing.*--resume"):
         resumed.train(resume_from_checkpoint=last)
     again = make(training, "run")
-    again.train(resume_from_checkpoint=f"{again.args.output_dir}/checkpoint-3")
+    with caplog.at_level("WARNING"):
+        again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 12
+    assert again.stages.rollout.sampler.rows.keys() == {1, 2, 3}, "from the start of the stage, which is sampled again"
+    assert "checkpoint-4 is passed over" in caplog.text

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_resume import CountingSampler, KillAt, Killed, weights
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rft_runs import NEURAL
@@ -209,13 +210,35 @@ def killed_at(training, step, **settings):
         make(training, callbacks=[KillAt("on_step_begin", step)], **settings).train()
 
 
-def test_stages_that_are_gone_are_an_error(training):
+def test_stages_that_are_gone_are_made_again(training, whole, caplog):
     """Not a fresh reward in the place of the learned one."""
-    killed_at(training, 4)
-    resumed = make(training)
+    expected, settings = whole
+    killed_at(training, 4, **settings)
+    resumed = make(training, **settings)
     shutil.rmtree(resumed.stages.store.path(1))
-    with pytest.raises(UserError, match=r"stage-0001: the reward of stage 1 is missing.*Keep the run's stages folder"):
-        resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
+    last = get_last_checkpoint(resumed.args.output_dir)
+    with pytest.raises(UserError, match=r"checkpoint-4: .*stage-0001/samples.jsonl is damaged or missing.*--resume"):
+        resumed.train(resume_from_checkpoint=last)
+    resumed = make(training, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 is passed over" in caplog.text
+    assert_same(resumed, expected)
+
+
+def test_a_run_whose_stages_are_removed_while_it_is_on_does_not_end_well(training):
+    run = make(training)
+    run.add_callback(RemoveStages(run.stages.store.folder))
+    with pytest.raises(UserError, match=r"stage-0000/samples.jsonl: is gone: .*removed while it was on.*--resume"):
+        run.train()
+
+
+class RemoveStages(TrainerCallback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            shutil.rmtree(self.folder)
 
 
 @pytest.mark.parametrize("change", ["rows", "temperature"])
@@ -223,8 +246,11 @@ def test_policies_are_not_compared_on_other_rows_or_settings(training, change):
     killed_at(training, 4)
     settings = {"temperature": 0.5} if change == "temperature" else {"data": training.rows(40).select(range(8, 40))}
     resumed = make(training, **settings)
-    with pytest.raises(UserError, match=r"stage-0000/candidate.json: the validation rows.*differ"):
+    said = r"field 'temperature'" if change == "temperature" else r"other training data.*validation_dataset"
+    with pytest.raises(UserError, match=said):
         resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
+    with pytest.raises(UserError, match=r"stage-0000/candidate.json: the validation rows.*differ"):
+        resumed.stages.phase.candidates.read(0)
 
 
 @pytest.mark.parametrize("change", ["rows", "temperature", "policy"])

@@ -1,5 +1,6 @@
 """The schedule of stages, what a stage leaves on disk, and what of it is used again."""
 
+import hashlib
 import json
 import os
 from itertools import pairwise
@@ -8,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from tutelage.data.records import read_groups
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.loading import load_model
@@ -103,7 +105,11 @@ def test_people_can_read_the_files(tmp_path):
     assert list(completions[0]) == ["role", "text", "finished", "values", "token_ids", "token_values"]
     assert "é" in lines[0], "letters stand as letters"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest.pop("format") == 2
+    assert manifest.pop("format") == 3
+    content = (folder / "samples.jsonl").read_bytes()
+    noted = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert manifest.pop("files") == {"samples.jsonl": noted}
+    assert len(manifest.pop("sha256")) == 64
     assert manifest == {"stage": 0, "policy": "p0", "settings": SETTINGS, "complete": True, "rows": 2}
 
 
@@ -122,7 +128,7 @@ def test_a_line_that_is_no_group_is_named(tmp_path, completions, said):
     line = json.dumps({**json.loads(second), "completions": completions})
     path.write_text(f"{first}\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError, match=rf"samples\.jsonl, row 2.*{said}"):
-        store(tmp_path).groups(0)
+        list(read_groups(path))
 
 
 def test_stages_of_an_earlier_version_are_refused(tmp_path):
@@ -154,7 +160,7 @@ def test_a_torn_last_line_is_dropped_and_the_rest_is_used(tmp_path, cut):
         record(tmp_path, [0, 1, 2, 3, 4, 5], stop_after=2)
     part = tmp_path / "stage-0000" / "samples.jsonl.part"
     part.write_bytes(part.read_bytes()[:-cut])
-    assert list(store(tmp_path).read(0, "p0")) == [0, 1, 2]
+    assert list(store(tmp_path).read(0, "p0")) == [0, 1], "by pieces of two, each of which has its hash"
 
 
 def test_a_line_torn_inside_a_character(tmp_path):
@@ -163,7 +169,7 @@ def test_a_line_torn_inside_a_character(tmp_path):
     part = tmp_path / "stage-0000" / "samples.jsonl.part"
     content = part.read_bytes()
     part.write_bytes(content[: content.rindex("é".encode()) + 1])
-    assert list(store(tmp_path).read(0, "p0")) == [0]
+    assert list(store(tmp_path).read(0, "p0")) == []
 
 
 def test_another_policy_or_other_settings_make_a_record_worthless(tmp_path):
@@ -178,7 +184,7 @@ def test_another_policy_or_other_settings_make_a_record_worthless(tmp_path):
 def test_what_another_policy_sampled_never_gets_this_policys_name(tmp_path, monkeypatch):
     """Killed at any write on the way: the record is this policy's or it is empty."""
     replace = os.replace
-    for writes in range(3):
+    for writes in range(5):
         folder = tmp_path / str(writes)
         with pytest.raises(KeyboardInterrupt):
             record(folder, [0, 1, 2, 3], policy="old", stop_after=1)
@@ -191,7 +197,7 @@ def test_what_another_policy_sampled_never_gets_this_policys_name(tmp_path, monk
             left -= 1
             replace(source, target)
 
-        monkeypatch.setattr("tutelage.training.store.os.replace", dying)
+        monkeypatch.setattr("os.replace", dying)
         with pytest.raises(KeyboardInterrupt):
             record(folder, [6, 7], policy="new")
         monkeypatch.undo()
@@ -205,7 +211,7 @@ def test_inside_a_stage_its_record_must_be_whole(tmp_path):
         record(tmp_path, [0, 1, 2, 3], stop_after=1)
     with pytest.raises(UserError, match=r"samples\.jsonl"):
         store(tmp_path).read(0, None)
-    with pytest.raises(UserError, match="samples of stage 0 are missing"):
+    with pytest.raises(UserError, match=r"samples\.jsonl: is missing"):
         store(tmp_path).groups(0)
 
 

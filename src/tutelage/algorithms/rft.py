@@ -36,11 +36,13 @@ from tutelage.rewards.comparisons import best_of_n, graded
 from tutelage.sampling import Sampler
 from tutelage.scoring.logps import TokenLogps
 from tutelage.training.config import SFT_LEARNING_RATES
+from tutelage.training.identity import Data, digest_of_groups, digest_of_rows
 from tutelage.training.objective import Step
 from tutelage.training.reward_config import RewardStageConfig
 from tutelage.training.reward_data import known_demonstrations, make_candidates, read_preferences, with_prompts
 from tutelage.training.reward_phase import RewardPhase
 from tutelage.training.reward_setup import make_learner, make_negatives, phase_settings, refusal
+from tutelage.training.selection import Candidates
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.trainer import DemonstrationTrainer
 
@@ -252,6 +254,7 @@ class RFTTrainer(DemonstrationTrainer):
             )
         preferences = read_preferences(preference_dataset, args, self.tokenization, preference_source)
         preferences = [pair for pair in preferences if pair.prompt_ids not in held_out]
+        self.other_data = _data(self, candidates, preferences, (prompt_source, validation_source, preference_source))
         negatives = make_negatives(self, demonstrations, rollout, store)
         learner = make_learner(
             self,
@@ -287,6 +290,25 @@ class RFTTrainer(DemonstrationTrainer):
         assert self.stages is not None
         assert self.stages.phase.reward is not None
         return self.stages.phase.reward
+
+
+def _data(
+    trainer: RFTTrainer, candidates: Candidates | None, preferences: list[Group], sources: tuple[str, str, str]
+) -> dict[str, Data]:
+    """What a run learns from besides demonstrations, for the run's record."""
+    found = {}
+    prompts, validation, preference = sources
+    if trainer.train_dataset is not None:
+        rows, digest = digest_of_rows(trainer.train_dataset, prompts_alone=True)
+        if rows:
+            found["prompts"] = Data(prompts, rows, digest, "prompt_dataset")
+    for name, source, groups in (
+        ("validation", validation, candidates.rows.groups if candidates else []),
+        ("preference", preference, preferences),
+    ):
+        if groups:
+            found[name] = Data(source, len(groups), digest_of_groups(groups), f"{name}_dataset")
+    return found
 
 
 def _objective(args: RFTConfig) -> RFTObjective | BestOfNObjective:

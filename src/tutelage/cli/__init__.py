@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from tutelage.algorithms.registry import NAMES
-from tutelage.errors import UserError
+from tutelage.errors import Terminated, UserError
 from tutelage.visible import write
 
 __all__ = ["main"]
@@ -42,8 +43,18 @@ _COMMANDS = {
 }
 
 
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+}
+"""What is the disk's fault, or the folder's, and not a mistake of this library."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for an error that the user can fix."""
+    """Run one command; returns the exit code.
+
+    0; 2 for an error that the user can fix; 130 for Ctrl-C, and 143 where training was asked to end (SIGTERM).
+    """
     command, *args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     args, debug = _take_debug(args)
     if command in ("-h", "--help"):
@@ -56,6 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         write(f"tutelage: error: {error}", sys.stderr)
         return 2
+    except OSError as error:
+        if debug or error.errno not in _DISK:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        write(
+            f"tutelage: error: {place}cannot be read or written: {error.strerror}. Mend the folder or make room, and run again.",
+            sys.stderr,
+        )
+        return 2
+    except Terminated:
+        write("\ntutelage: asked to end (SIGTERM); what is done is saved. Go on with --resume.", sys.stderr)
+        return 143
     except KeyboardInterrupt:
         write("\ntutelage: stopped. Continue a training run with --resume.", sys.stderr)
         return 130

@@ -21,6 +21,7 @@ from tutelage.models.paths import run_part
 from tutelage.models.precision import Precision, choose_precision, given_precision, model_size
 from tutelage.ranges import check_ranges, number, whole
 from tutelage.training.config import DemonstrationConfig
+from tutelage.training.identity import recorded_settings
 from tutelage.visible import write
 
 __all__ = ["DataArguments", "ModelArguments", "parse"]
@@ -231,11 +232,14 @@ def _settle_precision(command: str, args: Sequence[str]) -> tuple[Precision | No
     if not model.model_name_or_path:
         return None, []
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
-    for name in ("bf16", "fp16", "use_cpu"):
+    for name in ("bf16", "fp16", "use_cpu", "resume"):
         parser.add_argument(f"--{name}", type=string_to_bool, nargs="?", const=True)
+    parser.add_argument("--output_dir", "--output-dir")
     said, _ = parser.parse_known_args(rest)
-    precision = model.settle_precision(bf16=said.bf16, fp16=bool(said.fp16), use_cpu=bool(said.use_cpu))
     told = said.bf16 is not None or said.fp16
+    recorded = recorded_settings(Path(said.output_dir)) if said.resume and said.output_dir and not told else {}
+    bf16 = recorded.get("bf16", said.bf16)  # what was measured when the run began
+    precision = model.settle_precision(bf16=bf16, fp16=bool(said.fp16), use_cpu=bool(said.use_cpu))
     return precision, [] if told else [f"--bf16={precision.dtype is torch.bfloat16}"]
 
 

@@ -32,9 +32,11 @@ def check_training(command: str, args: Sequence[str]) -> None:
     require_one_process()
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
     paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "retention_dataset", "output_dir")
+    rewards = ("reward_model_name_or_path", "init_reward_from")
     others = ("preference_dataset", "validation_dataset", "prompt_dataset", "base_model_name_or_path")
-    for name in (*paths, *others, "retention_verifier"):
+    for name in (*paths, *others, *rewards, "retention_verifier"):
         parser.add_argument(f"--{name}")
+    read = (*paths, *others, *rewards)
     parser.add_argument("--dataset_train_split", default="train", help="")
     parser.add_argument("--turns", default="last", help="")
     parser.add_argument("--eval_rows", type=whole(1))
@@ -47,7 +49,12 @@ def check_training(command: str, args: Sequence[str]) -> None:
         if name:
             require_model(name)
     if found.output_dir:
-        OutputFolder(found.output_dir, resume=_is(found.resume), overwrite=_is(found.overwrite_output_dir))
+        OutputFolder(
+            found.output_dir,
+            resume=_is(found.resume),
+            overwrite=_is(found.overwrite_output_dir),
+            reads={"config": path, **{name: getattr(found, name) for name in read if name != "output_dir"}},
+        )
     if found.retention_verifier and not found.retention_dataset:
         raise UserError(
             "has no rows to score answers to.", remedy="Add --retention_dataset DATA.", field="retention_verifier"

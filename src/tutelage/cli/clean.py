@@ -23,7 +23,7 @@ from tutelage.ranges import LARGEST, SEED, number, whole
 
 __all__ = ["main"]
 
-_OUTPUTS = ("folds", "ranking.jsonl", "kept.jsonl", "clean.html")
+_OUTPUTS = ("ranking.jsonl", "kept.jsonl", "clean.html")
 
 
 def main(args: Sequence[str], console: Console) -> None:
@@ -74,6 +74,11 @@ def main(args: Sequence[str], console: Console) -> None:
         resume=options.resume,
         overwrite=options.overwrite_output_dir,
         outputs=_OUTPUTS,
+        reads={
+            "dataset_name": options.dataset_name,
+            "model_name_or_path": options.model_name_or_path,
+            "reward": options.reward,
+        },
         remedy="Use --resume to go on with its adapters, --overwrite_output_dir to replace it, or another folder.",
     ) as folder:
         # Imported now that the arguments are good: it takes seconds.

@@ -37,6 +37,7 @@ from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 from tutelage.scoring.logps import cached_logps
 from tutelage.terminal import say, show
 from tutelage.training.folds import Folds, FoldSettings, base_weights
+from tutelage.training.made import add_made
 
 __all__ = ["clean"]
 
@@ -73,6 +74,7 @@ def clean(options: argparse.Namespace, console: Console, *, before_training: Cal
     shown = [
         _worst_row(each, rows[places[each.row]], answers.get(places[each.row])) for each in ranking[: options.show]
     ]
+    add_made(folder, ("ranking.jsonl", "kept.jsonl", "clean.html"))
     write_json_lines(folder / "ranking.jsonl", map(asdict, ranking))
     write_text(folder / "kept.jsonl", "".join(lines[each.row] for each in sorted(ranking, key=_row) if each.kept))
     title, measure = f"Demonstrations of {Path(options.dataset_name).name}, ranked", _MEASURES[options.by]

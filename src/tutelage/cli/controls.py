@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,14 @@ from tutelage.data.tokenized import tokenize_dataset
 from tutelage.data.validation import split_validation, without_prompts
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet, can_sample
-from tutelage.files import read_json, write_json
+from tutelage.files import read_json, write_json, write_json_lines
 from tutelage.models.loading import load_tokenizer
 from tutelage.report.verdicts import signed
 from tutelage.results import RunRecord, load_results
 from tutelage.terminal import say
 from tutelage.training.callbacks import StopAtScore
 from tutelage.training.config import DemonstrationConfig
+from tutelage.training.made import add_made
 from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["Controls", "parse_controls"]
@@ -218,8 +218,8 @@ class _Split:
         if self._kept is None:
             return self._data
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._kept)
+        add_made(self._path.parent, [self._path.name])
+        write_json_lines(self._path, self._kept)
         return replace(self._data, dataset_name=str(self._path), dataset_config=None, dataset_train_split="train")
 
     def measure_into(self, folder: Path) -> Callable[[DemonstrationTrainer], None]:
@@ -230,6 +230,7 @@ class _Split:
             with trainer.compute_loss_context_manager():
                 means = trainer.evaluation(self.rows, sample=answers, greedy=answers).metrics()
             names = ("score_sampled", "score_greedy") if answers else ("demonstration_logp",)
+            add_made(folder, ["validation.json"])
             write_json(folder / "validation.json", {name: means[name] for name in names})
 
         return measure

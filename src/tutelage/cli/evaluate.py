@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import (
     columns_of,
     command_parser,
@@ -21,6 +22,7 @@ from tutelage.errors import UserError
 from tutelage.models.paths import require_model
 from tutelage.ranges import SEED, number, whole
 from tutelage.results import RunRecord, write_results
+from tutelage.training.made import finish_made
 
 __all__ = ["main"]
 
@@ -61,16 +63,32 @@ def main(args: Sequence[str], console: Console) -> None:
     options = parser.parse_args(args)
     _check_retention(options)
     out = Path(options.output_dir)
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise UserError("the output folder is not empty.", file=str(out), remedy="Name another.", field="output_dir")
     names = [*([options.reference] if options.reference else []), *options.model_name_or_path]
+    output = OutputFolder(
+        options.output_dir,
+        overwrite=False,
+        again=True,
+        remedy="Name another.",
+        reads={
+            "dataset_name": options.dataset_name,
+            "retention_dataset": options.retention_dataset,
+            **{f"model_name_or_path ({name})": name for name in names},
+        },
+    )
     for name in names:
         require_model(name)
     columns = columns_of(options)
     for source in (options.dataset_name, options.retention_dataset):
         if source:
             check_demonstrations(source, split=options.split, limit=options.rows, columns=columns)
-    show_runs(_evaluate(options, names, out, console), out / "report.html", console)
+    with output:
+        records = _evaluate(options, names, console)
+        output.clear()
+        output.add("report.html", *(f"{record.name}/results.json" for record in records), unfinished=True)
+        for record in records:
+            write_results(out / record.name, record)
+        show_runs(records, out / "report.html", console)
+        finish_made(out)
 
 
 def _check_retention(options: argparse.Namespace) -> None:
@@ -84,8 +102,8 @@ def _check_retention(options: argparse.Namespace) -> None:
         )
 
 
-def _evaluate(options: argparse.Namespace, names: list[str], out: Path, console: Console) -> list[RunRecord]:
-    """Evaluate each model and write its results; the first is the reference, if there is one."""
+def _evaluate(options: argparse.Namespace, names: list[str], console: Console) -> list[RunRecord]:
+    """Evaluate each model; the first is the reference, if there is one."""
     # Imported now that the arguments are good: it takes seconds.
     from tutelage.cli.evaluating import Evaluator
     from tutelage.cli.libraries import quiet_libraries
@@ -100,5 +118,4 @@ def _evaluate(options: argparse.Namespace, names: list[str], out: Path, console:
     for record in records:
         if options.reference and record.id != records[0].id:
             record.start = record.start or records[0].id
-        write_results(out / record.name, record)
     return records

@@ -10,10 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from tutelage.algorithms.registry import NAMES
+from tutelage.cli.output import try_folder
 from tutelage.cli.parser import CommandParser
 from tutelage.errors import UserError
 from tutelage.ranges import whole
 from tutelage.terminal import say
+from tutelage.training.lock import locked
 
 __all__ = ["main"]
 
@@ -38,6 +40,7 @@ def main(args: Sequence[str], console: Console) -> None:
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file, not a folder.", file=str(folder), field="output_dir")
+    try_folder(folder)
     from tutelage.cli.libraries import quiet_libraries
     from tutelage.lab.grid import read_grid
 
@@ -52,10 +55,12 @@ def main(args: Sequence[str], console: Console) -> None:
 
     check_grid(grid, options.grid)
     tell = partial(say, console)
-    plan = run_grid(grid, folder, jobs=options.jobs or os.cpu_count() or 1, say=tell)
-    rows = table_rows(grid, plan, finished_runs(folder))
-    write_table(rows, folder)
-    write_page(grid, plan, rows, folder / "lab.html")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        plan = run_grid(grid, folder, jobs=options.jobs or os.cpu_count() or 1, say=tell)
+        rows = table_rows(grid, plan, finished_runs(folder))
+        write_table(rows, folder)
+        write_page(grid, plan, rows, folder / "lab.html")
     tell(f"table: {folder / 'runs.parquet'}, {folder / 'runs.csv'}")
     tell(f"page: {folder / 'lab.html'}")
 

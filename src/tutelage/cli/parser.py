@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tutelage.cli.output import try_folder
 from tutelage.data.formats import Columns
 from tutelage.errors import UserError
 from tutelage.ranges import whole
@@ -113,13 +114,14 @@ def new_file(name: str) -> Path:
     """The path of a file that a command is to write.
 
     Raises:
-        UserError: it exists.
+        UserError: it exists, or it cannot be written where it is to be.
     """
     path = Path(name)
     if path.exists():
         raise UserError(
             "the file already exists.", file=str(path), remedy="Remove it, or give another name.", field="output"
         )
+    try_folder(path.parent)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.record import evaluated
 from tutelage.evaluation.verifiers import reasoning_gym_rows
+from tutelage.files import write_json_lines
 from tutelage.lab.english import english_rows
 from tutelage.models.loading import end_ids, load_tokenizer
 from tutelage.ranges import SEED, whole
@@ -38,6 +38,7 @@ from tutelage.sampling import SamplingParams, TransformersSampler
 from tutelage.terminal import say, show
 from tutelage.testing.gemma import GEMMA_LICENSE, gemma_3_270m
 from tutelage.training.costs import peak_memory_bytes, reset_peak_memory
+from tutelage.training.made import add_made
 
 __all__ = ["Pace", "Plan", "main", "size_for"]
 
@@ -116,12 +117,12 @@ def main(args: Sequence[str], console: Console) -> None:
     with OutputFolder(
         str(out),
         overwrite=options.overwrite_output_dir,
-        outputs=("*.jsonl", "report.html", *_PARTS),
+        outputs=("*.jsonl", "report.html", *(f"{part}/*" for part in _PARTS)),
         remedy="Use --overwrite_output_dir to replace it (make quickstart ARGS=--overwrite_output_dir), or another folder.",
     ) as folder:
         folder.clear()
         records = _run(options, out, console)
-    write_report(records, out / "report.html")
+        write_report(records, out / "report.html")
     show(console, summary_table(records))
     for sentence in verdicts(records):
         say(console, sentence)
@@ -208,6 +209,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})
     out.mkdir(parents=True, exist_ok=True)
     rows |= {"train": train_rows, "test": test_rows, "prompts": rows["prompts"][: 2 * len(train_rows)]}
+    add_made(out, (*(f"{name}.jsonl" for name in rows), "report.html", "base/results.json"))
     files = {name: str(_save(part, out / f"{name}.jsonl")) for name, part in rows.items()}
     data = DataArguments(dataset_name=files["train"], eval_dataset_name=files["test"])
     records = []
@@ -277,7 +279,7 @@ def _data(options: argparse.Namespace) -> dict[str, list[dict[str, str]]]:
 
 
 def _save(rows: list[dict[str, str]], path: Path) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(path, rows)
     return path
 
 

@@ -20,8 +20,11 @@ from tutelage.data.columns import check_demonstrations, peek
 from tutelage.errors import UserError
 from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD, require_model, run_part
 from tutelage.ranges import number, whole
+from tutelage.training.manifest import MANIFEST, Manifest
 
 __all__ = ["main"]
+
+_STAGE = ("stage-", "draw-", "negatives")  # folders of a run, whose manifest says what was written there
 
 
 def main(args: Sequence[str], console: Console) -> None:
@@ -44,6 +47,9 @@ def main(args: Sequence[str], console: Console) -> None:
 
 
 def _check_rows(options: argparse.Namespace) -> None:
+    path = Path(options.dataset_name)
+    if path.is_file() and path.parent.name.startswith(_STAGE) and (path.parent / MANIFEST).exists():
+        Manifest(path.parent).require(path.name, "Resume its run, which makes it again, or score a copy elsewhere.")
     rows = peek(options.dataset_name)
     if rows is not None and "completions" not in rows.column_names:  # what `tutelage sample` and stages write has it
         check_demonstrations(options.dataset_name, split=options.split, columns=columns_of(options))

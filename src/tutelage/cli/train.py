@@ -10,19 +10,19 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from tutelage.algorithms.registry import find
 from tutelage.card import model_card
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.controls import Controls
 from tutelage.cli.libraries import quiet_libraries
-from tutelage.cli.output import OutputFolder
+from tutelage.cli.output import RESULTS, OutputFolder
 from tutelage.cli.progress import LogLines, TerminalProgress
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import can_sample
 from tutelage.evaluation.record import evaluated
+from tutelage.files import storing, write_text
 from tutelage.models.loading import load_tokenizer
 from tutelage.models.precision import given_precision
 from tutelage.report import summary_table, verdicts, write_report
@@ -32,6 +32,8 @@ from tutelage.scoring.layout import probe_layout
 from tutelage.terminal import say, show
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import reset_peak_memory
+from tutelage.training.made import add_made
+from tutelage.training.termination import leave_if_asked, listening
 from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["main", "train"]
@@ -48,11 +50,11 @@ def main(args: Sequence[str], console: Console) -> None:
     controls = Controls(data.controls, data, model, training)
     with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
         record = train(algorithm, data, model, training, console, before_training=output.clear)
-    folder = Path(training.output_dir)
-    report = folder / "report.html"
-    write_report([record], report)  # before the controls, which may fail
-    records = [record, *controls.train(record, console, train)]
-    write_report(records, report)
+        folder = Path(training.output_dir)
+        report = folder / "report.html"
+        write_report([record], report)  # before the controls, which may fail
+        records = [record, *controls.train(record, console, train)]
+        write_report(records, report)
     show(console, summary_table(records))
     for sentence in verdicts(records):
         say(console, sentence)
@@ -77,6 +79,20 @@ def train(
         prepare: called with the trainer before training, to add callbacks.
         after: called with the trainer when all is measured.
     """
+    with listening():
+        return _train(algorithm, data, model, training, console, before_training, prepare, after)
+
+
+def _train(
+    algorithm: str,
+    data: DataArguments,
+    model: ModelArguments,
+    training: DemonstrationConfig,
+    console: Console,
+    before_training: Callable[[], None],
+    prepare: Callable[[DemonstrationTrainer], None],
+    after: Callable[[DemonstrationTrainer], None],
+) -> RunRecord:
     trainer_class = find(algorithm).trainer
     name = training.run_name or algorithm
     reset_peak_memory()
@@ -112,12 +128,17 @@ def train(
             f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "
             f"computing in {model.precision or given_precision(training.computing, '--bf16')}",
         )
-        checkpoint = get_last_checkpoint(training.output_dir) if data.resume else None
+        checkpoint = trainer.resume_point() if data.resume else None
         if data.resume and checkpoint is None:
             say(console, f"  no checkpoint in {training.output_dir}: starting at step 0")
+        if checkpoint is not None:
+            say(console, f"  going on from {checkpoint}")
         before_training()
-        trainer.train(resume_from_checkpoint=checkpoint)
         folder = Path(str(training.output_dir))
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            add_made(folder, RESULTS)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.export(folder)
         record = trainer.record(name=name)
         write_results(folder, record)  # before the evaluation, which may fail
@@ -129,7 +150,7 @@ def train(
         after(trainer)
     say(console, f"  {name} took {duration(record.time_s['total'])}")
     write_results(folder, record)
-    (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    write_text(folder / "README.md", model_card(record))
     if training.push_to_hub:
         trainer.push_to_hub(record=record)
     return record
@@ -186,7 +207,12 @@ def _final_evaluation(trainer: DemonstrationTrainer, record: RunRecord, progress
     answers = can_sample(trainer.policy)  # log-probs of a recurrent model can be had, answers cannot
     count = 2 * len(rows.groups) if answers else None  # sampled and greedy
     with progress.phase("evaluating", count) as advance, trainer.compute_loss_context_manager():
-        evaluation = trainer.evaluation(rows, sample=answers, greedy=answers, on_progress=advance)
+
+        def on_progress(done: int) -> None:
+            advance(done)
+            leave_if_asked()
+
+        evaluation = trainer.evaluation(rows, sample=answers, greedy=answers, on_progress=on_progress)
     return replace(evaluated(record, evaluation, rows), retention=trainer.retained())
 
 

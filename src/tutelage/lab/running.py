@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tutelage.algorithms.registry import Algorithm, find
 from tutelage.errors import UserError
+from tutelage.files import replacing
 from tutelage.lab.base import base_folder
 from tutelage.lab.code import code_version
 from tutelage.lab.definitions import Run
@@ -152,9 +153,8 @@ def check_settings(name: str, settings: Mapping[str, Any], *, takes_prompts: boo
 
 def save_weights(policy: PreTrainedModel, path: Path) -> None:
     """Under a temporary name first: a reader sees all of it or nothing."""
-    temporary = path.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in policy.state_dict().items()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in policy.state_dict().items()}, temporary)
 
 
 @lru_cache(maxsize=2)

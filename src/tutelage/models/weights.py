@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from tutelage.files import replacing
 
 __all__ = [
     "WeightSet",
@@ -61,9 +62,8 @@ class WeightSet:
 
 def save_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
     """Write weights in order, atomically; ``load_weights`` reads them."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
 
 
 @torch.no_grad()

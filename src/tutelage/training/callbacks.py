@@ -9,10 +9,13 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from tutelage.training.checkpoints import RandomState
+from tutelage.training.termination import is_asked, leave_if_asked
+
 if TYPE_CHECKING:
     from tutelage.training.trainer import DemonstrationTrainer
 
-__all__ = ["CostsInCheckpoints", "Guard", "StageEnd", "StopAtScore"]
+__all__ = ["CostsInCheckpoints", "Guard", "StageEnd", "StopAtScore", "Termination"]
 
 
 class Guard(TrainerCallback):
@@ -37,6 +40,7 @@ class Guard(TrainerCallback):
             raise self.trainer.non_finite("gradient", norm.item())
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.random_state = RandomState.now()
         self.trainer.costs.seconds["training"] += time.perf_counter() - self.begun
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
@@ -81,3 +85,13 @@ class StopAtScore(TrainerCallback):
         with trainer.costs.timed("evaluation"), trainer.compute_loss_context_manager():
             found = trainer.evaluation(rows).metrics()["score_sampled"]
         control.should_training_stop |= found >= self.score
+
+
+class Termination(TrainerCallback):
+    """Where the process is asked to end: a checkpoint after the step, and then the end."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= is_asked()
+
+    def on_save(self, args, state, control, **kwargs):
+        leave_if_asked()

@@ -6,6 +6,7 @@ A policy repeats the demonstrations that it was trained on; what it says elsewhe
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from tutelage.errors import NonFiniteLossError, UserError
-from tutelage.files import read_json, write_json
+from tutelage.files import read_json, storing, write_json
 from tutelage.groups import Group, Role
 from tutelage.losses import sft_loss
 from tutelage.models.loading import load_model
@@ -28,8 +29,13 @@ from tutelage.models.modes import without_dropout
 from tutelage.models.paths import require_exists
 from tutelage.models.weights import WeightSet, load_weights, save_weights
 from tutelage.scoring.logps import Layout, completion_token_logps
+from tutelage.training.manifest import Manifest, move_aside
+from tutelage.training.store import FORMAT
+from tutelage.training.termination import leave_if_asked
 
 __all__ = ["FoldSettings", "Folds", "base_weights", "check_base", "fold_of_prompts"]
+
+logger = logging.getLogger(__name__)
 
 _LEAVES_BASE = (True, "gaussian")  # what LoRA may begin as so that it changes nothing; some others take from the base
 
@@ -200,7 +206,7 @@ class Folds:
         own = WeightSet(self.policy)
         path = self.folder / f"fold-{fold}.safetensors"
         self._check()
-        if path.exists():
+        if self._is_whole(path.name) and self._is_whole(path.with_suffix(".json").name):
             load_weights(own.parameters, path)
             return own
         with torch.no_grad():
@@ -209,9 +215,28 @@ class Folds:
         tokens = self._train(
             own, [g for g, f in zip(self.groups, self.of_group, strict=True) if f != fold], fold, on_step
         )
-        write_json(path.with_suffix(".json"), {"tokens": tokens})
-        save_weights(own.parameters, path)
+        with storing(path):
+            write_json(path.with_suffix(".json"), {"tokens": tokens})
+            save_weights(own.parameters, path)
+            self._manifest.note(path.with_suffix(".json").name, path.name)
         return own
+
+    def trained_tokens(self) -> int:
+        """Completion tokens that all folds were trained on, in this process or an earlier one."""
+        return sum(read_json(path)["tokens"] for path in sorted(self.folder.glob("fold-*.json")))
+
+    @property
+    def _manifest(self) -> Manifest:
+        return Manifest(self.folder)
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a file is there as it was written; one that is not is named and moved out of the way."""
+        if not self._manifest.has(name):
+            return False
+        if problem := self._manifest.problems([name]).get(name):
+            path = self.folder / name
+            logger.warning("%s %s; moved to %s", path, problem, move_aside(path, self.folder.parent))
+        return problem is None
 
     def steps(self, groups: int) -> int:
         """Optimizer steps of one fold's training on so many groups."""
@@ -222,9 +247,11 @@ class Folds:
         tokens = [[g.prompt_ids, *(c.token_ids for c in g.completions)] for g in self.groups]
         what = asdict(self.settings) | {"demonstrations": hashlib.sha256(repr(tokens).encode()).hexdigest()}
         path = self.folder / "folds.json"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, what)
+        if not self._is_whole(path.name):
+            with storing(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, what)
+                self._manifest.note(path.name, format=FORMAT)
         elif read_json(path) != what:
             raise UserError(
                 "the folds are of other demonstrations, or were trained under other settings.",
@@ -260,4 +287,5 @@ class Folds:
             optimizer.zero_grad()
             trained += sum(len(c.token_ids) for group in batch for c in group.completions)
             on_step(step + 1)
+            leave_if_asked()
         return trained

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tutelage.errors import UserError
-from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress
 from tutelage.rewards.comparisons import NegativeKind
 from tutelage.training.folds import Folds
 from tutelage.training.gate import copied_share
+from tutelage.training.manifest import Manifest
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
 from tutelage.training.store import FORMAT, StageStore
@@ -115,9 +115,8 @@ class Negatives:
         """Add what they cost to the costs of the run, whichever process drew them. Once per run."""
         groups = [group for found in self.groups().values() for group in found]
         self.costs.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.samples)
-        self.costs.policy_tokens += sum(
-            read_json(path)["tokens"] for path in sorted((self.store.folder / "negatives").glob("fold-*.json"))
-        )
+        if "out_of_fold" in self.kinds:
+            self.costs.policy_tokens += self.folds().trained_tokens()
 
     def _initial(self) -> list[Group]:
         with self.progress.phase("sampling from the initial model"):
@@ -134,19 +133,17 @@ class Negatives:
 
     def _kept(self, name: str, demonstrations: Sequence[Group], draw: Callable[[], list[Group]]) -> list[Group]:
         """The groups of a file of the run's, which is written first if it is not there."""
-        manifest = {"format": FORMAT, "settings": {**self.store.settings, **self.settings}}
-        folder = self.store.folder / "negatives"
-        path = folder / "manifest.json"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, manifest)
-        elif read_json(path) != manifest:
+        folder = self.store.make(self.store.folder / "negatives")
+        manifest, settings = Manifest(folder), {**self.store.settings, **self.settings}
+        if "settings" not in (noted := manifest.read()):
+            manifest.note(format=FORMAT, settings=settings)
+        elif noted["settings"] != settings:
             raise UserError(
                 "the negatives were drawn from another start or base, or under other settings.",
                 remedy="Resume with the model and settings of the first run.",
-                file=str(path),
+                file=str(manifest.path),
             )
-        if not (folder / f"{name}.jsonl").exists():
+        if not manifest.has(f"{name}.jsonl"):
             with self.costs.timed("negatives"):
                 drawn = draw()
             self.store.write_file(folder / f"{name}.jsonl", drawn)

@@ -53,6 +53,14 @@ class Replay:
         kept = map(drop_copies, groups)
         return [group for group in kept if group.pairs or not self.needs_pairs]
 
+    def reads_from(self, stage: int) -> int:
+        """See ``Phase.reads_from``: the samples of the stages that are replayed."""
+        return max(0, stage - self.stages)
+
+    def leaves(self, stage: int) -> Sequence[str]:
+        """See ``Phase.leaves``."""
+        return [f"replayed-{earlier:04d}.jsonl" for earlier in range(self.reads_from(stage), stage)]
+
     def finish(self, stage: int) -> None:
         """Nothing is left to do."""
 

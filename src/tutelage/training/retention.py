@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import UserError
+from tutelage.errors import DamagedFileError, UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.record import retention
+from tutelage.files import storing
 from tutelage.results import EvaluationRecord, RetentionRecord, RunRecord, load_results, write_results
 from tutelage.training.config import DemonstrationConfig
+from tutelage.training.manifest import Manifest, move_aside
 
 __all__ = ["Retention"]
+
+logger = logging.getLogger(__name__)
 
 Measure = Callable[[EvaluationSet], EvaluationRecord]
 """Evaluates the policy as it stands on the other task's rows."""
@@ -50,7 +55,9 @@ class Retention:
         self.before = self._recorded()
         if self.before is None:
             self.before = measure(self.rows)
-            write_results(self.folder, self._record(self.before))
+            with storing(self.folder):
+                write_results(self.folder, self._record(self.before))
+                Manifest(self.folder).note("results.json")
 
     def compare(self, measure: Measure) -> RetentionRecord:
         """What changed up to the policy as it stands.
@@ -67,11 +74,17 @@ class Retention:
 
     def _recorded(self) -> EvaluationRecord | None:
         """The findings of a killed run of the same start, rows and settings."""
-        if not (self.folder / "results.json").exists():
-            return None
+        path = self.folder / "results.json"
         try:
-            found = load_results(self.folder)
-        except UserError:  # of another version, or damaged: measured anew
+            if not Manifest(self.folder).has(path.name):
+                return None
+            found = load_results(Manifest(self.folder).require(path.name, ""))
+        except DamagedFileError as error:
+            damaged = self.folder if error.file != str(path) else path
+            moved = move_aside(damaged, self.folder.parent)
+            logger.warning("%s %s It is measured anew; moved to %s", error.file, error.problem, moved)
+            return None
+        except UserError:  # of another version: measured anew
             return None
         same = (found.model, found.seed, found.settings) == (self.model, self.seed, self.settings)
         return found.evaluation if same else None

@@ -14,7 +14,6 @@ import numpy as np
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.evaluation.policy import ranking
-from tutelage.files import read_json, write_json, write_json_lines
 from tutelage.groups import Group, Role
 from tutelage.progress import Progress
 from tutelage.results import CandidateRecord
@@ -29,6 +28,7 @@ from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import Draw
 from tutelage.training.selection import Candidates, CandidateScore
 from tutelage.training.store import StageStore
+from tutelage.training.termination import leave_if_asked
 
 __all__ = ["VALIDATION_ROWS", "ForPolicy", "RewardPhase", "RewardPhaseSettings"]
 
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 VALIDATION_ROWS = 1 << 20
 """Name in the random stream of what is sampled besides a stage's own samples. Validation rows get the same random
 numbers at every stage, so that policies differ by less chance."""
+
+_REWARD = "reward.json"
+_STATE = ("reward-*", "reward.safetensors", "member-*")
+"""What learners keep of a stage."""
 
 ForPolicy = Callable[[Group, TruncatedSamples, float], list[Group]]
 """From a scored group to what the policy trains on; see ``graded`` and ``best_of_n``."""
@@ -131,14 +135,11 @@ class RewardPhase:
     ) -> tuple[dict[int, list[Group]], Mapping[str, float]]:
         """See ``Phase.prepare``. The policy trains on the samples of each row, or on nothing where it is to stay."""
         stage, groups = draw.stage, list(recorded.values())
-        path = self.store.path(stage) / "reward.json"
         facts: dict[str, float] = {}
         if policy is None or draw.index:
             if self._fitted != stage:  # resumed inside the stage
                 self._load_reward(stage)
-                if self.candidates:
-                    self.candidates.read(stage)
-            found = read_json(path)
+            found = self.store.facts(stage, _REWARD)
             scored = groups
             if policy is None:
                 scored = self._with_rewards(groups, self._read_rewards(draw))
@@ -152,18 +153,25 @@ class RewardPhase:
             with self.progress.phase(f"stage {stage}: reward", 0) as advance, self.costs.timed("reward"):
                 fit = self._fit(stage, comparisons, advance)
                 scored = self._scored(stage, groups)
-                if fit:
-                    self.learner.save(self.store.path(stage))
+                self.store.write_some(stage, _STATE, self.learner.save if fit else lambda folder: None)
             if stage == 0:
                 self.negatives.count()
             self._write_rewards(draw, scored)
             with self.costs.timed("validation"):
                 found = self._judge(stage, scored, comparisons, fit)
-            write_json(path, found)
+            self.store.write_facts(stage, _REWARD, found)
             facts = {name: value for name, value in found.items() if isinstance(value, (int, float))}
         if not found["policy/phase"]:
             return {row: [] for row in recorded}, facts
         return self._for_policy(scored, found), facts
+
+    def reads_from(self, stage: int) -> int:
+        """See ``Phase.reads_from``: samples, candidates and the reward of all stages."""
+        return 0
+
+    def leaves(self, stage: int) -> Sequence[str]:
+        """See ``Phase.leaves``."""
+        return (_REWARD, "rewards.jsonl")
 
     def finish(self, stage: int) -> None:
         """Look at the last policy, and set the policy back to the best candidate if that is wanted."""
@@ -203,7 +211,12 @@ class RewardPhase:
         self._fitted = stage
         tokens = self.learner.tokens_done
         seen = self.candidates.latest.groups if self.candidates else ()
-        facts = self.learner.fit(comparisons, stage=stage, validation=seen, on_step=advance)
+
+        def on_step(done: int) -> None:
+            advance(done)
+            leave_if_asked()
+
+        facts = self.learner.fit(comparisons, stage=stage, validation=seen, on_step=on_step)
         if facts.get("saturated"):
             logger.warning(
                 "stage %d: the reward phase ended after %d steps, its training accuracy at %.2f",
@@ -217,14 +230,19 @@ class RewardPhase:
     def _load_reward(self, stage: int) -> None:
         """The reward as a stage left it; before the first stage it is fresh."""
         self._fitted = stage
-        if stage >= 0 and not (self.store.path(stage) / "reward.json").exists():
-            raise UserError(
-                f"the reward of stage {stage} is missing.",
-                remedy="Keep the run's stages folder until the run is over.",
-                file=str(self.store.path(stage)),
-            )
+        if stage >= 0:
+            self.store.file(stage, _REWARD)  # raises where it is missing
+        self._read_candidates(stage)
         while stage >= 0 and not self.learner.load(self.store.path(stage)):
             stage -= 1  # a stage without a pair fits nothing
+
+    def _read_candidates(self, stage: int) -> None:
+        """Those of a run that was killed, as they were when a stage had been judged."""
+        if self.candidates:
+            self.candidates.read(stage)
+            if stage >= 0:
+                later = {place for place in self.candidates.kept if place > stage}
+                self.candidates.kept = later | set(self.store.facts(stage, _REWARD)["candidates"])
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -244,11 +262,11 @@ class RewardPhase:
     def _write_rewards(self, draw: Draw, scored: list[Group]) -> None:
         """One line per prompt, in the order of samples.jsonl: the reward of each completion, in its order."""
         lines = ({"row": group.row, "rewards": group.values("reward")} for group in scored)
-        write_json_lines(self.store.path(draw.stage, draw.index) / "rewards.jsonl", lines)
+        self.store.write_lines(draw.stage, "rewards", lines, draw.index)
 
     def _read_rewards(self, draw: Draw) -> list[list[float]]:
         """What ``_write_rewards`` wrote; nothing is written of a later draw of a stage that leaves the policy alone."""
-        if draw.index and not read_json(self.store.path(draw.stage) / "reward.json")["policy/phase"]:
+        if draw.index and not self.store.facts(draw.stage, _REWARD)["policy/phase"]:
             groups = self.store.groups(draw.stage, draw=draw.index)
             return [[0.0] * len(group.completions) for group in groups]
         return [line["rewards"] for line in self.store.lines(draw.stage, "rewards", draw.index)]
@@ -301,7 +319,8 @@ class RewardPhase:
             measures = yardsticks(last.candidate.groups, treat)
             found |= facts_of_validation(last, measures)
             reason = reason or self._gate(stage, last, measures, fit)
-            self.candidates.forget_all_but(0, self.candidates.best(scores), max(scores))
+            self.candidates.keep(0, self.candidates.best(scores), max(scores))
+            found["candidates"] = sorted(self.candidates.kept)
         if self.preferences:
             found["preference/accuracy"] = float(np.mean(ranking(self.reward, self.preferences[:256])))
         if found.get("samples/copies", 0.0) > 0.5:

@@ -12,6 +12,7 @@ from tutelage.groups import Group, Role
 from tutelage.models.weights import WeightSet, fingerprint
 from tutelage.sampling import Sampler, SamplingParams
 from tutelage.scoring.logps import Layout, cached_token_logps
+from tutelage.training.termination import leave_if_asked
 
 __all__ = ["PolicyScorer", "Rollout"]
 
@@ -136,6 +137,7 @@ class Rollout:
                 num_samples=self.num_samples,
                 rows=[group.row for group in groups],
                 stage=stage,
+                on_finished=lambda *_: leave_if_asked(),
             )
         if weights:
             self.sampler.take_weights(self.scorer.policy)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,7 +12,6 @@ from torch import nn
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import EvaluationSet
 from tutelage.evaluation.statistics import Interval, mean_interval
-from tutelage.files import read_json, write_json
 from tutelage.groups import Group
 from tutelage.models.weights import load_weights, save_weights
 from tutelage.results import CandidateRecord
@@ -22,6 +21,8 @@ from tutelage.training.gate import pair_accuracy
 from tutelage.training.store import StageStore
 
 __all__ = ["Candidate", "CandidateScore", "Candidates", "compare"]
+
+_CANDIDATE, _SAMPLES, _WEIGHTS = "candidate.json", "validation.jsonl", "policy.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,13 @@ class Candidate:
         groups: each row's demonstrations and samples, with ``old_logps`` under the policy and ``reference_logps``
             under π_0.
         verifier_scores: the verifier's score of each sample, by row; None without a verifier.
+        known: ``kl`` and ``demonstration_logp`` where the groups do not tell them any more.
     """
 
     stage: int
     groups: list[Group]
     verifier_scores: list[list[float]] | None = None
+    known: tuple[float, float] | None = None
 
     @staticmethod
     def of(stage: int, groups: list[Group], rows: EvaluationSet) -> Candidate:
@@ -53,6 +56,8 @@ class Candidate:
     @property
     def kl(self) -> float:
         """Estimate of KL(π‖π_0): mean of log π − log π_0 over the samples (nats per sequence)."""
+        if self.known is not None:
+            return self.known[0]
         return float(
             np.mean([c.sum("old_logps") - c.sum("reference_logps") for group in self.groups for c in group.samples])
         )
@@ -60,7 +65,27 @@ class Candidate:
     @property
     def demonstration_logp(self) -> float:
         """Mean log π of the demonstrations (nats per sequence)."""
+        if self.known is not None:
+            return self.known[1]
         return float(np.mean([c.sum("old_logps") for g in self.groups for c in g.demonstrations]))
+
+    def without_logps(self, ids: dict[int, int]) -> Candidate:
+        """The same in a tenth of the memory: its groups keep their tokens, and no number per token.
+
+        Args:
+            ids: every token id that is known, once.
+        """
+        groups = [
+            replace(
+                group,
+                completions=tuple(
+                    replace(c, token_ids=tuple(ids.setdefault(token, token) for token in c.token_ids), token_values={})
+                    for c in group.completions
+                ),
+            )
+            for group in self.groups
+        ]
+        return replace(self, groups=groups, known=(self.kl, self.demonstration_logp))
 
     def scored(self, reward: Reward, *, reads_logps: bool = False) -> list[Group]:
         """The groups with the ``reward`` of each completion.
@@ -163,6 +188,11 @@ def _verifier_score(scores: list[list[float]] | None) -> dict[str, float | None]
 class Candidates:
     """Records the policies of a run next to its stages, and restores one of them at the end.
 
+    Attributes:
+        by_stage: all candidates.
+        kept: the stages of those that can still be chosen. It is what the run decided and not which files there are: a
+            resumed run that goes back some stages decides as the first one did.
+
     Args:
         store: the run's stages.
         rows: the validation rows.
@@ -179,6 +209,8 @@ class Candidates:
     ):
         self.store, self.rows, self.policy, self.draw = store, rows, policy, draw
         self.by_stage: dict[int, Candidate] = {}
+        self.kept: set[int] = set()
+        self._ids: dict[int, int] = {}
         self._last = ""
         self._scored: dict[int, list[Group]] = {}
         self._scored_by: int | None = None
@@ -199,21 +231,32 @@ class Candidates:
             else none.
         """
         self.read(stage - 1)
-        path = self._path(stage, "candidate.json")
-        if path.exists() and read_json(path)["policy"] == policy and self._is_of_these_rows(stage):
+        is_known = self.store.has(stage, _CANDIDATE) and self.store.has(stage, _SAMPLES)
+        if is_known and self._facts(stage)["policy"] == policy and self._is_of_these_rows(stage):
             self.read(stage)
+            if not self.store.has(stage, _WEIGHTS):  # forgotten by a run that had come further
+                self._save(stage)
             return self.by_stage[stage].groups
-        path.unlink(missing_ok=True)
+        self.store.forget(stage, _CANDIDATE)
         if self._last == policy:
             return []
         groups = self.draw(self.rows.groups)
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.store.write_groups(stage, "validation", groups)
-        save_weights(self._weights, self._path(stage, "policy.safetensors"))
-        write_json(path, {"policy": policy, "stage": stage, "settings": self.store.settings})
-        self.by_stage[stage] = Candidate.of(stage, groups, self.rows)
-        self._last = policy
+        self._save(stage)
+        facts = {"policy": policy, "stage": stage, "settings": self.store.settings}
+        self.store.write_facts(stage, _CANDIDATE, facts)
+        self._add(stage, groups, policy)
         return groups
+
+    def _save(self, stage: int) -> None:
+        self.store.write_with(stage, _WEIGHTS, lambda path: save_weights(self._weights, path))
+
+    def _add(self, stage: int, groups: list[Group], policy: str) -> None:
+        if self.by_stage:  # one more for every stage: a long run must not fill the memory with what it needs no more
+            self.by_stage[max(self.by_stage)] = self.latest.without_logps(self._ids)
+        self.by_stage[stage] = Candidate.of(stage, groups, self.rows)
+        self.kept.add(stage)
+        self._last = policy
 
     def read(self, last: int) -> None:
         """Load candidates that a killed run left, up to a stage.
@@ -222,17 +265,15 @@ class Candidates:
             UserError: they are of other rows or were drawn under other settings.
         """
         for stage in range(last + 1):
-            path = self._path(stage, "candidate.json")
-            if stage in self.by_stage or not path.exists():
+            if stage in self.by_stage or not self.store.has(stage, _CANDIDATE):
                 continue
             if not self._is_of_these_rows(stage):
                 raise UserError(
                     "the validation rows, or the sampling settings, differ from the first run's.",
                     remedy="Resume with the data and settings of the first run.",
-                    file=str(path),
+                    file=str(self.store.path(stage) / _CANDIDATE),
                 )
-            self.by_stage[stage] = Candidate.of(stage, self.store.groups(stage, "validation"), self.rows)
-            self._last = read_json(path)["policy"]
+            self._add(stage, self.store.groups(stage, "validation"), self._facts(stage)["policy"])
 
     def scores(
         self,
@@ -266,29 +307,34 @@ class Candidates:
         return dict(zip(stages, found, strict=True))
 
     def best(self, scores: dict[int, CandidateScore]) -> int:
-        """The stage with the highest objective among those whose weights are still there."""
-        kept = [stage for stage in scores if self._path(stage, "policy.safetensors").exists()]
-        return max(kept, key=lambda stage: scores[stage].objective)
+        """The stage with the highest objective among those that are kept; of equal ones the first."""
+        return max(sorted(self.kept & scores.keys()), key=lambda stage: scores[stage].objective)
 
-    def forget_all_but(self, *stages: int) -> None:
+    def keep(self, *stages: int) -> None:
         """Remove the weights of the other candidates; their samples stay."""
+        self.kept &= set(stages)
         for stage in self.by_stage.keys() - set(stages):
-            self._path(stage, "policy.safetensors").unlink(missing_ok=True)
+            self.store.forget(stage, _WEIGHTS)
 
     def restore(self, stage: int) -> None:
-        """Set the policy back to a candidate."""
-        load_weights(self._weights, self._path(stage, "policy.safetensors"))
+        """Set the policy back to a candidate.
+
+        Raises:
+            DamagedFileError: its weights are missing, or are not as they were written.
+        """
+        load_weights(self._weights, self.store.file(stage, _WEIGHTS))
 
     @property
     def _weights(self) -> list[nn.Parameter]:
         return [p for p in self.policy.parameters() if p.requires_grad]
 
-    def _path(self, stage: int, name: str) -> Path:
-        return self.store.path(stage) / name
+    def _facts(self, stage: int) -> dict[str, Any]:
+        return self.store.facts(stage, _CANDIDATE)
 
     def _is_of_these_rows(self, stage: int) -> bool:
         """Whether a recorded candidate answers the validation rows of this run, under its settings."""
         found = [(group.prompt_ids, group.demonstrations) for group in self.store.groups(stage, "validation")]
-        return found == [(group.prompt_ids, group.demonstrations) for group in self.rows.groups] and (
-            read_json(self._path(stage, "candidate.json"))["settings"] == self.store.settings
+        return (
+            found == [(group.prompt_ids, group.demonstrations) for group in self.rows.groups]
+            and self._facts(stage)["settings"] == self.store.settings
         )

@@ -7,15 +7,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tutelage.errors import UserError
+from tutelage.errors import DamagedFileError, UserError
 from tutelage.groups import Group
 from tutelage.progress import Progress
 from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
+from tutelage.training.manifest import Manifest
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import Draw, StageEpochs, StageSchedule
-from tutelage.training.store import StageStore
+from tutelage.training.store import SAMPLES, StageStore
+from tutelage.training.termination import leave_if_asked
 
 __all__ = ["Phase", "Stages", "distinct_n"]
 
@@ -46,6 +48,14 @@ class Phase(Protocol):
         Returns:
             for each row the groups to train on, and what there is to log.
         """
+        ...
+
+    def reads_from(self, stage: int) -> int:
+        """The first stage whose files it reads when this one begins; the stage itself where it reads none."""
+        ...
+
+    def leaves(self, stage: int) -> Sequence[str]:
+        """Names of the files that it leaves of a stage, once that is prepared."""
         ...
 
     def finish(self, stage: int) -> None:
@@ -103,6 +113,7 @@ class Stages:
         self.draws: StageSchedule | None = None
         self.stage = -1
         self._steps: deque[list[list[Group]]] = deque()
+        self._begun: list[Draw] = []
 
     def plan(self, steps_per_epoch: int) -> None:
         """Lay the stages over an epoch of so many optimizer steps, repetitions included.
@@ -113,6 +124,17 @@ class Stages:
         self.schedule = StageSchedule(steps_per_epoch // self.epochs, self.stages_per_epoch, self.epochs)
         self.draws = self.schedule.of_draws(self.draws_per_stage)
         self._steps.clear()
+
+    @property
+    def planned(self) -> dict[str, int]:
+        """The schedule, for the record of the run."""
+        assert self.schedule is not None
+        assert self.draws is not None
+        return {
+            "optimizer_steps_per_epoch": self.schedule.steps_per_epoch * self.epochs,
+            "stages_per_epoch": self.schedule.stages_per_epoch,
+            "samplings_per_epoch": self.draws.stages_per_epoch,
+        }
 
     def repeated(self, batches: Collection[list[int]], accumulation: int) -> StageEpochs:
         """The batches of an epoch, those of each draw as often as the steps go over them."""
@@ -137,11 +159,55 @@ class Stages:
         return self.save_each_stage and self.schedule.bounds(self.schedule.stage_of(step - 1))[1] == step
 
     def finish(self, step: int) -> None:
-        """The run has taken its last step."""
+        """The run has taken its last step.
+
+        Raises:
+            DamagedFileError: files of its stages are gone.
+        """
         assert self.schedule is not None
         if self.stage < 0:  # resumed where training had ended
             self.stage = self.schedule.stage_of(step - 1)
+        for path in self._left_by(self._begun):
+            if not Manifest(path.parent).has(path.name):
+                raise DamagedFileError(
+                    "is gone: files of the run's stages were removed while it was on.",
+                    remedy="Run again with --resume: what is missing is made again.",
+                    file=str(path),
+                )
         self.phase.finish(self.stage)
+
+    def lacks(self, step: int, damaged: Collection[Path]) -> Path | None:
+        """What a run that goes on from a checkpoint of this step would read, and is not there as it was written.
+
+        Args:
+            damaged: as ``StageStore.mend`` gives them.
+        """
+        read = self._left_by(self._read_at(step))
+        folders = {path.parent for path in read}
+        for path in damaged:
+            if any(folder in path.parents for folder in folders):
+                return path
+        return next((path for path in read if not Manifest(path.parent).has(path.name)), None)
+
+    def _read_at(self, step: int) -> list[Draw]:
+        """The draws of earlier steps whose files are read after so many steps."""
+        assert self.schedule is not None
+        assert self.draws is not None
+        if step == 0:
+            return []
+        stage = self.schedule.stage_of(step)  # of the step that comes next
+        first = self.phase.reads_from(stage)
+        last = self.draws.stage_of(step - 1)
+        draws = (self._draw_of(self.draws.bounds(number)[0]) for number in range(last + 1))
+        return [draw for draw in draws if draw.stage >= first]
+
+    def _left_by(self, draws: Sequence[Draw]) -> list[Path]:
+        """The files that draws leave, whatever the phase does."""
+        found = []
+        for draw in draws:
+            names = [SAMPLES] if draw.index else [SAMPLES, *self.phase.leaves(draw.stage)]
+            found += [self.store.path(draw.stage, draw.index) / name for name in names]
+        return found
 
     # --- a stage ----------------------------------------------------------------------------------------------------
 
@@ -170,6 +236,7 @@ class Stages:
         prepared, facts = self.phase.prepare(draw, recorded, policy=policy)
         if facts:
             self._log(dict(facts))
+        self._begun.append(draw)
         for batches in steps:
             self._steps.append([[group for entry in batch for group in prepared[entry.row]] for batch in batches])
 
@@ -226,6 +293,7 @@ class Stages:
                     scored = self.rollout.score(sampled)
                 yield scored
                 advance(done + start + len(groups))
+                leave_if_asked()
 
 
 def sample_facts(groups: Sequence[Group]) -> dict[str, float]:

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.data.records import group_record, read_groups
-from tutelage.errors import UserError
-from tutelage.files import append_json_lines, read_json, write_json, write_json_lines
+from tutelage.data.records import group_from_record, group_record, read_groups
+from tutelage.errors import DamagedFileError, UserError
+from tutelage.files import (
+    append_json_lines,
+    read_json,
+    size_and_hash,
+    storing,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 from tutelage.groups import Group
+from tutelage.training.manifest import MANIFEST, Manifest, move_aside
 
-__all__ = ["FORMAT", "StageStore"]
+__all__ = ["FORMAT", "SAMPLES", "StageStore"]
 
-FORMAT = 2
-"""Of the files of a stage. The first one knew completions by their place and kept log-probs per sequence."""
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
+"""Of the files of a stage. The first one knew completions by their place and kept log-probs per sequence; the second had no
+sizes and hashes."""
+
+_KEEP = "Keep the run's stages folder as it is until the run is over; --resume makes again what can be made again."
+SAMPLES = "samples.jsonl"
+"""What a draw sampled, once it is whole."""
+_PART, _SUMS = f"{SAMPLES}.part", f"{SAMPLES}.part.sums"
 
 
 class StageStore:
@@ -24,8 +43,9 @@ class StageStore:
 
     A stage that samples several times has a folder for each further draw inside its own: ``stage-0003/draw-0001``.
     ``stage-0003/samples.jsonl`` has a line for each prompt: row, text and tokens of the prompt and of each completion
-    with its role, and what is known of it. ``manifest.json`` says from which policy, with which settings. While a
-    stage is being sampled the file ends in ``.part``; it is renamed when whole, so a killed run is known by it and
+    with its role, and what is known of it. ``manifest.json`` says from which policy, with which settings, and has the size
+    and hash of every file of the folder. While a stage is being sampled the file ends in ``.part``, and ``.part.sums`` has a
+    hash for each piece of it; it is renamed when whole, so a killed run is known by it and
     goes on from there. ``replayed-0002.jsonl`` beside it holds samples of stage 2 that stage 3 trains on too, with
     stage 3's reference.
 
@@ -40,20 +60,23 @@ class StageStore:
         self.folder, self.settings, self.text = Path(folder), settings, text
 
     def check(self) -> None:
-        """Before a run goes on from what is there.
+        """Before a run goes on from what is there; torn manifests are left to ``mend``.
 
         Raises:
             UserError: the stages are of another version of tutelage.
         """
-        for manifest in sorted(self.folder.glob("**/manifest.json")):
-            found = read_json(manifest).get("format", 1)
+        for path in self._manifests():
+            try:
+                found = read_json(path).get("format", 1)
+            except (ValueError, AttributeError):  # torn: `mend` deals with it
+                continue
             if found != FORMAT:
                 raise UserError(
                     f"the run was begun by another version of tutelage, whose stages have format {found}; this one's "
                     f"have {FORMAT}.",
                     remedy="Finish it with the version that began it, or start anew (--overwrite_output_dir, or "
                     "another --output_dir).",
-                    file=str(manifest),
+                    file=str(path),
                     field="format",
                 )
 
@@ -63,17 +86,26 @@ class StageStore:
         return folder / f"draw-{draw:04d}" if draw else folder
 
     def manifest(self, stage: int, draw: int = 0) -> dict[str, Any]:
-        """What is noted of a draw; empty where nothing is."""
-        path = self.path(stage, draw) / "manifest.json"
-        return read_json(path) if path.exists() else {}
+        """What is noted of a draw; empty where nothing is.
+
+        Raises:
+            DamagedFileError: it is not as it was written.
+        """
+        return Manifest(self.path(stage, draw)).read()
+
+    def has(self, stage: int, name: str = SAMPLES, draw: int = 0) -> bool:
+        """Whether a file of a draw was written whole, and is there."""
+        return Manifest(self.path(stage, draw)).has(name)
+
+    # --- reading ----------------------------------------------------------------------------------------------------
 
     def sampled(self, stage: int) -> list[Group]:
         """All groups that the draws of a whole stage recorded, in order.
 
         Raises:
-            UserError: the first is missing.
+            DamagedFileError: a file is missing, or is not as it was written.
         """
-        draws = len(list(self.path(stage).glob("draw-*/samples.jsonl")))
+        draws = len(list(self.path(stage).glob(f"draw-*/{SAMPLES}")))
         return [group for draw in range(draws + 1) for group in self.groups(stage, draw=draw)]
 
     def read(self, stage: int, policy: str | None, draw: int = 0) -> dict[int, Group]:
@@ -86,63 +118,118 @@ class StageStore:
             draw: which draw of the stage.
 
         Raises:
+            DamagedFileError: a whole record is not as it was written.
             UserError: ``policy`` is None and there is no whole record, or it was made under other settings.
         """
-        folder, manifest = self.path(stage, draw), self.manifest(stage, draw)
-        whole = folder / "samples.jsonl"
+        folder, noted = self.path(stage, draw), self.manifest(stage, draw)
+        # A damaged one was moved away before the run went on, and its note is still there.
+        is_whole = SAMPLES in noted.get("files", {}) and (folder / SAMPLES).is_file()
         if policy is None:
-            if not whole.exists() or manifest.get("settings") != self.settings:
+            if not is_whole or noted.get("settings") != self.settings:
                 raise UserError(
                     f"the samples of stage {stage} are missing or were drawn under other settings.",
                     remedy="Resume with the settings of the first run, or from a checkpoint at the stage's start.",
-                    file=str(whole),
+                    file=str(folder / SAMPLES),
                 )
-            return {group.row: group for group in read_groups(whole)}
-        if manifest.get("policy") != policy or manifest.get("settings") != self.settings:
+        elif noted.get("policy") != policy or noted.get("settings") != self.settings:
             return {}
-        part = whole if whole.exists() else whole.with_suffix(".jsonl.part")
-        return {group.row: group for group in read_groups(part)} if part.exists() else {}
+        groups = self.groups(stage, draw=draw) if is_whole else _sound_groups(folder)
+        return {group.row: group for group in groups}
 
     def groups(self, stage: int, name: str = "samples", draw: int = 0) -> list[Group]:
         """Groups of a whole file of a stage, in the order they were written.
 
         Raises:
-            UserError: the file is missing.
+            DamagedFileError: the file is missing, or is not as it was written.
         """
-        return list(read_groups(self._existing(stage, name, draw)))
+        return self.read_file(self.path(stage, draw) / f"{name}.jsonl")
+
+    def read_file(self, path: Path) -> list[Group]:
+        """The groups of a file that ``write_file`` wrote; raises as ``groups``."""
+        return list(read_groups(Manifest(path.parent).require(path.name, _KEEP)))
+
+    def lines(self, stage: int, name: str, draw: int = 0) -> list[Any]:
+        """The values of a whole file of JSON lines of a stage; raises as ``groups``."""
+        with Manifest(self.path(stage, draw)).require(f"{name}.jsonl", _KEEP).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def facts(self, stage: int, name: str) -> Any:
+        """What a JSON file of a stage holds; raises as ``groups``."""
+        return read_json(self.file(stage, name))
+
+    def file(self, stage: int, name: str) -> Path:
+        """A whole file of a stage; raises as ``groups``."""
+        return Manifest(self.path(stage)).require(name, _KEEP)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def make(self, folder: Path) -> Path:
+        """A folder of the run's stages, which is made if it is not there. The run's own folder must be.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        with storing(folder):
+            self.folder.mkdir(exist_ok=True)  # no parents: an output folder that is gone is not made again
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def write_file(self, path: Path, groups: Iterable[Group]) -> None:
         """Groups in a file that belongs to no stage, at once; ``read_file`` reads it."""
-        write_json_lines(path, self._records(groups))
-
-    def read_file(self, path: Path) -> list[Group]:
-        """The groups of a file that ``write_file`` wrote."""
-        return list(read_groups(path))
-
-    def lines(self, stage: int, name: str, draw: int = 0) -> list[Any]:
-        """The values of a whole file of JSON lines of a stage.
-
-        Raises:
-            UserError: the file is missing.
-        """
-        with self._existing(stage, name, draw).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-
-    def _existing(self, stage: int, name: str, draw: int) -> Path:
-        path = self.path(stage, draw) / f"{name}.jsonl"
-        if not path.exists():
-            raise UserError(
-                f"the {name} of stage {stage} are missing.",
-                remedy="Keep the run's stages folder until the run is over.",
-                file=str(path),
-            )
-        return path
+        self._write(path, lambda: write_json_lines(path, self._records(groups)))
 
     def write_groups(self, stage: int, name: str, groups: Iterable[Group]) -> None:
         """Add a file to a stage, at once; ``groups`` reads it."""
-        path = self.path(stage) / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.write_file(path, groups)
+        self.write_file(self.path(stage) / f"{name}.jsonl", groups)
+
+    def write_lines(self, stage: int, name: str, lines: Iterable[Any], draw: int = 0) -> None:
+        """Add a file of JSON lines to a draw; ``lines`` reads it."""
+        path = self.path(stage, draw) / f"{name}.jsonl"
+        self._write(path, lambda: write_json_lines(path, lines))
+
+    def write_facts(self, stage: int, name: str, content: Any) -> None:
+        """Add a JSON file to a stage; ``facts`` reads it."""
+        path = self.path(stage) / name
+        self._write(path, lambda: write_json(path, content))
+
+    def write_with(self, stage: int, name: str, write: Callable[[Path], None]) -> None:
+        """Add a file of any kind to a stage: ``write`` gets its path; ``file`` gives it."""
+        path = self.path(stage) / name
+        self._write(path, lambda: write(path))
+
+    def write_some(self, stage: int, patterns: Sequence[str], write: Callable[[Path], None]) -> None:
+        """Add the files of the patterns to a stage, instead of those that it had: ``write`` gets the stage's folder."""
+        folder = self.make(self.path(stage))
+
+        def names() -> list[str]:
+            found = {path for pattern in patterns for path in folder.glob(pattern)}
+            found |= {path for inside in found for path in inside.rglob("*")}
+            return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
+
+        manifest = Manifest(folder)
+        manifest.forget(*manifest.files.keys() & set(names()))
+        for name in names():
+            (folder / name).unlink()
+        with storing(folder):
+            write(folder)
+        self._note(folder, *names())
+
+    def forget(self, stage: int, name: str) -> None:
+        """Remove a file of a stage, if it is there."""
+        Manifest(self.path(stage)).forget(name)
+        (self.path(stage) / name).unlink(missing_ok=True)
+
+    def _write(self, path: Path, write: Callable[[], None]) -> None:
+        self.make(path.parent)
+        Manifest(path.parent).forget(path.name)
+        with storing(path):
+            write()
+        self._note(path.parent, path.name)
+
+    @staticmethod
+    def _note(folder: Path, *names: str) -> None:
+        with storing(folder / MANIFEST):
+            Manifest(folder).note(*names, format=FORMAT)
 
     def write(
         self,
@@ -163,25 +250,129 @@ class StageStore:
 
         Returns:
             all groups by row.
+
+        Raises:
+            UserError: the disk does not take it.
         """
-        folder = self.path(stage, draw)
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = folder / "samples.jsonl"
-        part = whole.with_suffix(".jsonl.part")
-        manifest = {"format": FORMAT, "stage": stage, "policy": policy, "settings": self.settings}
-        kept = list(kept)
-        whole.unlink(missing_ok=True)
-        groups: dict[int, Group] = {}
-        write_json_lines(part, self._records(kept))
-        # After the file: a kill in between must not give this policy's name to what another one had sampled.
-        write_json(folder / "manifest.json", {**manifest, "complete": False})
-        with part.open("a", encoding="utf-8") as file:
-            for batch in batches:
-                append_json_lines(file, self._records(batch))
-                groups |= {group.row: group for group in batch}
-        os.replace(part, whole)
-        write_json(folder / "manifest.json", {**manifest, "complete": True, **facts()})
-        return {group.row: group for group in kept} | groups
+        folder = self.make(self.path(stage, draw))
+        whole, part, manifest = folder / SAMPLES, folder / _PART, Manifest(folder)
+        noted = {"format": FORMAT, "stage": stage, "policy": policy, "settings": self.settings}
+        groups = {group.row: group for group in kept}
+        manifest.forget(SAMPLES)
+        with storing(whole):
+            whole.unlink(missing_ok=True)
+            write_json_lines(part, self._records(groups.values()))
+            sums = _Sums(part)
+            # After the file: a kill in between must not give this policy's name to what another one had sampled.
+            manifest.write({**noted, "complete": False})
+        for batch in batches:
+            with storing(part):
+                sums.append(self._records(batch))
+            groups |= {group.row: group for group in batch}
+        found = facts()
+        with storing(whole):
+            os.replace(part, whole)
+            files = manifest.files | {SAMPLES: size_and_hash(whole)}
+            manifest.write({**noted, "complete": True, **found}, files)
+            sums.path.unlink()
+        return groups
 
     def _records(self, groups: Iterable[Group]) -> Iterable[dict[str, Any]]:
         return (group_record(group, self.text) for group in groups)
+
+    # --- before a run goes on ---------------------------------------------------------------------------------------
+
+    def mend(self) -> list[Path]:
+        """Find what is not as it was written, name it, and move it out of the way.
+
+        Returns:
+            the damaged or missing files; a manifest stands for its folder.
+        """
+        run, damaged = self.folder.parent, []
+        for path in self._manifests():
+            try:
+                problems = Manifest(path.parent).problems()
+            except DamagedFileError as error:
+                problems = {MANIFEST: error.problem.removesuffix(".")}
+            for name, problem in problems.items():
+                found = path.parent / name
+                damaged.append(found)
+                moved = f"; moved to {move_aside(found, run)}" if found.exists() else ""
+                logger.warning("%s %s%s", found, problem, moved)
+        for sums in sorted(self.folder.glob(f"**/{_SUMS}")):
+            folder = sums.parent
+            if Manifest(folder).has(SAMPLES):
+                sums.unlink()  # a run was killed when it had no more use for it
+                continue
+            sound, altered = _sound_bytes(folder)
+            if altered:
+                part = folder / _PART
+                moved = move_aside(part, run)
+                write_text(part, sound.decode())
+                rows = sound.count(b"\n")
+                logger.warning("%s was altered: its first %d rows are used; moved to %s", part, rows, moved)
+        return damaged
+
+    def _manifests(self) -> list[Path]:
+        return sorted(self.folder.glob(f"**/{MANIFEST}"))
+
+
+class _Sums:
+    """The hashes of the pieces of a file that grows: after each piece, the bytes so far and their hash, one line each.
+
+    Args:
+        file: as it is, its first piece.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.path = file, file.with_name(_SUMS)
+        content = file.read_bytes()
+        self._hash, self._size = hashlib.sha256(content), len(content)
+        write_json_lines(self.path, [self._line()])
+
+    def append(self, lines: Iterable[Any]) -> None:
+        """A further piece, on its way to the disk when this returns."""
+        piece = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        with self.file.open("ab") as file:
+            file.write(piece)
+        self._hash.update(piece)
+        self._size += len(piece)
+        with self.path.open("a", encoding="utf-8") as file:
+            append_json_lines(file, [self._line()])
+
+    def _line(self) -> dict[str, Any]:
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+
+def _sound_bytes(folder: Path) -> tuple[bytes, bool]:
+    """The pieces of a killed run's record that are as they were written, and whether a whole piece is not.
+
+    What comes after the last whole piece was being written when the run was killed.
+    """
+    part = folder / _PART if (folder / _PART).is_file() else folder / SAMPLES
+    if not part.is_file():
+        return b"", False
+    content, seen, running = part.read_bytes(), 0, hashlib.sha256()
+    for size, noted in _noted_sums(folder / _SUMS):
+        if not seen <= size <= len(content):
+            break
+        running.update(content[seen:size])
+        if running.hexdigest() != noted:
+            return content[:seen], True
+        seen = size
+    return content[:seen], False
+
+
+def _noted_sums(path: Path) -> Iterator[tuple[int, str]]:
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            noted = json.loads(line)
+            yield int(noted["bytes"]), noted["sha256"]
+        except (ValueError, KeyError, TypeError):
+            return  # torn by a kill
+
+
+def _sound_groups(folder: Path) -> list[Group]:
+    return [group_from_record(json.loads(line)) for line in _sound_bytes(folder)[0].split(b"\n") if line]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -21,14 +22,16 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tutelage.card import model_card
 from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenized import group_from_row, tokenize_dataset
-from tutelage.errors import NonFiniteLossError, UserError
+from tutelage.errors import NonFiniteLossError, Terminated, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
+from tutelage.files import storing, write_text
 from tutelage.groups import Group
 from tutelage.models.loading import (
     add_adapter,
@@ -42,22 +45,36 @@ from tutelage.models.loading import (
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.models.router import router_loss
-from tutelage.models.weights import WeightSet
+from tutelage.models.weights import WeightSet, fingerprint
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
-from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd
+from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
+from tutelage.training.checkpoints import RandomState, checkpoints, put_in_place, writing_folder
 from tutelage.training.clock import CLOCK, record_time, recorded_time
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
 from tutelage.training.flops import counted
+from tutelage.training.identity import (
+    RUN,
+    Data,
+    adapter_config,
+    check_identity,
+    digest_of_groups,
+    digest_of_rows,
+    identity,
+    record_identity,
+)
 from tutelage.training.lengths import probed_lengths
+from tutelage.training.lock import locked
+from tutelage.training.made import add_made
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.optimization import check_optimization
 from tutelage.training.processes import require_one_process
+from tutelage.training.resume import check_checkpoint, find_checkpoint
 from tutelage.training.retention import Retention
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.stages import Stages
@@ -73,6 +90,11 @@ NOT_UPLOADED = (
     "results.json",
     "report.html",
     CLOCK,
+    "run.json",
+    "made.json",
+    "lock.json",
+    "damaged/*",
+    ".writing/*",
 )
 """Patterns of what lies in an output folder besides model, tokenizer and card. Most of it holds the user's data: rows,
 samples, and in the folder of the controls their training rows and all this once more."""
@@ -161,6 +183,9 @@ class DemonstrationTrainer(Trainer):
                 args.adapter_learning_rate if isinstance(policy, PeftModel) else args.full_learning_rate
             )
         self.means, self.costs = Means(), Costs()
+        self.other_data: dict[str, Data] = {}
+        self.random_state: RandomState | None = None
+        self._going_on: str | None = None
         self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         super().__init__(
             model=cast(PreTrainedModel, policy),
@@ -208,6 +233,7 @@ class DemonstrationTrainer(Trainer):
             self._start = WeightSet(self.policy) if self._base_at_start() is None else None
         self.add_callback(Guard(self))
         self.add_callback(CostsInCheckpoints(self))
+        self.add_callback(Termination())
         logger.info(
             "%s: learning rate %g, %s, layout %s",
             self.algorithm,
@@ -354,7 +380,7 @@ class DemonstrationTrainer(Trainer):
 
     def non_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that stops training before any weight is corrupted."""
-        checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        checkpoint = next(iter(checkpoints(Path(str(self.args.output_dir)))), None)
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
         return NonFiniteLossError(
             f"the {what} is {value} at step {self.state.global_step + 1}{self._place()}; training stopped before that step "
@@ -377,13 +403,49 @@ class DemonstrationTrainer(Trainer):
         super()._save(output_dir, state_dict)
         finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers', into a folder of another name, which is renamed when all of it is on the disk.
+
+        The one private method of transformers that is known here: nothing public stands between the files of a checkpoint
+        and their names.
+
+        Raises:
+            UserError: the disk does not take it; earlier checkpoints are as they were.
+        """
+        home, state = Path(str(self.args.output_dir)), self.state
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        with writing_folder(home) as folder:
+            self.args.output_dir = str(folder)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(home)
+            if state.best_global_step:
+                best = home / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+                if best.exists() or state.best_global_step == state.global_step:
+                    state.best_model_checkpoint = str(best)
+                    state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+            put_in_place(folder / name, home / name)
+        rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
     def export(self, folder: Path) -> None:
-        """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned."""
+        """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned.
+
+        Files get their names when all of them are whole.
+        """
         phase = self.stages.phase if self.stages else None
-        home = folder / "policy" if phase and phase.reward is not None else folder
-        self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
-        if phase:
-            phase.export(folder)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with writing_folder(folder) as writing:
+            home = writing / "policy" if phase and phase.reward is not None else writing
+            self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
+            if phase:
+                phase.export(writing)
+            names = [str(path.relative_to(writing)) for path in sorted(writing.rglob("*")) if path.is_file()]
+            add_made(folder, names)
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(writing / name, folder / name)
 
     def check_export(self, folder: Path) -> list[str]:
         """Load back what ``export`` wrote into a folder, with the libraries that others will use, and compare.
@@ -413,8 +475,33 @@ class DemonstrationTrainer(Trainer):
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
-        """As in transformers. The initial policy's held-out log-probs are cached, as π_0 of the implicit reward."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):  # type: ignore[override]
+        """As in transformers. The initial policy's held-out log-probs are cached, as π_0 of the implicit reward.
+
+        What the run is lies in ``run.json`` of its folder from now on, and the folder is locked until training is over.
+
+        Args:
+            resume_from_checkpoint: a checkpoint of this run; True for the one that ``resume_point`` finds.
+            args, kwargs: as in transformers.
+
+        Raises:
+            UserError: another run writes into the folder, the folder cannot be written, or the run is another one than
+                that which the checkpoint is of.
+        """
+        folder = Path(str(self.args.output_dir))
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = self.resume_point()
+            elif resume_from_checkpoint and str(resume_from_checkpoint) != self._going_on:
+                check_identity(Path(str(resume_from_checkpoint)).parent, self.identity())
+                check_checkpoint(Path(str(resume_from_checkpoint)), self.stages)
+            if not resume_from_checkpoint:
+                record_identity(folder, self.identity())
+            return self._train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _train(self, *args, **kwargs):
         if self.stages is not None:
             self.stages.store.check()
         if self.tokenization.asks_for_time:
@@ -425,10 +512,63 @@ class DemonstrationTrainer(Trainer):
         if self.retention is not None:
             self.retention.measure_start(self._measured_retention)
         with counted(self.policy, self.costs.count_flops):
-            output = super().train(*args, **kwargs)
+            try:
+                output = super().train(*args, **kwargs)
+            except Terminated:
+                self._save_at_last_step()
+                raise
             if self.stages is not None:
                 self.stages.finish(self.state.global_step)
         return output
+
+    def _save_at_last_step(self) -> None:
+        """A checkpoint of the last step that was taken: the process was asked to end while it prepared the next one."""
+        step = self.state.global_step
+        if step and not (Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}").exists():
+            assert self.random_state is not None
+            self.random_state.restore()  # preparing takes from it, and will again
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+
+    def resume_point(self) -> str | None:
+        """The checkpoint that the run in the output folder goes on from: call it before ``train``, and hand it on.
+
+        It is the newest whole one; what is damaged is named and moved aside. Where there is none the run begins at step 0,
+        with what its stages recorded.
+
+        Raises:
+            UserError: the run there is another one: the error names what differs.
+        """
+        folder = Path(str(self.args.output_dir))
+        if not (folder / RUN).exists() and not checkpoints(folder) and not (folder / "stages").exists():
+            return None
+        with locked(folder):
+            if self.stages is not None:
+                self.stages.store.check()
+            check_identity(folder, self.identity())
+            found = find_checkpoint(folder, self.stages)
+        self._going_on = str(found) if found else None
+        return self._going_on
+
+    def identity(self) -> dict[str, Any]:
+        """What ``run.json`` holds of the run that begins with the policy as it stands."""
+        assert isinstance(self.train_dataset, (Dataset, IterableDataset))
+        data = {"training": Data(self.source, *digest_of_rows(self.train_dataset), "dataset_name")}
+        if self.evaluation_set is not None:
+            groups = self.evaluation_set.groups
+            data["evaluation"] = Data(self.eval_source, len(groups), digest_of_groups(groups), "eval_dataset_name")
+        adapter = self.policy.active_peft_config if isinstance(self.policy, PeftModel) else None
+        return identity(
+            algorithm=self.algorithm,
+            model={
+                "name": str(self.model_name),
+                "weights": fingerprint(self.policy.named_parameters()),
+                "layout": self.layout,
+            },
+            adapter=adapter and adapter_config(adapter),
+            data=data | self.other_data,
+            args=self.args,
+            schedule=self.stages.planned if self.stages else {},
+        )
 
     def watch_retention(
         self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data"
@@ -640,7 +780,8 @@ class DemonstrationTrainer(Trainer):
         folder = Path(cast(str, self.args.output_dir))
         if record is None:
             record = self.record(name=kwargs.get("model_name") or folder.name)
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        add_made(folder, ["README.md"])
+        write_text(folder / "README.md", model_card(record))
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:

@@ -1,0 +1,25 @@
+"""Runs that are killed, or whose disk takes no more, go on with --resume and end as if nothing had happened."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def told(mode, folder, number, seed=0):
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), mode, str(folder), str(seed), str(number)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def test_forty_kills_in_chains_of_irft_and_rft(tmp_path):
+    found = told("kill", tmp_path, 40)
+    assert (found["kills"], found["at_events"]) == (40, 20)
+    assert min(found["chains"].values()) >= 2
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """One error at each write that is tried, and the same bytes once there is room again."""
+    found = told("full", tmp_path, 8)
+    assert found["refused"] >= 12
