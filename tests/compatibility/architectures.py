@@ -134,7 +134,6 @@ CHANGES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         "mamba_dt_rank": 8,
     },
-    "openai-gpt": "cannot be sampled from: .*past_key_values",
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 6},
     "zamba": {
         "attn_layer_period": 2,

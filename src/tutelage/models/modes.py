@@ -73,11 +73,17 @@ def exact_float32() -> Iterator[None]:
 def in_float32(base: PreTrainedModel) -> Iterator[None]:
     """Within, a model of 16-bit weights computes in float32, where a wrong mask cannot hide behind rounding.
 
-    The same weights come back afterwards. Nothing changes for quantized weights, for kinds of attention that know no
+    The same weights come back afterwards. Nothing changes under autocast, for quantized weights, for kinds of attention that know no
     float32, and where there is no memory for it.
     """
     tensors = [t for t in (*base.parameters(), *base.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    able = base.config._attn_implementation in ("sdpa", "eager", None) and not getattr(base, "is_quantized", False)
+    # Under autocast the precision is not the weights', and accelerate may have wrapped the model's forward in it too.
+    autocast = torch.is_autocast_enabled(base.device.type)
+    able = (
+        not autocast
+        and base.config._attn_implementation in ("sdpa", "eager", None)
+        and not getattr(base, "is_quantized", False)
+    )
     if not able or 4 * sum(t.numel() for t in tensors) > MEMORY_SHARE * available_memory(base.device):
         yield
         return
@@ -85,8 +91,7 @@ def in_float32(base: PreTrainedModel) -> Iterator[None]:
     try:
         for tensor, data in saved:
             tensor.data = data.float()
-        with torch.autocast(base.device.type, enabled=False):
-            yield
+        yield
     finally:
         for tensor, data in saved:
             tensor.data = data
