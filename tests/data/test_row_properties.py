@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -333,16 +334,24 @@ def source_of(parts):
 
 
 @cache
-def template_tokenization(parts):
+def chat_tokenizer():
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*special, *alphabet])}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
+    )
+
+
+@cache
+def template_tokenization(parts):
+    tokenizer = copy.copy(chat_tokenizer())
     tokenizer.chat_template = source_of(parts)
     return Tokenization(tokenizer, max_prompt_length=4096, max_completion_length=4096)
 
