@@ -42,12 +42,13 @@ class Range:
         """What is wrong with a value, for the user; None if it is in the range."""
         if isinstance(value, bool) or not isinstance(value, Integral if self.is_whole else Real):
             return f"must be {'a whole number' if self.is_whole else 'a number'}, not {_shown(value)}."
-        if not math.isfinite(value):
+        found: Any = value
+        if not math.isfinite(found):
             return f"must be a finite number, not {value}."
-        inside = (value > self.low if self.above else value >= self.low) and (
-            value < self.high if self.below else value <= self.high
+        inside = (found > self.low if self.above else found >= self.low) and (
+            found < self.high if self.below else found <= self.high
         )
-        why = f": {self.why_not_less}" if self.why_not_less and value <= self.low else ""
+        why = f": {self.why_not_less}" if self.why_not_less and found <= self.low else ""
         return None if inside else f"must be {self._told(value)}, not {_shown(value)}{why}."
 
     def _told(self, value: Any) -> str:

@@ -136,7 +136,7 @@ def check_policy(folder: Path, policy: nn.Module) -> str:
             "trust_remote_code": _is_remote(base),
         }
         loader = AutoPeftModelForCausalLM if isinstance(policy, PeftModel) else AutoModelForCausalLM
-        again = loader.from_pretrained(str(folder), **options).to(base.device)
+        again = cast(nn.Module, loader.from_pretrained(str(folder), **options)).to(base.device)
         found, truth = _logits(again), _logits(policy)
     except Exception as error:
         raise _not_as_trained(folder, first_line(error)) from error
