@@ -28,6 +28,7 @@ class Range:
         low, high: the bounds; infinite ones are no bounds, but no number is infinite.
         above, below: whether the bound itself is left out.
         is_whole: whether only whole numbers are meant.
+        why_not_less: what the user is told of smaller numbers.
     """
 
     low: float = -math.inf
@@ -35,17 +36,20 @@ class Range:
     above: bool = False
     below: bool = False
     is_whole: bool = False
+    why_not_less: str = ""
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, for the user; None if it is in the range."""
         if isinstance(value, bool) or not isinstance(value, Integral if self.is_whole else Real):
             return f"must be {'a whole number' if self.is_whole else 'a number'}, not {_shown(value)}."
-        if not math.isfinite(value):
+        found: Any = value
+        if not math.isfinite(found):
             return f"must be a finite number, not {value}."
-        inside = (value > self.low if self.above else value >= self.low) and (
-            value < self.high if self.below else value <= self.high
+        inside = (found > self.low if self.above else found >= self.low) and (
+            found < self.high if self.below else found <= self.high
         )
-        return None if inside else f"must be {self._told(value)}, not {_shown(value)}."
+        why = f": {self.why_not_less}" if self.why_not_less and found <= self.low else ""
+        return None if inside else f"must be {self._told(value)}, not {_shown(value)}{why}."
 
     def _told(self, value: Any) -> str:
         """The bounds; of one that is there for the libraries' sake only if the value is beyond it."""
@@ -82,8 +86,8 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
 SEED = whole(0, 2**32 - 1)
 """NumPy takes no other seed."""
 
-TEMPERATURE = number(1e-4, 1e4)
-"""Of samples. Logits divided by less leave the range of float32, and greedy completions are not samples of the policy."""
+TEMPERATURE = Range(1e-4, 1e4, why_not_less="greedy completions are not samples of the policy")
+"""Of samples. Logits divided by less leave the range of float32."""
 
 
 def check_ranges(config: Any, others: Mapping[str, Range] | None = None) -> None:

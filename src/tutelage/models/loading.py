@@ -89,7 +89,9 @@ def load_model(
         with loading(f"the model '{name_or_path}'", _REMEDY):
             return AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=True, **options)
     with loading(f"the model '{name_or_path}'", _REMEDY):
-        model, found = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+        model, found = cast(
+            Any, AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+        )
     if found["missing_keys"]:  # transformers fills them with random numbers
         raise UserError(
             f"the model '{name_or_path}' lacks weights, such as {min(found['missing_keys'])}.",

@@ -74,7 +74,7 @@ def prepare_export(
             base.generation_config.save_pretrained(folder)
     with tempfile.TemporaryDirectory() as folder, _writing("tokenizer", str(tokenizer.name_or_path)):
         exported.save_pretrained(folder)
-        again = AutoTokenizer.from_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=_is_remote(exported))
         if again(_TEXT)["input_ids"] != exported(_TEXT)["input_ids"]:
             raise ValueError("it makes other tokens when it is read again")
     if isinstance(policy, PeftModel):
@@ -133,10 +133,10 @@ def check_policy(folder: Path, policy: nn.Module) -> str:
         options: dict[str, Any] = {
             "dtype": base.dtype,
             "attn_implementation": base.config._attn_implementation,
-            "trust_remote_code": type(base).__module__.startswith("transformers_modules."),
+            "trust_remote_code": _is_remote(base),
         }
         loader = AutoPeftModelForCausalLM if isinstance(policy, PeftModel) else AutoModelForCausalLM
-        again = loader.from_pretrained(str(folder), **options).to(base.device)
+        again = cast(nn.Module, loader.from_pretrained(str(folder), **options)).to(base.device)
         found, truth = _logits(again), _logits(policy)
     except Exception as error:
         raise _not_as_trained(folder, first_line(error)) from error
@@ -163,14 +163,19 @@ def check_reward(folder: Path, reward: Reward) -> str | None:
     groups = [Group(tuple(row[:2]), (Completion(tuple(row[2:]), Role.SAMPLE, True),)) for row in _rows(base)]
     try:
         if reward.why_no_classifier is None:
-            again = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, dtype=base.dtype)
+            again = AutoModelForSequenceClassification.from_pretrained(
+                str(folder), num_labels=1, dtype=base.dtype, trust_remote_code=_is_remote(base)
+            )
             again = again.to(base.device).eval()
             with torch.no_grad():
                 scores = [again(input_ids=torch.tensor([row], device=base.device)).logits[0, 0] for row in _rows(base)]
             found = torch.stack(scores).float().cpu()
         else:
-            loaded = ExplicitReward.from_pretrained(folder, dtype=base.dtype, pad_token_id=reward.pad_token_id)
-            loaded.model.to(base.device), loaded.head.to(base.device)
+            loaded = ExplicitReward.from_pretrained(
+                folder, dtype=base.dtype, trust_remote_code=_is_remote(base), pad_token_id=reward.pad_token_id
+            )
+            loaded.model.to(base.device)
+            loaded.head.to(base.device)
             found = loaded.score(groups)
         with torch.no_grad(), reward.active(), without_dropout(reward.model):
             truth = reward.rewards(groups).float().cpu()
@@ -179,6 +184,11 @@ def check_reward(folder: Path, reward: Reward) -> str | None:
     if not _close(found, truth, base.dtype):
         raise _not_as_trained(folder, f"its scores differ by up to {(found - truth).abs().max().item():.3g}")
     return f"{folder}: loaded back, it gives the scores of the reward that was learned"
+
+
+def _is_remote(part: object) -> bool:
+    """Whether a model or tokenizer is of code that came with it, which the user has allowed already."""
+    return type(part).__module__.startswith("transformers_modules.")
 
 
 def _why_no_second_copy(policy: nn.Module) -> str | None:
