@@ -34,7 +34,7 @@ from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, base_causal_lm, check_vocabulary, load_model, load_tokenizer
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
-from tutelage.models.weights import WeightSet, fingerprint
+from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, model_card, run_id
 from tutelage.scoring.layout import probe_layout
@@ -44,16 +44,7 @@ from tutelage.training.checkpoints import RandomState, checkpoints, put_in_place
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.flops import counted
-from tutelage.training.identity import (
-    RUN,
-    Data,
-    adapter_config,
-    check_identity,
-    digest_of_groups,
-    digest_of_rows,
-    identity,
-    record_identity,
-)
+from tutelage.training.identity import RUN, Data, check_identity, identity_of, record_identity
 from tutelage.training.lock import locked
 from tutelage.training.made import add_made
 from tutelage.training.metrics import Costs, Means
@@ -499,24 +490,7 @@ class DemonstrationTrainer(Trainer):
 
     def identity(self) -> dict[str, Any]:
         """What ``run.json`` holds of the run that begins with the policy as it stands."""
-        assert isinstance(self.train_dataset, (Dataset, IterableDataset))
-        data = {"training": Data(self.source, *digest_of_rows(self.train_dataset), "dataset_name")}
-        if self.evaluation_set is not None:
-            groups = self.evaluation_set.groups
-            data["evaluation"] = Data(self.eval_source, len(groups), digest_of_groups(groups), "eval_dataset_name")
-        adapter = self.policy.active_peft_config if isinstance(self.policy, PeftModel) else None
-        return identity(
-            algorithm=self.algorithm,
-            model={
-                "name": str(self.model_name),
-                "weights": fingerprint(self.policy.named_parameters()),
-                "layout": self.layout,
-            },
-            adapter=adapter and adapter_config(adapter),
-            data=data | self.other_data,
-            args=self.args,
-            schedule=self.stages.planned if self.stages else {},
-        )
+        return identity_of(self)
 
     def watch_retention(
         self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data"
