@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from tutelage.models.loading import base_causal_lm, first_line
+from tutelage.models.loading import base_causal_lm, first_line, model_body
 from tutelage.models.modes import without_dropout
 
 __all__ = ["HEAD_NAME", "classifier_adapter_config", "empty_classifier", "why_no_classifier"]
@@ -73,7 +73,7 @@ def why_no_classifier(model: nn.Module, head_size: int, pad_token_id: int | None
         except Exception as error:
             reason = first_line(error)[:120]
             return f"transformers loads no adapter of kind {getattr(config.peft_type, 'value', config.peft_type)} ({reason})"
-    setattr(whole, whole.base_model_prefix, base.base_model)
+    setattr(whole, whole.base_model_prefix, model_body(base))
     score = nn.Linear(head_size, 1, bias=False, device=base.device, dtype=base.dtype)
     setattr(whole, HEAD_NAME, score)
     try:

@@ -30,6 +30,7 @@ from tutelage.models.loading import (
     first_line,
     load_model,
     loading,
+    model_body,
     require_base,
     require_exists,
     run_part,
@@ -224,7 +225,7 @@ class ExplicitReward:
         # Without a pad token it scores single rows correctly and refuses batches.
         pad_token_id = None if self.pad_token_id == tokenizer.eos_token_id else self.pad_token_id
         whole = empty_classifier(body.config, pad_token_id)
-        whole.base_model.load_state_dict(body.base_model.state_dict(), assign=True)
+        whole.base_model.load_state_dict(model_body(body).state_dict(), assign=True)
         scalar_head(whole).weight = nn.Parameter(cast(Tensor, self.head.weight).detach().to(body.dtype))
         whole.save_pretrained(folder)
 
@@ -253,8 +254,8 @@ class ExplicitReward:
                 "Leave out --use_peft, or start from a reward with an adapter.",
             )
         earlier = ExplicitReward.from_pretrained(folder, field="init_reward_from")
-        body = base_causal_lm(self.model).base_model
-        found = dict(cast(PreTrainedModel, earlier.model).base_model.named_parameters())
+        body = model_body(base_causal_lm(self.model))
+        found = dict(model_body(cast(PreTrainedModel, earlier.model)).named_parameters())
         own = dict(body.named_parameters())
         if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in found.items()}:
             raise _refuse(

@@ -12,25 +12,29 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import TrainingArguments
 
 from tutelage.errors import UserError
 from tutelage.files import read_sealed, write_sealed
 from tutelage.groups import Group
+from tutelage.models.weights import fingerprint
+
+if TYPE_CHECKING:
+    from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = [
     "MAY_CHANGE",
     "RUN",
     "Data",
-    "adapter_config",
     "check_identity",
     "digest_of_groups",
     "digest_of_rows",
-    "identity",
+    "identity_of",
     "record_identity",
     "recorded_settings",
 ]
@@ -172,7 +176,27 @@ def digest_of_groups(groups: Iterable[Group]) -> str:
     return digest.hexdigest()
 
 
-def identity(
+def identity_of(trainer: DemonstrationTrainer) -> dict[str, Any]:
+    """What run.json holds of the run that begins with the policy of a trainer as it stands."""
+    dataset, rows, policy = trainer.train_dataset, trainer.evaluation_set, trainer.policy
+    assert isinstance(dataset, (Dataset, IterableDataset))
+    data = {"training": Data(trainer.source, *digest_of_rows(dataset), "dataset_name")}
+    if rows is not None:
+        data["evaluation"] = Data(
+            trainer.eval_source, len(rows.groups), digest_of_groups(rows.groups), "eval_dataset_name"
+        )
+    weights = fingerprint(policy.named_parameters())
+    return _identity(
+        algorithm=trainer.algorithm,
+        model={"name": str(trainer.model_name), "weights": weights, "layout": trainer.layout},
+        adapter=_adapter_config(policy.active_peft_config) if isinstance(policy, PeftModel) else None,
+        data=data | trainer.other_data,
+        args=trainer.args,
+        schedule=trainer.stages.planned if trainer.stages else {},
+    )
+
+
+def _identity(
     *,
     algorithm: str,
     model: Mapping[str, Any],
@@ -321,7 +345,7 @@ def _data(data: Mapping[str, Any] | None) -> str:
     return f"{rows} of {data['source']} (content {data['sha256'][:8]})"
 
 
-def adapter_config(config: Any) -> dict[str, Any]:
+def _adapter_config(config: Any) -> dict[str, Any]:
     """What an adapter's weights depend on, of its config."""
     left_out = (
         "base_model_name_or_path",

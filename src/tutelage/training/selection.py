@@ -70,7 +70,7 @@ class Candidate:
         return float(np.mean([c.sum("old_logps") for g in self.groups for c in g.demonstrations]))
 
     def without_logps(self, ids: dict[int, int]) -> Candidate:
-        """The same in a tenth of the memory: its groups keep their tokens, and no number per token.
+        """The same in a sixth of the memory: its groups keep their tokens, and no number per token.
 
         Args:
             ids: every token id that is known, once.

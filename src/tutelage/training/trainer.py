@@ -45,7 +45,7 @@ from tutelage.models.loading import (
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.models.router import router_loss
-from tutelage.models.weights import WeightSet, fingerprint
+from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
 from tutelage.scoring.layout import probe_layout
@@ -57,16 +57,7 @@ from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
 from tutelage.training.flops import counted
-from tutelage.training.identity import (
-    RUN,
-    Data,
-    adapter_config,
-    check_identity,
-    digest_of_groups,
-    digest_of_rows,
-    identity,
-    record_identity,
-)
+from tutelage.training.identity import RUN, Data, check_identity, identity_of, record_identity
 from tutelage.training.lengths import probed_lengths
 from tutelage.training.lock import locked
 from tutelage.training.made import add_made
@@ -551,24 +542,7 @@ class DemonstrationTrainer(Trainer):
 
     def identity(self) -> dict[str, Any]:
         """What ``run.json`` holds of the run that begins with the policy as it stands."""
-        assert isinstance(self.train_dataset, (Dataset, IterableDataset))
-        data = {"training": Data(self.source, *digest_of_rows(self.train_dataset), "dataset_name")}
-        if self.evaluation_set is not None:
-            groups = self.evaluation_set.groups
-            data["evaluation"] = Data(self.eval_source, len(groups), digest_of_groups(groups), "eval_dataset_name")
-        adapter = self.policy.active_peft_config if isinstance(self.policy, PeftModel) else None
-        return identity(
-            algorithm=self.algorithm,
-            model={
-                "name": str(self.model_name),
-                "weights": fingerprint(self.policy.named_parameters()),
-                "layout": self.layout,
-            },
-            adapter=adapter and adapter_config(adapter),
-            data=data | self.other_data,
-            args=self.args,
-            schedule=self.stages.planned if self.stages else {},
-        )
+        return identity_of(self)
 
     def watch_retention(
         self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data"
