@@ -150,6 +150,7 @@ def _is_of_a_clock(name):
         "id",
         "model",
         "output_dir",
+        "probes",  # of the model, by this process: of sampling if it sampled
     )
     return name.endswith(told) or name.startswith(("time", "seconds"))
 

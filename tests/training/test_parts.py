@@ -17,6 +17,7 @@ from tutelage.groups import Completion, Group, Role
 from tutelage.sampling.base import Sample
 from tutelage.scoring.logps import cached_token_logps, completion_token_logps
 from tutelage.testing.models import tiny_model
+from tutelage.training.manifest import Manifest
 from tutelage.training.objective import Step
 
 # --- signatures and settings -----------------------------------------------------------------------------------------
@@ -262,6 +263,7 @@ def test_an_sft_run_of_the_first_version_goes_on(training):
     costs = state["stateful_callbacks"]["tutelage_costs"]
     costs["tokens"] = [costs["tokens"][0], costs["tokens"][2]]
     (checkpoint / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    Manifest(checkpoint).note("trainer_state.json")
     resumed = training.trainer("sft", name="run")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.costs.state_dict()["tokens"] == trainer.costs.state_dict()["tokens"]

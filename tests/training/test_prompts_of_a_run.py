@@ -41,15 +41,18 @@ class Killed(TrainerCallback):
 
 
 @pytest.mark.parametrize("algorithm", ["irft", "sft"])
-def test_a_resumed_run_has_the_prompts_it_had(training, algorithm, monkeypatch):
+def test_a_resumed_run_has_the_prompts_it_had(training, algorithm):
     dated(training)
-    settings = {"data": Dataset.from_list(TALKS), "save_strategy": "steps", "save_steps": 1}
-    trainer = training.trainer(algorithm, **settings, max_steps=3)
+    data = Dataset.from_list(TALKS)
+    settings = {"data": data, "save_strategy": "steps", "save_steps": 1}
+    trainer = training.trainer(algorithm, **settings, options={"callbacks": [Killed()]})
     began = datetime(2024, 2, 5, 7, 8, 9)
     trainer.tokenization.now = began
-    trainer.train()
+    trainer.train_dataset = tokenize_dataset(data, replace(trainer.tokenization))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
     assert recorded_time(training.folder / "run") == began
-    resumed = training.trainer(algorithm, **settings, max_steps=4)
+    resumed = training.trainer(algorithm, **settings)
     assert resumed.tokenization.now == began
     assert "2024 07:08:09" in resumed.tokenization.text(resumed.train_dataset[0]["prompt_ids"])
     resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))

@@ -305,7 +305,7 @@ def test_a_draw_that_is_gone_is_an_error(training):
         make(training, callbacks=[KillAt("on_step_begin", 3)], **SAVED, **PASSES).train()
     resumed = make(training, **SAVED, **PASSES)
     shutil.rmtree(resumed.stages.store.path(0))
-    with pytest.raises(UserError, match=r"samples of stage 0 are missing"):
+    with pytest.raises(UserError, match=r"samples\.jsonl is damaged or missing"):
         resumed.train(resume_from_checkpoint=get_last_checkpoint(resumed.args.output_dir))
 
 

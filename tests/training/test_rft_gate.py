@@ -104,7 +104,12 @@ def test_no_gate_asks_nothing(training, caplog):
 
 def test_the_shortcut_is_visible(training):
     """Correlation of the reward with log-prob and length, over the samples of the stage."""
-    trainer = plant(make(training, reward_gate="off"), lambda c: c.sum("old_logps") + 0.5 * len(c.token_ids))
+
+    def reward(completion):  # candidates of earlier stages do not know their log-probs any more
+        known = "old_logps" in completion.token_values
+        return (completion.sum("old_logps") if known else 0.0) + 0.5 * len(completion.token_ids)
+
+    trainer = plant(make(training, reward_gate="off"), reward)
     trainer.train()
     samples = [c for group in trainer.stages.store.groups(1) for c in group.samples]
     logps, lengths = ([c.sum("old_logps") for c in samples], [len(c.token_ids) for c in samples])

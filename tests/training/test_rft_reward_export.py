@@ -116,7 +116,7 @@ def test_an_ensemble_that_is_explained_or_damaged_is_an_error(training, score):
 def test_of_likelihoods_nothing_is_exported_and_that_is_said(training, score):
     trainer, folder = exported(training, reward="likelihood", fold_learning_rate=1e-2)
     assert trainer.stages.phase.negatives.folds()
-    assert sorted(path.name for path in folder.iterdir()) == ["policy"]
+    assert sorted(path.name for path in folder.iterdir()) == ["made.json", "policy"]
     code, _, said = score("--reward", folder)
     assert code != 0
     assert "the run has exported no reward: those of --reward likelihood" in said

@@ -115,7 +115,7 @@ class Negatives:
         """Add what they cost to the costs of the run, whichever process drew them. Once per run."""
         groups = [group for found in self.groups().values() for group in found]
         self.costs.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.samples)
-        if "out_of_fold" in self.kinds:
+        if (self.store.folder / "negatives" / "folds.json").exists():  # the likelihood needs them too, and draws none
             self.costs.policy_tokens += self.folds().trained_tokens()
 
     def _initial(self) -> list[Group]:

@@ -51,7 +51,7 @@ from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, R
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
-from tutelage.training.checkpoints import RandomState, checkpoints, put_in_place, writing_folder
+from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, writing_folder
 from tutelage.training.clock import CLOCK, record_time, recorded_time
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
@@ -371,7 +371,9 @@ class DemonstrationTrainer(Trainer):
 
     def non_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that stops training before any weight is corrupted."""
-        checkpoint = next(iter(checkpoints(Path(str(self.args.output_dir)))), None)
+        folder = Path(str(self.args.output_dir))
+        folder = folder.parent if folder.name == WRITING else folder  # while a checkpoint is written
+        checkpoint = next(iter(checkpoints(folder)), None)
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
         return NonFiniteLossError(
             f"the {what} is {value} at step {self.state.global_step + 1}{self._place()}; training stopped before that step "
