@@ -191,7 +191,7 @@ def test_a_function_of_texts():
         ("words", r"'words' is not a set of features.*Write text, hidden"),
         ("", "names no set"),
         ("text,text", "names a set twice"),
-        ("no_such_module:f", "cannot be imported: No module named"),
+        ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named"),
         (f"{__name__}:no_such", "cannot be imported"),
         (f"{__name__}:TEST", "is not a function"),
     ],

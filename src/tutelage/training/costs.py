@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def reset_peak_memory() -> None:
 def run_settings(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
     """What a reader needs to run it again: the algorithm's own fields, the optimizer's and the adapter's."""
     own = [n for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for n in cls.__annotations__]
-    names = [name for name in dict.fromkeys([*own, *_TRAINING_FIELDS]) if name in args.__dataclass_fields__]
+    known = {entry.name for entry in fields(args)}  # no class variable
+    names = [name for name in dict.fromkeys([*own, *_TRAINING_FIELDS]) if name in known]
     settings = {name: _plain(getattr(args, name)) for name in names}
     for adapter in getattr(model, "peft_config", {}).values():
         settings |= {"adapter": str(adapter.peft_type.value), "lora_r": getattr(adapter, "r", None)}

@@ -238,8 +238,10 @@ def _rows(base: PreTrainedModel) -> list[list[int]]:
 def _logits(model: Any) -> Tensor:
     """[4, 12, V] float32 logits of a batch of random tokens."""
     base = base_causal_lm(model)
-    with without_dropout(model):
-        return model(input_ids=torch.tensor(_rows(base), device=base.device)).logits.float().cpu()
+    rows = torch.tensor(_rows(base), device=base.device)
+    with without_dropout(model), torch.autocast(base.device.type, enabled=False):
+        # The class's forward: accelerate puts one with autocast on the model that is trained, and not on the one loaded.
+        return type(model).forward(model, input_ids=rows).logits.float().cpu()
 
 
 def _close(found: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
