@@ -59,15 +59,18 @@ RECIPE = {
 
 ARMS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     # name: (algorithm, what it starts from, settings)
-    "sft": ("sft", "base", {"num_train_epochs": 12}),
-    "plateau": ("sft", "base", {"num_train_epochs": 24}),
-    "gentle": ("sft", "base", {"num_train_epochs": 24, "learning_rate": 2e-5}),
-    "continued": ("sft", "sft", {"num_train_epochs": 12, "learning_rate": 1e-4}),
+    "sft": ("sft", "base", {}),
+    "plateau": ("sft", "base", {}),
+    "gentle": ("sft", "base", {"learning_rate": 2e-5}),
+    "continued": ("sft", "sft", {"learning_rate": 1e-4}),
     "self-training": ("rft", "sft", {**RECIPE, "reward": "logp", "policy_update": "best_of_n"}),
     "recipe": ("rft", "sft", RECIPE),
     "recipe-best-of-n": ("rft", "sft", {**RECIPE, "policy_update": "best_of_n"}),
 }
 """Every arm of an algorithm has the settings here, over those of ``common``."""
+
+PASSES = {"sft": 1, "plateau": 2, "gentle": 2, "continued": 1}
+"""Passes of an arm of SFT over the demonstrations, in units of --passes."""
 
 SETS = ("text", "hidden", "text,logp", "hidden,logp")
 
@@ -134,7 +137,9 @@ class Seed:
     def trainer(self, name: str, overrides: Mapping[str, Any], label: str) -> SFTTrainer | RFTTrainer:
         """Of an arm, with its settings and the overrides."""
         algorithm, start, settings = ARMS[name]
-        own = {"per_device_train_batch_size": 8 if algorithm == "sft" else 4}
+        own: dict[str, Any] = {"per_device_train_batch_size": 8 if algorithm == "sft" else 4}
+        if name in PASSES:
+            own["num_train_epochs"] = PASSES[name] * self.options.passes
         settings = {**common(self.task, self.seed, self.options, self.folder / label), **own, **settings, **overrides}
         adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         parts: dict[str, Any] = {
@@ -237,6 +242,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="arrange_16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=64, help="Demonstrations.")
+    parser.add_argument("--passes", type=int, default=24, help="Of SFT; the arms plateau and gentle make twice as many.")
     parser.add_argument("--prompts", type=int, default=240, help="Prompts without demonstrations.")
     parser.add_argument("--test_rows", type=int, default=48, help="Held-out rows.")
     parser.add_argument("--answers", type=int, default=8, help="Sampled answers per held-out row.")
@@ -249,7 +255,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     path = Path(options.output_dir) / f"{options.task}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    counts = {name: getattr(options, name) for name in ("rows", "prompts", "test_rows", "answers")}
+    counts = {name: getattr(options, name) for name in ("rows", "passes", "prompts", "test_rows", "answers")}
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"counts": counts, "seeds": {}}
     if stored["counts"] != counts:
         raise SystemExit(f"{path} holds runs of other sizes: {stored['counts']}. Give another --output_dir.")
