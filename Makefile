@@ -23,7 +23,7 @@ test: install ## run the linter, the formatter's check, the type checker and the
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 quickstart: install ## train, compare and report on this machine, no model hub needed (ARGS goes to it)
 	.venv/bin/tutelage quickstart $(ARGS)
