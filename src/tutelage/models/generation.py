@@ -12,11 +12,17 @@ __all__ = ["mend_generation_config", "stop_at", "with_eos"]
 
 
 def stop_at(model: PreTrainedModel, stop_ids: Iterable[int]) -> None:
-    """Have plain ``generate`` stop at these tokens too, besides those that the model's generation config has already."""
+    """Have plain ``generate`` stop at these tokens too, besides those that the model's generation config has already.
+
+    What a generation config has that transformers made of the model's config is a default there, and may be any token:
+    only ``stop_ids`` count then. It is one that somebody wrote from now on; else it would be made anew where it is loaded.
+    """
     config = model.generation_config
     if config is None:
         return
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if getattr(config, "_from_model_config", False):
+        known, config._from_model_config = [], False
     found = list(dict.fromkeys([*sorted(stop_ids), *(token for token in known if token is not None)]))
     config.eos_token_id = found if len(found) > 1 else found[0] if found else None
 
