@@ -242,7 +242,9 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="arrange_16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=64, help="Demonstrations.")
-    parser.add_argument("--passes", type=int, default=24, help="Of SFT; the arms plateau and gentle make twice as many.")
+    parser.add_argument(
+        "--passes", type=int, default=24, help="Of SFT; the arms plateau and gentle make twice as many."
+    )
     parser.add_argument("--prompts", type=int, default=240, help="Prompts without demonstrations.")
     parser.add_argument("--test_rows", type=int, default=48, help="Held-out rows.")
     parser.add_argument("--answers", type=int, default=8, help="Sampled answers per held-out row.")
