@@ -148,7 +148,7 @@ def test_a_killed_command_goes_on(command, model, data, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Folds, "_train", dies)
         assert command(*args)[0] == 130
-    assert [path.name for path in sorted(out.iterdir())] == ["folds"]
+    assert [path.name for path in sorted(out.iterdir())] == ["folds", "made.json"]
     first = (out / "folds" / "fold-0.safetensors").read_bytes()
     code, shown = command(*args)
     assert code == 2

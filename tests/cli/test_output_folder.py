@@ -262,3 +262,50 @@ def test_a_resume_that_is_refused_leaves_everything_as_it_is(refused, model, run
     )
     assert "field 'learning_rate'" in error
     assert content(run) == before
+
+
+# --- what is not the command's own -------------------------------------------------------------------------------------
+
+
+def test_a_run_inside_another_ones_folder_is_not_replaced_with_it(tmp_path):
+    out, inner, control = tmp_path / "out", tmp_path / "out" / "second", tmp_path / "out" / "controls" / "gentle"
+    for folder in (out, inner, control):
+        folder.mkdir(parents=True)
+        add_made(folder, ["model.safetensors"])
+        (folder / "model.safetensors").write_text("weights")
+    made = made_files(out)
+    assert out / "model.safetensors" in made
+    assert control / "model.safetensors" in made
+    assert not any(inner in path.parents for path in made)
+    add_made(out, [], folders=["second"])
+    assert inner / "model.safetensors" in made_files(out)
+
+
+def test_nothing_is_a_commands_own_where_none_left_a_record(tmp_path):
+    for name in ("run.json", "stages/samples.jsonl", "folds/x.tmp", "lock.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert made_files(tmp_path) == []
+    for name in ("run.json", "stages/samples.jsonl"):
+        with pytest.raises(UserError, match="no run of tutelage wrote this file"):
+            OutputFolder(str(tmp_path), overwrite=True)
+        (tmp_path / name).unlink()
+    OutputFolder(str(tmp_path), overwrite=True)
+
+
+def test_resume_needs_a_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no run of tutelage wrote this file"):
+        OutputFolder(str(tmp_path), overwrite=False, resume=True)
+    add_made(tmp_path, ["config.json"])
+    OutputFolder(str(tmp_path), overwrite=False, resume=True)
+
+
+@pytest.mark.parametrize("record", ['{"files": null}', '{"files": [5, "../x", "/x"]}', "[]", "{"])
+def test_a_record_names_nothing_outside_its_folder(tmp_path, record):
+    out = tmp_path / "out"
+    (out / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "x").write_text("x")
+    (out / "checkpoint-1" / "manifest.json").write_text('{"files": {"../../x": {}}}')
+    (out / "made.json").write_text(record)
+    assert not {path.resolve() for path in made_files(out)} & {tmp_path / "x"}

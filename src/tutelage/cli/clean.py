@@ -23,7 +23,7 @@ from tutelage.ranges import LARGEST, SEED, number, whole
 
 __all__ = ["main"]
 
-_OUTPUTS = ("ranking.jsonl", "kept.jsonl", "clean.html")
+_OUTPUTS = ("folds/*", "ranking.jsonl", "kept.jsonl", "clean.html")
 
 
 def main(args: Sequence[str], console: Console) -> None:

@@ -67,6 +67,7 @@ def clean(options: argparse.Namespace, console: Console, *, before_training: Cal
         judge = (_OutOfFold if options.by == "log_prob" else _ByReward)(options, rows, tokenization, progress)
         before_training()
         folder.mkdir(parents=True, exist_ok=True)
+        add_made(folder, ("ranking.jsonl", "kept.jsonl", "clean.html"))
         places = {row.group.row: place for place, row in enumerate(rows)}
         ranking = rank_rows([row.group.row for row in rows], judge.values(), dropped=dropped)
         worst = [places[each.row] for each in ranking[: options.show]]
@@ -74,7 +75,6 @@ def clean(options: argparse.Namespace, console: Console, *, before_training: Cal
     shown = [
         _worst_row(each, rows[places[each.row]], answers.get(places[each.row])) for each in ranking[: options.show]
     ]
-    add_made(folder, ("ranking.jsonl", "kept.jsonl", "clean.html"))
     write_json_lines(folder / "ranking.jsonl", map(asdict, ranking))
     write_text(folder / "kept.jsonl", "".join(lines[each.row] for each in sorted(ranking, key=_row) if each.kept))
     title, measure = f"Demonstrations of {Path(options.dataset_name).name}, ranked", _MEASURES[options.by]

@@ -25,6 +25,7 @@ from tutelage.report.verdicts import signed
 from tutelage.results import RunRecord, load_results
 from tutelage.terminal import say
 from tutelage.training.callbacks import StopAtScore
+from tutelage.training.clock import recorded_time
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.made import add_made
 from tutelage.training.trainer import DemonstrationTrainer
@@ -194,13 +195,18 @@ class _Split:
     def __init__(self, data: DataArguments, model: ModelArguments, method: DemonstrationConfig, home: Path):
         self._data, self._path = data, home / "train.jsonl"
         source, turns = str(data.dataset_name), cast(Turns, method.turns)
-        self.tokenization = method.tokenization(load_tokenizer(model.require_name()))
+        self.tokenization = method.tokenization(
+            load_tokenizer(
+                model.require_name(), revision=model.model_revision, trust_remote_code=model.trust_remote_code
+            ),
+            now=recorded_time(Path(str(method.output_dir))),
+        )
         dataset = load_dataset(source, config_name=data.dataset_config, split=data.dataset_train_split)
         assert not isinstance(dataset, IterableDataset)
         tokenized = cast(Any, tokenize_dataset(dataset, self.tokenization, turns=turns, source=source))
         given = getattr(method, "validation_dataset", None)
         if given:
-            raw = load_dataset(given)
+            raw = load_dataset(given, config_name=data.dataset_config)
         else:
             rows = getattr(method, "validation_rows", None) or min(max(16, len(dataset) // 10), 128, len(dataset) // 2)
             raw, _ = split_validation(

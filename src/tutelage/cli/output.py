@@ -34,6 +34,12 @@ _OUTPUTS = (
     "policy/*",
     "reward/*",
     "checkpoint-*/*",
+    "stages/*",
+    "retention-start/*",
+    "run.json",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
 )
 _PROBE = 1 << 16
 
@@ -83,6 +89,8 @@ class OutputFolder:
             self._replaced = made_files(self.folder)
             self._refuse_what_is_read(read)
             self._refuse_what_others_made(outputs)
+        elif holds_something and not _may_go_on(self.folder):
+            self._refuse_what_others_made(outputs)
         try_folder(self.folder)
 
     def _refuse_what_is_read(self, read: Mapping[str, Path]) -> None:
@@ -112,7 +120,7 @@ class OutputFolder:
         self._keep = True
         with storing(self.folder):
             for path in self._replaced:
-                if path.name not in (LOCK, MADE):
+                if path not in (self.folder / LOCK, self.folder / MADE):
                     path.unlink(missing_ok=True)
             for folder in sorted({parent for path in self._replaced for parent in path.parents}, reverse=True):
                 if self.folder in folder.parents:
@@ -154,6 +162,11 @@ def try_folder(folder: Path) -> None:
         with suppress(OSError):
             probe.unlink()
         _unmake(made)
+
+
+def _may_go_on(folder: Path) -> bool:
+    """Whether a run was begun in a folder, so that --resume has something to look at; what that is it says itself."""
+    return any(any(folder.glob(name)) for name in ("run.json", MADE, "checkpoint-*", "stages", "folds"))
 
 
 def _make(folder: Path) -> list[Path]:

@@ -209,7 +209,7 @@ def _run(options: argparse.Namespace, out: Path, console: Console) -> list[RunRe
     plan = Plan(console, {name: pace.seconds(name, len(train_rows), len(test_rows)) for name in _PARTS})
     out.mkdir(parents=True, exist_ok=True)
     rows |= {"train": train_rows, "test": test_rows, "prompts": rows["prompts"][: 2 * len(train_rows)]}
-    add_made(out, (*(f"{name}.jsonl" for name in rows), "report.html", "base/results.json"))
+    add_made(out, (*(f"{name}.jsonl" for name in rows), "report.html", "base/results.json"), folders=_PARTS)
     files = {name: str(_save(part, out / f"{name}.jsonl")) for name, part in rows.items()}
     data = DataArguments(dataset_name=files["train"], eval_dataset_name=files["test"])
     records = []

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tutelage.files import read_json, write_json
+from tutelage.errors import DamagedFileError
+from tutelage.files import read_json, read_sealed, write_json
 from tutelage.training.manifest import MANIFEST
 
 __all__ = ["MADE", "add_made", "finish_made", "is_unfinished", "made_files"]
@@ -36,25 +37,37 @@ _OF_STAGES = (
 )
 
 
-def add_made(folder: Path, names: Iterable[str], *, unfinished: bool = False) -> None:
+def add_made(folder: Path, names: Iterable[str], *, folders: Iterable[str] = (), unfinished: bool = False) -> None:
     """Note files that are about to be written; call it before.
 
     Args:
+        folders: names of folders in it that the same command writes, each with a record of its own. A folder in which
+            another command wrote is not its.
         unfinished: the command that writes them is of no use unless it ends, and may then be run again.
     """
     found = _read(folder)
-    files = sorted({*found.get("files", []), *names})
-    write_json(folder / MADE, {"files": files, **({"unfinished": True} if unfinished else {})})
+    _write(
+        folder,
+        {*found["files"], *names},
+        {*found["folders"], *folders},
+        **({"unfinished": True} if unfinished else {}),
+    )
 
 
 def finish_made(folder: Path) -> None:
     """The command that wrote the files has ended."""
-    write_json(folder / MADE, {"files": _read(folder).get("files", [])})
+    found = _read(folder)
+    _write(folder, found["files"], found["folders"])
+
+
+def _write(folder: Path, files: Iterable[str], folders: Iterable[str], **facts: Any) -> None:
+    parts = {"folders": sorted(folders)} if folders else {}
+    write_json(folder / MADE, {"files": sorted(files), **parts, **facts})
 
 
 def is_unfinished(folder: Path) -> bool:
     """Whether the folder holds nothing but what a killed command wrote that may be run again."""
-    if not _read(folder).get("unfinished"):
+    if not _json(folder / MADE).get("unfinished"):
         return False
     made = set(made_files(folder))
     return all(path in made for path in folder.rglob("*") if path.is_file())
@@ -63,18 +76,39 @@ def is_unfinished(folder: Path) -> bool:
 def made_files(folder: Path) -> list[Path]:
     """The files in a folder and below it that commands of this library wrote."""
     found: dict[Path, None] = {}
-    for home in [folder, *(path.parent for path in folder.rglob(MADE) if path.parent != folder)]:
-        found |= dict.fromkeys(_made_in(home))
+    for home in _homes(folder):
+        found |= dict.fromkeys(path for path in _made_in(home) if _is_below(path, home))
     return [path for path in found if path.is_file() or path.is_symlink()]
 
 
+def _homes(folder: Path) -> Iterator[Path]:
+    """The folder, and those in it that the same command wrote; none where no command did."""
+    if not _is_of_a_command(folder):
+        return
+    yield folder
+    for home in [*sorted(folder.glob("controls/*")), *(folder / name for name in _read(folder)["folders"])]:
+        if home.is_dir() and _is_below(home, folder):
+            yield from _homes(home)
+
+
+def _is_of_a_command(folder: Path) -> bool:
+    """Whether a command of this library wrote here: there is its record, or a run's own, with its seal."""
+    if "files" in _json(folder / MADE):
+        return True
+    try:
+        return bool(read_sealed(folder / "run.json"))
+    except (DamagedFileError, OSError):
+        return False
+
+
+def _is_below(path: Path, home: Path) -> bool:
+    return home in path.parents and ".." not in path.parts
+
+
 def _made_in(home: Path) -> Iterator[Path]:
-    for name in _read(home).get("files", []):
-        path = home / name
-        if home in path.parents and ".." not in path.parts:
-            yield path
+    yield from (home / name for name in _read(home)["files"])
     for manifest in home.glob(f"checkpoint-*/{MANIFEST}"):
-        yield from (manifest.parent / name for name in _json(manifest).get("files", {}))
+        yield from (manifest.parent / name for name in _names(_json(manifest).get("files")))
         yield manifest
     for inside in ("stages", "folds", "retention-start"):
         for pattern in (*_OF_STAGES, *(("results.json",) if inside == "retention-start" else ())):
@@ -86,8 +120,14 @@ def _made_in(home: Path) -> Iterator[Path]:
     yield from (home / name for name in _OWN)  # last: a killed removal is known as one
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    return _json(folder / MADE)
+def _read(folder: Path) -> dict[str, list[str]]:
+    """The names in a folder's record; none where there is none, or it is not one."""
+    found = _json(folder / MADE)
+    return {kind: _names(found.get(kind)) for kind in ("files", "folders")}
+
+
+def _names(found: Any) -> list[str]:
+    return [name for name in found if isinstance(name, str)] if isinstance(found, (list, dict)) else []
 
 
 def _json(path: Path) -> dict[str, Any]:

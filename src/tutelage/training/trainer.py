@@ -76,6 +76,7 @@ NOT_UPLOADED = (
     "_*",
     "checkpoint-*",
     "stages/*",
+    "folds/*",
     "controls/*",
     "retention-start/*",
     "results.json",
