@@ -62,7 +62,9 @@ def finish_made(folder: Path) -> None:
 
 def _write(folder: Path, files: Iterable[str], folders: Iterable[str], **facts: Any) -> None:
     parts = {"folders": sorted(folders)} if folders else {}
-    write_json(folder / MADE, {"files": sorted(files), **parts, **facts})
+    record = {"files": sorted(files), **parts, **facts}
+    if _json(folder / MADE) != record:
+        write_json(folder / MADE, record)
 
 
 def is_unfinished(folder: Path) -> bool:
