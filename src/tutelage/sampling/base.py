@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import nn
 
-from tutelage.groups import Completion, Role
+from tutelage.groups import Completion, Group, Role
 
-__all__ = ["Sample", "Sampler", "SamplingParams", "uniforms"]
+__all__ = ["RemoteSampler", "Sample", "Sampler", "SamplingParams", "stream_seed", "uniforms"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,60 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class RemoteSampler(Sampler, Protocol):
+    """A sampler in another process: it holds a copy of the weights, which may be an old one."""
+
+    gap: float | None
+    """Mean difference of log-probs to the trainer's, of the last weights that it took (nats per token); None unless
+    ``verify`` was called."""
+
+    def verify(
+        self, groups: Sequence[Group], params: SamplingParams, score: Callable[[Sequence[Group]], list]
+    ) -> None:
+        """Have the next samples drawn only where the log-probs of a probe are the trainer's.
+
+        Args:
+            groups: the probe's prompts are taken from these, at the first call.
+            params: how completions are drawn.
+            score: the trainer's log-probs of all completion tokens under the weights that were taken last, as
+                ``PolicyScorer.token_logps`` gives them.
+
+        Raises:
+            UserError: the sampler holds other weights; raised here or while samples are drawn.
+        """
+        ...
+
+    def require_gap(self, gap: float) -> None:
+        """Raise if the log-probs of samples differ from the trainer's by more than rounding.
+
+        Raises:
+            UserError: they do.
+        """
+        ...
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        num_samples: int = 1,
+        rows: Sequence[int] | None = None,
+        stage: int = 0,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """As ``sample``: the place and the samples of each prompt as they are finished. Others are drawn meanwhile.
+
+        Args:
+            on_wait: called several times a second while nothing is finished; it may raise.
+        """
+        ...
+
+    def release(self) -> None:
+        """No more samples will be drawn: remove what was handed over."""
+        ...
+
+
 def uniforms(seed: int, stage: int, rows: np.ndarray, draws: np.ndarray, position: int) -> np.ndarray:
     """One uniform number in [0, 1) per token, a function only of the token's coordinates.
 
@@ -127,6 +181,18 @@ def uniforms(seed: int, stage: int, rows: np.ndarray, draws: np.ndarray, positio
     for coordinate in (seed, stage, rows, draws, position):
         state = _splitmix64(state ^ np.asarray(coordinate, dtype=np.int64).astype(np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def stream_seed(seed: int, stage: int, row: int, draw: int) -> int:
+    """A seed for one completion, a function only of its coordinates; below 2⁶³.
+
+    >>> stream_seed(0, 1, 5, 0) == stream_seed(0, 1, 5, 0), stream_seed(0, 1, 5, 0) == stream_seed(0, 1, 5, 1)
+    (True, False)
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for coordinate in (seed, stage, row, draw):
+        state = _splitmix64(state ^ np.asarray([coordinate], dtype=np.int64).astype(np.uint64))
+    return int(state[0] >> np.uint64(1))
 
 
 def _splitmix64(state: np.ndarray) -> np.ndarray:

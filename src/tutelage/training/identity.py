@@ -87,6 +87,13 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "do_eval",
         "do_predict",
     ),
+    "which servers draw the samples, and how they are asked": (
+        "vllm_url",
+        "vllm_folder",
+        "vllm_concurrency",
+        "vllm_timeout",
+        "vllm_tolerance",
+    ),
     "how fast it is and what memory it takes": (
         "per_device_eval_batch_size",
         "sampling_batch_size",

@@ -119,6 +119,9 @@ def _made_in(home: Path) -> Iterator[Path]:
     for path in (home / "stages").rglob("member-*"):
         yield from path.rglob("*")
     yield from (home / ".writing").rglob("*")
+    for pattern in ("adapter-*", "policy-*"):  # of a killed run that sampled on vLLM
+        for path in (home / "vllm").glob(pattern):
+            yield from path.rglob("*")
     yield from (home / name for name in _OWN)  # last: a killed removal is known as one
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
+from tutelage.errors import UserError
 from tutelage.groups import Group, Role
 from tutelage.models.weights import WeightSet, fingerprint
-from tutelage.sampling import Sampler, SamplingParams
+from tutelage.sampling import RemoteSampler, Sample, Sampler, SamplingParams
 from tutelage.scoring.logps import Layout, cached_token_logps
 from tutelage.training.termination import leave_if_asked
 
@@ -131,6 +132,7 @@ class Rollout:
         with weights.active() if weights else nullcontext(), self.scorer.autocast():
             if weights:
                 self.sampler.take_weights(self.scorer.policy)
+            self._verify(groups, params)
             drawn = self.sampler.sample(
                 [group.prompt_ids for group in groups],
                 params or self.params,
@@ -141,16 +143,67 @@ class Rollout:
             )
         if weights:
             self.sampler.take_weights(self.scorer.policy)
-        return [
-            group.add(sample.completion for sample in samples) for group, samples in zip(groups, drawn, strict=True)
-        ]
+        return [_with(group, samples) for group, samples in zip(groups, drawn, strict=True)]
+
+    def draw_in_pieces(self, groups: Sequence[Group], size: int, *, stage: int) -> Iterator[list[Group]]:
+        """As ``draw`` for the stages, ``size`` groups at a time, in order.
+
+        A remote sampler goes on with the next pieces while the caller works on one. If it fails, the groups that it had
+        finished come before its error is raised.
+        """
+        if not isinstance(self.sampler, RemoteSampler):
+            for start in range(0, len(groups), size):
+                yield self.draw(groups[start : start + size], stage=stage)
+            return
+        self._verify(groups, None)
+        stream = self.sampler.stream(
+            [group.prompt_ids for group in groups],
+            self.params,
+            num_samples=self.num_samples,
+            rows=[group.row for group in groups],
+            stage=stage,
+            on_wait=leave_if_asked,
+        )
+        finished: dict[int, list[Sample]] = {}
+        start = 0
+        try:
+            for place, samples in stream:
+                finished[place] = samples
+                leave_if_asked()
+                while start < len(groups) and finished.keys() >= set(range(start, min(start + size, len(groups)))):
+                    piece = range(start, min(start + size, len(groups)))
+                    start = piece.stop
+                    yield [_with(groups[place], finished.pop(place)) for place in piece]
+        except UserError:
+            if finished:
+                yield [_with(groups[place], finished[place]) for place in sorted(finished)]
+            raise
+
+    def _verify(self, groups: Sequence[Group], params: SamplingParams | None) -> None:
+        """A remote sampler has to hold the weights that the policy has now."""
+        if isinstance(self.sampler, RemoteSampler):
+            self.sampler.verify(groups, params or self.params, self.scorer.token_logps)
+
+    def finish(self) -> None:
+        """No more samples will be drawn."""
+        if isinstance(self.sampler, RemoteSampler):
+            self.sampler.release()
+
+    @property
+    def sampler_gap(self) -> float | None:
+        """Mean difference between the log-probs of a remote sampler and the trainer's on its probe (nats per token)."""
+        return self.sampler.gap if isinstance(self.sampler, RemoteSampler) else None
 
     def measure_if_asked(self, groups: Sequence[Group], params: SamplingParams | None = None) -> None:
         """Hold the sampler's log-probs of some fresh samples against the trainer's; ``gap`` is their mean difference.
 
-        Only once per ``begin``, and only where the sampler's might serve.
+        Only once per ``begin``, and only where the sampler's might serve, or are those of another process.
+
+        Raises:
+            UserError: a remote sampler holds other weights.
         """
-        if not (params or self.params).is_plain or not self.tolerance or self.gap is not None:
+        is_remote = isinstance(self.sampler, RemoteSampler)
+        if not (params or self.params).is_plain or not (self.tolerance or is_remote) or self.gap is not None:
             return
         measured = list(groups[:_MEASURED])
         own = self.scorer.token_logps(measured)
@@ -163,6 +216,8 @@ class Rollout:
         ]
         self.gap = sum(gaps) / len(gaps) if gaps else 0.0
         self._measured = dict(zip(measured, own, strict=True))
+        if isinstance(self.sampler, RemoteSampler):
+            self.sampler.require_gap(self.gap)
 
     def score(self, groups: Sequence[Group], params: SamplingParams | None = None) -> list[Group]:
         """The groups with log-probs under the reference, and under the policy that drew the samples if they are kept.
@@ -216,3 +271,7 @@ class Rollout:
             else next(scored)
             for group in groups
         ]
+
+
+def _with(group: Group, samples: Sequence[Sample]) -> Group:
+    return group.add(sample.completion for sample in samples)

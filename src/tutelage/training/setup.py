@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from tutelage.models.weights import WeightSet
 from tutelage.sampling import Sampler, TransformersSampler
+from tutelage.sampling.vllm import VLLMSampler, check_adapter
+from tutelage.sampling.vllm_server import VLLMServer, parse_urls
 from tutelage.training.rollout import Rollout
 from tutelage.training.stage_config import StageConfig
 from tutelage.training.stages import Phase, Stages
@@ -31,21 +33,18 @@ def make_rollout(
     reference_is_initial: bool,
     keep_old: bool = False,
 ) -> Rollout:
-    """What samples and scores: by default with the model in memory.
+    """What samples and scores.
 
     Args:
-        sampler: in its place.
+        sampler: draws; by default what the settings name.
         reference_is_initial, keep_old: as for ``Rollout``.
 
     Raises:
-        UserError: the model cannot be sampled from.
+        UserError: the model cannot be sampled from, or its adapter is not served by vLLM.
     """
     args = _settings(trainer)
     return Rollout(
-        sampler
-        or TransformersSampler(
-            trainer.policy, batch_size=args.sampling_batch_size, pad_token_id=trainer.tokenization.pad_id
-        ),
+        sampler or _make_sampler(trainer, args),
         args.sampling_params(trainer.tokenization.stop_ids(trainer.conversational)),
         trainer.scorer,
         num_samples=args.num_samples,
@@ -84,6 +83,20 @@ def make_stages(
         log=trainer.log,
         costs=trainer.costs,
         progress=trainer.progress,
+    )
+
+
+def _make_sampler(trainer: DemonstrationTrainer, args: StageConfig) -> Sampler:
+    if args.sampler == "transformers":
+        return TransformersSampler(
+            trainer.policy, batch_size=args.sampling_batch_size, pad_token_id=trainer.tokenization.pad_id
+        )
+    check_adapter(trainer.policy)
+    return VLLMSampler(
+        [VLLMServer(url, timeout=args.vllm_timeout) for url in parse_urls(str(args.vllm_url))],
+        Path(args.vllm_folder or Path(str(args.output_dir)) / "vllm"),
+        concurrency=args.vllm_concurrency,
+        tolerance=args.vllm_tolerance,
     )
 
 

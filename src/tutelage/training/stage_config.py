@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 from tutelage.ranges import TEMPERATURE, number, whole
 from tutelage.sampling.base import SamplingParams
-from tutelage.training.config import DemonstrationConfig
+from tutelage.training.vllm_config import SamplerConfig
 
 __all__ = ["StageConfig"]
 
 
 @dataclass
-class StageConfig(DemonstrationConfig):
+class StageConfig(SamplerConfig):
     """Settings shared by every algorithm that samples in stages."""
 
     stages_per_epoch: Annotated[int, whole(1)] = field(
@@ -94,4 +94,5 @@ class StageConfig(DemonstrationConfig):
     def sample_settings(self) -> dict[str, Any]:
         """What the samples and their reference log-probs depend on besides the policy."""
         names = ("seed", "num_samples", "temperature", "top_k", "top_p", "max_completion_length", "reference")
-        return {name: getattr(self, name) for name in names}
+        remote = {} if self.sampler == "transformers" else {"sampler": self.sampler}
+        return {**{name: getattr(self, name) for name in names}, **remote}

@@ -175,6 +175,7 @@ class Stages:
                     file=str(path),
                 )
         self.phase.finish(self.stage)
+        self.rollout.finish()
 
     def lacks(self, step: int, damaged: Collection[Path]) -> Path | None:
         """What a run that goes on from a checkpoint of this step would read, and is not there as it was written.
@@ -276,8 +277,8 @@ class Stages:
         return recorded
 
     def _gap(self) -> dict[str, float]:
-        gap = self.rollout.gap
-        return {} if gap is None else {"samples/logp_gap": gap}
+        gaps = {"samples/logp_gap": self.rollout.gap, "sampler/logp_gap": self.rollout.sampler_gap}
+        return {name: gap for name, gap in gaps.items() if gap is not None}
 
     def _sampled(self, missing: list[Group], kept: list[Group], draw: Draw) -> Iterator[list[Group]]:
         """Samples and scores some prompts at a time; each piece is on disk before the next begins."""
@@ -285,14 +286,17 @@ class Stages:
             self.rollout.measure_if_asked(kept[: self.piece])
         done = len(kept)
         with self.progress.phase(f"stage {draw.stage}: sampling", done + len(missing)) as advance:
-            for start in range(0, len(missing), self.piece):
-                groups = missing[start : start + self.piece]
+            pieces = self.rollout.draw_in_pieces(missing, self.piece, stage=draw.number)
+            while True:
                 with self.costs.timed("sampling"):
-                    sampled = self.rollout.draw(groups, stage=draw.number)
+                    sampled = next(pieces, None)
+                if sampled is None:
+                    break
                 with self.costs.timed("reference"):
                     scored = self.rollout.score(sampled)
                 yield scored
-                advance(done + start + len(groups))
+                done += len(scored)
+                advance(done)
                 leave_if_asked()
 
 

@@ -76,6 +76,7 @@ NOT_UPLOADED = (
     "_*",
     "checkpoint-*",
     "stages/*",
+    "vllm/*",
     "folds/*",
     "controls/*",
     "retention-start/*",
