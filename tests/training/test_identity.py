@@ -16,6 +16,7 @@ from rft_runs import QUICK
 from tutelage.algorithms.registry import NAMES, find
 from tutelage.errors import UserError
 from tutelage.training.identity import MAY_CHANGE, digest_of_rows
+from tutelage.training.vllm_config import SamplerConfig
 
 FREE = {name for names in MAY_CHANGE.values() for name in names}
 SETTINGS = {"stages_per_epoch": 2, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
@@ -204,7 +205,8 @@ def test_what_may_change_is_there_and_changes_no_weight(algorithm):
         "bf16",
     }
     assert not FREE & learned_from
-    assert FREE - names <= {"save_each_stage", "sampling_batch_size"}, "of another version of transformers"
+    sampling = {"save_each_stage", "sampling_batch_size", *SamplerConfig.__annotations__}
+    assert FREE - names <= sampling, "of another version of transformers"
 
 
 def test_the_digest_of_rows_is_of_what_they_hold(training):

@@ -24,6 +24,7 @@ tutelage: alignment from demonstrations alone.
   tutelage report RUN [RUN …]      one page that compares runs
   tutelage data DATA               what the model will see of a dataset
   tutelage clean DATA              rank demonstrations, and write the better ones
+  tutelage vllm-command MODEL      the command that starts a vLLM server for --sampler vllm
   tutelage lab run | list          algorithms in planted worlds, seconds per run, to one table and a page
 
 tutelage COMMAND --help lists the arguments of a command; --debug shows the traceback of an error."""
@@ -39,6 +40,7 @@ _COMMANDS = {
     "report": "report",
     "data": "data",
     "clean": "clean",
+    "vllm-command": "vllm_command",
     "lab": "lab",
 }
 

@@ -28,7 +28,7 @@ class Patience:
     """How long a server that fails is waited for.
 
     Attributes:
-        tries: failures in a row after which it is out; also how often one request is tried.
+        tries: failures in a row after which it is out.
         first, longest: seconds before the next attempt: doubled after each failure, up to the longest.
     """
 
@@ -143,6 +143,7 @@ class Dispatcher(Generic[Result]):
         todo: deque[tuple[int, int]] = deque((place, 1) for place in range(len(requests)))
         done: SimpleQueue[tuple[int, Result] | BaseException] = SimpleQueue()
         stop, lines = threading.Event(), [_Line(server, self.patience, self.admit) for server in self.servers]
+        limit = self.patience.tries * (len(lines) + 1)  # a server that fails for everybody is out before
         left = threading.Semaphore(0)  # one permit per request that waits
         for _ in todo:
             left.release()
@@ -163,9 +164,9 @@ class Dispatcher(Generic[Result]):
                     except ServerFault as fault:
                         if not fault.again:
                             raise self._refused(line.server, fault) from fault
-                        if attempt >= self.patience.tries:
-                            raise self._given_up(line.server, fault, attempt) from fault
                         line.failed(epoch, fault)
+                        if attempt >= limit and not all(each.is_out for each in lines):
+                            raise self._given_up(line.server, fault, attempt) from fault
                         todo.appendleft((place, attempt + 1))
                         left.release()
                 if all(each.is_out for each in lines):
