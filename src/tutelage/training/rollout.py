@@ -181,7 +181,7 @@ class Rollout:
 
     def _verify(self, groups: Sequence[Group], params: SamplingParams | None) -> None:
         """A remote sampler has to hold the weights that the policy has now."""
-        if isinstance(self.sampler, RemoteSampler):
+        if isinstance(self.sampler, RemoteSampler) and groups:
             self.sampler.verify(groups, params or self.params, self.scorer.token_logps)
 
     def finish(self) -> None:
