@@ -386,12 +386,13 @@ def test_usage(tutelage):
         "report",
         "data",
         "clean",
+        "vllm-command",
     ):
         assert command in shown
     assert tutelage("--help")[1] == shown
 
 
-@pytest.mark.parametrize("command", ["sample", "score", "evaluate", "report", "data", "clean"])
+@pytest.mark.parametrize("command", ["sample", "score", "evaluate", "report", "data", "clean", "vllm-command"])
 def test_help_of_other_commands(command, tutelage):
     code, shown, _ = tutelage(command, "--help")
     assert code == 0
@@ -627,3 +628,12 @@ def test_error_in_a_process(tmp_path, model, out):
     assert done.stderr.startswith("tutelage: error: ")
     assert "Traceback" not in done.stderr
     assert not out.exists()
+
+
+def test_the_command_for_vllm_is_printed_for_a_shell(tutelage, refusal, model):
+    code, shown, _ = tutelage("vllm-command", model, "--lora_r", 20, "--max_prompt_length", 100, "--port", 8123)
+    assert code == 0
+    assert f"--model {model} " in shown
+    assert all(part in shown for part in ("--max-lora-rank 32", "--max-model-len 357", "--port 8123"))
+    assert "no such folder" in refusal("vllm-command", "/no/such/model")
+    assert "lora_r" in refusal("vllm-command", model, "--lora_r", 0)
