@@ -509,7 +509,7 @@ DATA_OF_A_RUN = (
 def test_pushing_uploads_nothing_of_the_users_data(training, monkeypatch):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
+    monkeypatch.setattr("tutelage.training.publishing.upload_folder", hub.upload_folder)
     trainer = training.trainer("sft", name="my-policy")
     trainer.save_model()
     for name in DATA_OF_A_RUN:
@@ -526,7 +526,7 @@ def test_pushing_uploads_nothing_of_the_users_data(training, monkeypatch):
 def test_pushing_uploads_the_runs_own_card(training, monkeypatch, adapter):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
+    monkeypatch.setattr("tutelage.training.publishing.upload_folder", hub.upload_folder)
     options = {"peft_config": training.lora() if adapter else None, "source": "sums"}
     trainer = training.run("irft", name="my-policy", options=options)
     trainer.save_model()
