@@ -402,7 +402,7 @@ def told_of_probes(record: RunRecord) -> dict[str, str]:
     told = {}
     if layout:
         told["probe of the layout"] = "causal; " + "; ".join(
-            f"{each['layout']} up to {each['up_to_tokens'][0]:,} tokens a row, {each['up_to_tokens'][1]:,} a group"
+            f"{each['layout']} up to {each['up_to_tokens'][0]:,} tokens per row, {each['up_to_tokens'][1]:,} per group"
             for each in layout.get("layouts", ())
         )
         told["lengths in the model's config"] = ", ".join(
@@ -410,7 +410,7 @@ def told_of_probes(record: RunRecord) -> dict[str, str]:
         )
     if sampling:
         told["probe of sampling"] = "; ".join(
-            f"{each['way']} up to {each['up_to_tokens']:,} tokens a row" for each in sampling.get("ways", ())
+            f"{each['way']} up to {each['up_to_tokens']:,} tokens per row" for each in sampling.get("ways", ())
         )
     return {name: line for name, line in told.items() if line}
 

@@ -98,8 +98,11 @@ def test_the_base_of_an_adapter_is_read_too(refused, run, finished, tmp_path):
 
 
 def test_a_run_may_start_from_a_checkpoint_elsewhere(run, tmp_path):
-    OutputFolder(str(tmp_path / "new"), overwrite=True, reads={"model_name_or_path": str(run / "checkpoint-1")})
-    OutputFolder(str(run / "sub"), overwrite=True, reads={"model_name_or_path": str(run)})
+    before = content(run)
+    for folder, start in ((tmp_path / "new", run / "checkpoint-1"), (run / "sub", run)):
+        made = OutputFolder(str(folder), overwrite=True, reads={"model_name_or_path": str(start)})
+        assert made.folder == folder
+    assert content(run) == before
 
 
 # --- what is replaced --------------------------------------------------------------------------------------------------

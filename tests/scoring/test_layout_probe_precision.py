@@ -1,9 +1,15 @@
-"""The probe compares layouts in float32, whatever the user allows for speed, and leaves that setting as it was."""
+"""The probes compare in float32, whatever the user allows for speed and the model computes in, and leave that as it was."""
+
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 
 from tutelage.models.modes import exact_float32
+from tutelage.models.plain import agree, plain_logps, tolerance
+from tutelage.sampling.decoding import MixedLengths
+from tutelage.sampling.probe import probe_sampling
 from tutelage.scoring.layout import probe_layout
 from tutelage.testing.models import tiny_model
 
@@ -77,3 +83,57 @@ def test_the_probe_runs_without_tf32(precision):
     assert probe_layout(model).layout == "shared_prefix"
     assert seen == {"ieee"}
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# --- 16 bits -----------------------------------------------------------------------------------------------------------
+
+
+def peaked(model, factor=40.0):
+    """Log-probs as far from 0 as long training makes them."""
+    with torch.no_grad():
+        model.model.norm.weight.mul_(factor)
+    return model
+
+
+def in_autocast(model):
+    """As accelerate leaves a model that it prepared for mixed precision."""
+    forward = torch.autocast("cpu", torch.bfloat16)(type(model).forward)
+    model.forward = MethodType(convert_outputs_to_fp32(forward), model)
+    return model
+
+
+def patched(model):
+    """A forward of the user's is the model's own too, and accelerate's goes around it."""
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    return model
+
+
+@pytest.mark.parametrize("probe", [probe_layout, probe_sampling])
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("made", [lambda m: m.to(torch.bfloat16), lambda m: m.to(torch.float16), in_autocast, patched])
+def test_rounding_of_16_bits_decides_nothing(probe, around, made):
+    model, seen = made(tiny_model()), set()
+    dtype = model.dtype
+    model.model.layers[0].mlp.register_forward_hook(lambda *found: seen.add(found[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        probe(model)
+        assert torch.is_autocast_enabled("cpu") is around
+    assert seen == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_where_there_is_no_float32_rounding_is_told_from_a_wrong_mask_by_the_size_of_the_log_probs():
+    """As with quantized weights: log-probs of 16 bits differ by more where they are far from 0."""
+    right = peaked(tiny_model(initializer_range=0.2).to(torch.bfloat16))
+    right.is_quantized = True
+    truth = plain_logps(right, range(3, 40), range(40, 90))
+    assert truth.std() > 3
+    near, far = (
+        truth + 0.03 * truth.std(),
+        truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))],
+    )
+    assert agree(right, near, truth) < tolerance(right, truth) < agree(right, far, truth)
+    assert probe_sampling(right).way is MixedLengths
+    assert probe_layout(right).layout == "shared_prefix"

@@ -87,14 +87,14 @@ def test_a_process_that_is_on_though_the_system_gave_its_lock_away(tmp_path, oth
 def test_another_process_may_have_the_number_by_now(tmp_path):
     left(tmp_path, process=os.getppid(), process_begun="1")
     with locked(tmp_path):
-        pass
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_torn_file_is_of_a_process_that_was_killed(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
     with locked(tmp_path):
-        pass
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
 def test_the_same_process_may_ask_twice(tmp_path):

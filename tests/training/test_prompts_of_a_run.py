@@ -17,8 +17,8 @@ from tutelage.data import tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.models.loading import end_ids
 from tutelage.testing.tokenizers import tiny_tokenizer
-from tutelage.training import trainer as trainer_module
 from tutelage.training.clock import CLOCK, recorded_time
+from tutelage.training.publishing import NOT_UPLOADED
 
 SECONDS = "{{ strftime_now('%Y %H:%M:%S') }}"
 TALKS = [
@@ -88,7 +88,7 @@ def test_a_new_run_has_its_own_time(training):
 def test_without_a_clock_in_the_template_nothing_is_recorded(training):
     training.run("sft", data=Dataset.from_list(TALKS), max_steps=1)
     assert not (training.folder / "run" / CLOCK).exists()
-    assert CLOCK in trainer_module.NOT_UPLOADED
+    assert CLOCK in NOT_UPLOADED
 
 
 def test_a_record_of_no_time_is_an_error(training):

@@ -166,4 +166,4 @@ def test_the_start_is_held_once(training):
     settings = {"reference": "initial", "eval_kl": True}
     trainer = training.trainer("irft", options={"eval_dataset": HELD_OUT}, **settings)
     assert isinstance(trainer.stages.rollout.initial, WeightSet)
-    assert trainer._start is None
+    assert trainer.start.weights is trainer.stages.rollout.initial

@@ -44,7 +44,7 @@ class FakeHub:
 def test_the_command_line(training, command, monkeypatch, guesser, marks):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
+    monkeypatch.setattr("tutelage.training.publishing.upload_folder", hub.upload_folder)
     data, pairs, out = (training.folder / name for name in ("rows.jsonl", "pairs.jsonl", "out"))
     rows = [{"prompt": question, "completion": WORDS[0]} for question in QUESTIONS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -68,4 +68,4 @@ def test_several_processes_are_refused_and_not_passed_over(environment):
     [{}, {"WORLD_SIZE": "1", "MASTER_ADDR": "a"}, {"ACCELERATE_MIXED_PRECISION": "no"}, {"MASTER_ADDR": "x"}],
 )
 def test_one_process_is_fine(environment):
-    require_one_process(environment=environment)
+    assert require_one_process(environment=environment) is None

@@ -15,6 +15,7 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from training_runs import SGD, Snapshots, assert_same_weights, distance, history
+from tutelage.data.tokenized import group_from_row
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.results import EvaluationRecord, Interval, RunRecord
@@ -434,6 +435,8 @@ def test_evaluation_during_training(training, monkeypatch):
 def test_mixed_precision_reaches_training_sampling_and_reference(training, reference):
     trainer = training.trainer("irft", bf16=True, stages_per_epoch=2, reference=reference, learning_rate=1e-2)
     start = copy.deepcopy(trainer.model)
+    # The probe of sampling computes in float32; from now on it is known.
+    trainer.stages.rollout.draw([group_from_row(row) for row in trainer.train_dataset], stage=0)
     precisions = set()
     trainer.model.model.layers[0].mlp.down_proj.register_forward_hook(
         lambda module, args, output: precisions.add((module.training, output.dtype))
@@ -509,7 +512,7 @@ DATA_OF_A_RUN = (
 def test_pushing_uploads_nothing_of_the_users_data(training, monkeypatch):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
+    monkeypatch.setattr("tutelage.training.publishing.upload_folder", hub.upload_folder)
     trainer = training.trainer("sft", name="my-policy")
     trainer.save_model()
     for name in DATA_OF_A_RUN:
@@ -526,7 +529,7 @@ def test_pushing_uploads_nothing_of_the_users_data(training, monkeypatch):
 def test_pushing_uploads_the_runs_own_card(training, monkeypatch, adapter):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setattr("tutelage.training.trainer.upload_folder", hub.upload_folder)
+    monkeypatch.setattr("tutelage.training.publishing.upload_folder", hub.upload_folder)
     options = {"peft_config": training.lora() if adapter else None, "source": "sums"}
     trainer = training.run("irft", name="my-policy", options=options)
     trainer.save_model()

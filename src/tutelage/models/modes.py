@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import ismethod
+from types import MethodType
 from typing import Any, cast
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +22,7 @@ __all__ = [
     "evaluation_mode",
     "exact_float32",
     "in_float32",
+    "own_forward",
     "precision",
     "without_dropout",
 ]
@@ -69,21 +73,28 @@ def exact_float32() -> Iterator[None]:
                 switch.fp32_precision = value
 
 
+def own_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward without the autocast that accelerate puts around it, and with whatever else stands there."""
+    outer = model.forward
+    outputs_to_float32 = getattr(outer, "__wrapped__", None)
+    if not isinstance(outputs_to_float32, ConvertOutputsToFp32):
+        return outer
+    with_autocast = cast(Any, outputs_to_float32).__wrapped__
+    inner = with_autocast.__wrapped__
+    return MethodType(inner, model) if ismethod(outer) else inner
+
+
 @contextmanager
 def in_float32(base: PreTrainedModel) -> Iterator[None]:
-    """Within, a model of 16-bit weights computes in float32, where a wrong mask cannot hide behind rounding.
+    """Within, a model of 16-bit weights or under autocast computes in float32: a wrong mask cannot hide behind rounding,
+    and rounding does not pass for one.
 
-    The same weights come back afterwards. Nothing changes under autocast, for quantized weights, for kinds of attention that know no
-    float32, and where there is no memory for it.
+    The same weights come back afterwards. Nothing changes for quantized weights, for kinds of attention that know no
+    float32, and where there is no memory for it. Call ``own_forward``: accelerate puts a forward with autocast on
+    the model.
     """
     tensors = [t for t in (*base.parameters(), *base.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    # Under autocast the precision is not the weights', and accelerate may have wrapped the model's forward in it too.
-    autocast = torch.is_autocast_enabled(base.device.type)
-    able = (
-        not autocast
-        and base.config._attn_implementation in ("sdpa", "eager", None)
-        and not getattr(base, "is_quantized", False)
-    )
+    able = base.config._attn_implementation in ("sdpa", "eager", None) and not getattr(base, "is_quantized", False)
     if not able or 4 * sum(t.numel() for t in tensors) > MEMORY_SHARE * available_memory(base.device):
         yield
         return
@@ -91,7 +102,8 @@ def in_float32(base: PreTrainedModel) -> Iterator[None]:
     try:
         for tensor, data in saved:
             tensor.data = data.float()
-        yield
+        with torch.autocast(base.device.type, enabled=False):
+            yield
     finally:
         for tensor, data in saved:
             tensor.data = data

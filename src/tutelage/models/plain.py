@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tutelage.errors import UserError
-from tutelage.models.modes import evaluation_mode, exact_float32, precision
+from tutelage.models.modes import evaluation_mode, exact_float32, own_forward, precision
 from tutelage.models.paths import first_line
 
 __all__ = [
@@ -64,7 +64,7 @@ def plain_logits(base: PreTrainedModel, token_ids: Sequence[int], last: int) -> 
     ids = torch.tensor([token_ids], device=base.device)
     # All logits of a long row and a large vocabulary are gigabytes.
     few: dict[str, Any] = {"logits_to_keep": last} if "logits_to_keep" in _parameters(base) else {}
-    return base(input_ids=ids, use_cache=False, **few).logits[0, -last:].float()
+    return own_forward(base)(input_ids=ids, use_cache=False, **few).logits[0, -last:].float()
 
 
 def plain_logps(base: PreTrainedModel, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Tensor:
@@ -76,11 +76,11 @@ def plain_logps(base: PreTrainedModel, prompt_ids: Sequence[int], token_ids: Seq
 def tolerance(base: PreTrainedModel, truth_N: Tensor) -> float:
     """How far log-probs of one way may lie from those of another (nats per token).
 
-    Low precision rounds differently in each way of computing. A model whose log-probs hardly differ from token to token
-    would hide a wrong mask, so it gets less.
+    Low precision rounds differently in each way of computing, and by more where log-probs are far from 0, as after long
+    training. A wrong mask changes them by about as much as they differ from token to token, so the tolerance is a share of that.
     """
-    spread = min(1.0, truth_N.std().item()) if len(truth_N) > 1 else 1.0
-    return (1e-3 if is_exact(base) else 0.15) * spread
+    spread = truth_N.std().item() if len(truth_N) > 1 else 1.0
+    return 1e-3 * min(1.0, spread) if is_exact(base) else 0.15 * spread
 
 
 def agree(base: PreTrainedModel, found_N: Tensor, truth_N: Tensor) -> float:

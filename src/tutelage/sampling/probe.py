@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -103,14 +102,14 @@ _NAMES: dict[type[Decoding], str] = {MixedLengths: "mixed lengths", OneLength: "
 @torch.no_grad()
 def _probe(model: nn.Module, base: PreTrainedModel, row_tokens: int, lengths: Sequence[int]) -> SamplingProbe:
     start, body = time.perf_counter(), type(model_body(base)).__name__
-    require_causal(base)
-    if missing := missing_arguments(base):
-        raise _refusal(body, f"its forward takes no {' and no '.join(missing)}")
     longest = affordable_row(base, row_tokens, passes=4)
     # Decoding itself passes each length once, and the longest row is decoded at its end.
     rows = sorted({longest, *(n + 2 for n in lengths if _SHORT < n + 2 <= longest)} if longest > _SHORT else {_SHORT})
     said = []
-    with evaluation_mode(model), in_float32(base) if longest > _SHORT else nullcontext(), exact_float32():
+    with evaluation_mode(model), in_float32(base), exact_float32():
+        require_causal(base)
+        if missing := missing_arguments(base):
+            raise _refusal(body, f"its forward takes no {' and no '.join(missing)}")
         for way in (MixedLengths, OneLength):
             problem = next(filter(None, (_problem(base, way, row) for row in rows)), None)
             if problem is None:

@@ -198,8 +198,8 @@ def _short_probe(model: nn.Module, base: PreTrainedModel) -> LayoutProbe:
         _group(base, _SHORT - 4, (3, 4, 2), seed=3),
         _group(base, 3, (2, 4), seed=4),
     ]
-    require_causal(base)
-    with evaluation_mode(model), exact_float32():
+    with evaluation_mode(model), in_float32(base), exact_float32():
+        require_causal(base)
         probe = _compared(model, base, groups, groups)
     tokens = max(map(len, groups))
     return LayoutProbe(*probe, _SHORT, tokens, (_SHORT, tokens), time.perf_counter() - start)
@@ -222,7 +222,7 @@ def _long_probe(
     with evaluation_mode(model), in_float32(base), exact_float32():
         layout, reason = _compared(model, base, rows, [long] if short == "shared_prefix" else [])
     if (row, group) != (row_tokens, group_tokens):
-        reason += f"; tried up to {row:,} tokens a row and {group:,} a group, longer ones take too long"
+        reason += f"; tried up to {row:,} tokens per row and {group:,} per group, longer ones take too long"
         missed = [n for n in lengths if row < n < row_tokens or group < n < group_tokens]
         if missed and layout == "shared_prefix":
             layout, reason = "padded", f"{reason}, and the config names a length of {missed[0]:,}"

@@ -26,7 +26,7 @@ from tutelage.groups import Completion, Group, Role
 from tutelage.models.adapters import ADAPTER_FILE, make_readable_by_both, named_by_peft
 from tutelage.models.generation import mend_generation_config, stop_at, with_eos
 from tutelage.models.loading import base_causal_lm, first_line
-from tutelage.models.modes import without_dropout
+from tutelage.models.modes import own_forward, without_dropout
 from tutelage.models.precision import MEMORY_SHARE, available_memory
 from tutelage.rewards.base import Reward
 from tutelage.rewards.ensemble import RewardEnsemble
@@ -240,8 +240,8 @@ def _logits(model: Any) -> Tensor:
     base = base_causal_lm(model)
     rows = torch.tensor(_rows(base), device=base.device)
     with without_dropout(model), torch.autocast(base.device.type, enabled=False):
-        # The class's forward: accelerate puts one with autocast on the model that is trained, and not on the one loaded.
-        return type(model).forward(model, input_ids=rows).logits.float().cpu()
+        # accelerate puts a forward with autocast on the model that is trained, and not on the one loaded.
+        return own_forward(model)(input_ids=rows).logits.float().cpu()
 
 
 def _close(found: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:

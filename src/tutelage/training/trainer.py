@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset, IterableDataset
-from huggingface_hub import upload_folder
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -45,14 +44,13 @@ from tutelage.models.loading import (
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.models.router import router_loss
-from tutelage.models.weights import WeightSet
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
 from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, writing_folder
-from tutelage.training.clock import CLOCK, record_time, recorded_time
+from tutelage.training.clock import record_time, recorded_time
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
@@ -65,32 +63,14 @@ from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.optimization import check_optimization
 from tutelage.training.processes import require_one_process
+from tutelage.training.publishing import upload
 from tutelage.training.resume import check_checkpoint, find_checkpoint
 from tutelage.training.retention import Retention
 from tutelage.training.rollout import PolicyScorer
 from tutelage.training.stages import Stages
+from tutelage.training.start import Start
 
-__all__ = ["NOT_UPLOADED", "DemonstrationTrainer"]
-
-NOT_UPLOADED = (
-    "_*",
-    "checkpoint-*",
-    "stages/*",
-    "vllm/*",
-    "folds/*",
-    "controls/*",
-    "retention-start/*",
-    "results.json",
-    "report.html",
-    CLOCK,
-    "run.json",
-    "made.json",
-    "lock.json",
-    "damaged/*",
-    ".writing/*",
-)
-"""Patterns of what lies in an output folder besides model, tokenizer and card. Most of it holds the user's data: rows,
-samples, and in the folder of the controls their training rows and all this once more."""
+__all__ = ["DemonstrationTrainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +123,7 @@ class DemonstrationTrainer(Trainer):
         self.stages: Stages | None = None
         if args.device.type == "cpu":
             keep_freed_memory()
-        policy = (
-            load_model(model, dtype=None, whole=peft_config is None, computing=args.computing)
-            if isinstance(model, str)
-            else model
-        )
-        tokenizer = processing_class or load_tokenizer(str(base_causal_lm(policy).name_or_path))
-        check_vocabulary(policy, tokenizer)
-        if isinstance(policy, PeftModel):
-            refuse_virtual_tokens(policy.active_peft_config)
+        policy, tokenizer = _loaded(model, processing_class, args, whole=peft_config is None)
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise UserError(
                 "streamed data have no length, so the run needs one.", remedy="Add --max_steps.", field="max_steps"
@@ -170,7 +142,6 @@ class DemonstrationTrainer(Trainer):
         if peft_config is not None:
             set_seed(args.seed)  # adapter weights are initialized here, before transformers sets any seed
             policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
-        self._base_is_start = peft_config is not None
         if args.learning_rate is None:
             args.learning_rate = (
                 args.adapter_learning_rate if isinstance(policy, PeftModel) else args.full_learning_rate
@@ -195,19 +166,10 @@ class DemonstrationTrainer(Trainer):
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._choose_layout(cast(Layout, args.layout))
-        if unused := router_loss(base_causal_lm(self.policy).config):
-            logger.warning(
-                "%s: the router's auxiliary loss (%s) is not added: the objective alone trains the router",
-                type(base_causal_lm(self.policy)).__name__,
-                unused,
-            )
-        self.exported_tokenizer: PreTrainedTokenizerBase = tokenizer
-        if train_dataset is not None:
-            stop_ids = self.tokenization.stop_ids(self.conversational)
-            end_of_turn = self.tokenization.end_of_turn_id(self.conversational)
-            self.exported_tokenizer = prepare_export(self.policy, tokenizer, stop_ids, end_of_turn)
-            if optimizers == (None, None):
-                check_optimization(args, self.policy)
+        _warn_of_router(self.policy)
+        self.exported_tokenizer = tokenizer if train_dataset is None else self._tried_export(tokenizer)
+        if train_dataset is not None and optimizers == (None, None):
+            check_optimization(args, self.policy)
         self.scorer = PolicyScorer(
             self.policy,
             layout=self.layout,
@@ -220,10 +182,11 @@ class DemonstrationTrainer(Trainer):
         if self.evaluation_set is not None:
             self.evaluation_set.require_answers(self.policy)
         self.retention: Retention | None = None
-        self._start: WeightSet | None = None
-        if self.evaluation_set is not None and (args.eval_kl or isinstance(policy, PeftModel)):
-            # Here, because a checkpoint that a run goes on from brings other weights.
-            self._start = WeightSet(self.policy) if self._base_at_start() is None else None
+        self.start = Start(
+            self.policy,
+            new_adapter=peft_config is not None,
+            keep=self.evaluation_set is not None and (args.eval_kl or isinstance(policy, PeftModel)),
+        )
         self.add_callback(Guard(self))
         self.add_callback(CostsInCheckpoints(self))
         self.add_callback(Termination())
@@ -243,7 +206,7 @@ class DemonstrationTrainer(Trainer):
         """
         self.stages = stages
         if stages.rollout.initial is not None:
-            self._start = None  # once is enough
+            self.start.share(stages.rollout.initial)
         self.add_callback(StageEnd(self))
         if self.train_dataset is not None:  # fail before training if there are too many stages
             self.set_initial_training_values(self.args, self.get_train_dataloader())
@@ -267,6 +230,11 @@ class DemonstrationTrainer(Trainer):
         if layout == "shared_prefix" and probe.layout != "shared_prefix":
             raise UserError(f"the shared-prefix layout does not work: {probe.reason}.", remedy="Use --layout auto.")
         return probe.layout if layout == "auto" else layout
+
+    def _tried_export(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Fail before training if the policy cannot be written; the tokenizer that goes with it."""
+        stop_ids = self.tokenization.stop_ids(self.conversational)
+        return prepare_export(self.policy, tokenizer, stop_ids, self.tokenization.end_of_turn_id(self.conversational))
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
@@ -401,8 +369,7 @@ class DemonstrationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', into a folder of another name, which is renamed when all of it is on the disk.
 
-        The one private method of transformers that is known here: nothing public stands between the files of a checkpoint
-        and their names.
+        Private to transformers, as ``_save`` is: nothing public stands between the files of a checkpoint and their names.
 
         Raises:
             UserError: the disk does not take it; earlier checkpoints are as they were.
@@ -460,15 +427,7 @@ class DemonstrationTrainer(Trainer):
     def _place(self) -> str:
         return f" of stage {self.stage}" if self.stages else ""
 
-    # --- what is tracked --------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers', with the means of what was tracked since the last training log, and the stage."""
-        if "loss" in logs:
-            logs |= self.means.take() | self.costs.since_last_log()
-        super().log({"stage": self.stage, **logs} if self.stage >= 0 else logs, start_time)
-
-    # --- evaluation -------------------------------------------------------------------------------------------------
+    # --- the run: from its beginning or a checkpoint to its last step --------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):  # type: ignore[override]
         """As in transformers. The initial policy's held-out log-probs are cached, as π_0 of the implicit reward.
@@ -548,6 +507,16 @@ class DemonstrationTrainer(Trainer):
         """What ``run.json`` holds of the run that begins with the policy as it stands."""
         return identity_of(self)
 
+    # --- what is tracked --------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with the means of what was tracked since the last training log, and the stage."""
+        if "loss" in logs:
+            logs |= self.means.take() | self.costs.since_last_log()
+        super().log({"stage": self.stage, **logs} if self.stage >= 0 else logs, start_time)
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
     def watch_retention(
         self, dataset: Dataset, *, verifier: str | None = None, source: str = "retention data"
     ) -> None:
@@ -598,28 +567,6 @@ class DemonstrationTrainer(Trainer):
         with self.compute_loss_context_manager():
             rows.remember_reference(self.policy, layout=self.layout, batch_size=self.args.per_device_eval_batch_size)
 
-    def _at_start(self) -> AbstractContextManager | None:
-        """Within, the policy has the weights that it started with; None where they are known no more."""
-        if self.stages is not None and self.stages.rollout.initial is not None:
-            return self.stages.rollout.initial.active()
-        if self._start is not None:
-            return self._start.active()
-        if (base := self._base_at_start()) is not None:
-            return base
-        return nullcontext() if self.state.global_step == 0 else None
-
-    def _base_at_start(self) -> AbstractContextManager | None:
-        """Within, the policy is without its adapter, where that is how it started; None elsewhere."""
-        policy = self.policy
-        if (
-            self._base_is_start
-            and isinstance(policy, PeftModel)
-            # Some adapters begin with a change of the base (PiSSA, OLoRA, LoftQ): for them the base is not the start.
-            and getattr(policy.active_peft_config, "init_lora_weights", None) in (True, "gaussian")
-        ):
-            return policy.disable_adapter()
-        return None
-
     def evaluate(  # type: ignore[override]
         self,
         eval_dataset: Dataset | None = None,
@@ -642,7 +589,7 @@ class DemonstrationTrainer(Trainer):
                 if self.evaluation_set
                 else self._evaluation_rows(eval_dataset, verifier=self.args.verifier, source=self.eval_source)
             )
-            if rows.reference is None and (start := self._at_start()) is not None:
+            if rows.reference is None and (start := self.start.active(self.state.global_step)) is not None:
                 with start:
                     self._remember_start(rows)
         if rows is None:
@@ -675,7 +622,7 @@ class DemonstrationTrainer(Trainer):
 
         Sampled answers are held against the start, where its weights are known.
         """
-        start = self._at_start()
+        start = self.start.active(self.state.global_step)
         found = rows.evaluate(
             self.policy,
             beta=self.objective.beta(self.stage),
@@ -729,8 +676,8 @@ class DemonstrationTrainer(Trainer):
     ) -> Any:
         """Upload model, tokenizer and card.
 
-        Nothing of ``NOT_UPLOADED`` is uploaded, such as samples of the stages and the rows in results.json: they are
-        the user's data.
+        Nothing of ``publishing.NOT_UPLOADED`` is uploaded, such as samples of the stages and the rows in results.json:
+        they are the user's data.
 
         Args:
             record: what results.json holds, for the card.
@@ -739,13 +686,12 @@ class DemonstrationTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=kwargs.get("token"))
         self.create_model_card(record=record, model_name=kwargs.get("model_name"))
-        return upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=str(self.args.output_dir),
-            commit_message=commit_message,
+        return upload(
+            Path(str(self.args.output_dir)),
+            str(self.hub_model_id),
+            message=commit_message,
             token=kwargs.get("token") or self.args.hub_token,
             revision=kwargs.get("revision") or self.args.hub_revision,
-            ignore_patterns=list(NOT_UPLOADED),
         )
 
     def create_model_card(self, *args, record: RunRecord | None = None, **kwargs) -> None:
@@ -760,6 +706,32 @@ class DemonstrationTrainer(Trainer):
             record = self.record(name=kwargs.get("model_name") or folder.name)
         add_made(folder, ["README.md"])
         write_text(folder / "README.md", model_card(record))
+
+
+def _loaded(
+    model: str | PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DemonstrationConfig,
+    *,
+    whole: bool,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, loaded where they are names, and tried with each other."""
+    policy = load_model(model, dtype=None, whole=whole, computing=args.computing) if isinstance(model, str) else model
+    tokenizer = tokenizer or load_tokenizer(str(base_causal_lm(policy).name_or_path))
+    check_vocabulary(policy, tokenizer)
+    if isinstance(policy, PeftModel):
+        refuse_virtual_tokens(policy.active_peft_config)
+    return policy, tokenizer
+
+
+def _warn_of_router(policy: nn.Module) -> None:
+    base = base_causal_lm(policy)
+    if unused := router_loss(base.config):
+        logger.warning(
+            "%s: the router's auxiliary loss (%s) is not added: the objective alone trains the router",
+            type(base).__name__,
+            unused,
+        )
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> list[Group]:
