@@ -367,6 +367,20 @@ def test_all_parameters_need_a_reload(base, tmp_path, reloads):
                     weight += 0.05 * torch.randn_like(weight)
 
 
+def test_an_adapter_of_another_name_is_handed_over(base, tmp_path):
+    model = adapted(base)
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    shift(model, 0.3)
+    with serving(base) as (server,):
+        sampler = make([server], tmp_path)
+        sampler.take_weights(model)
+        sampler.verify([Group(p) for p in PROMPTS], PARAMS, scorer(model))
+        sampler.sample(PROMPTS, PARAMS)
+        assert sampler.gap < 1e-3
+        assert [path.name for path in (tmp_path / "vllm").iterdir()] == [sampler._path.name]
+
+
 def test_another_server_with_the_same_name_does_not_pass(base, tmp_path):
     """All parameters have no name of their own at a server: one that was started anew between draws is compared again."""
     model = copy.deepcopy(base)
@@ -387,6 +401,7 @@ def test_another_server_with_the_same_name_does_not_pass(base, tmp_path):
         ({"use_dora": True}, "DoRA"),
         ({"bias": "lora_only"}, "biases"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"init_lora_weights": "pissa"}, "a change of its base"),
     ],
 )
 def test_adapters_that_vllm_does_not_serve_are_refused_at_the_start(base, config, problem):

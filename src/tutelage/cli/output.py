@@ -35,6 +35,7 @@ _OUTPUTS = (
     "reward/*",
     "checkpoint-*/*",
     "stages/*",
+    "vllm/*",
     "retention-start/*",
     "run.json",
     "vocab.*",

@@ -142,6 +142,8 @@ class Dispatcher(Generic[Result]):
             UserError: every server is out, or one request failed as often as it may be tried; or what a request or
                 ``admit`` raised besides ``ServerFault``.
         """
+        if not requests:
+            return
         todo: deque[tuple[int, int]] = deque((place, 1) for place in range(len(requests)))
         done: SimpleQueue[tuple[int, Result] | BaseException] = SimpleQueue()
         stop, lines = threading.Event(), [_Line(server, self.patience, self.admit) for server in self.servers]
@@ -180,7 +182,7 @@ class Dispatcher(Generic[Result]):
             except BaseException as error:
                 done.put(error)
 
-        count = min(self.concurrency, max(1, len(requests)))
+        count = min(self.concurrency, len(requests))
         threads = [threading.Thread(target=work, args=(line,), daemon=True) for line in lines for _ in range(count)]
         for thread in threads:
             thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 _PROBED, _PROBE_TOKENS = 16, 64  # prompts of the probe, and tokens of each completion
 _PROBE_STAGE = 1 << 23  # names the probe in the random stream; stages count from 0
 
+_OWN_FOLDER = re.compile(r"(adapter|policy)-[0-9a-f]{16}(\.tmp)?")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin an adapter
+
 _Score = Callable[[Sequence[Group]], list]
 
 
@@ -56,6 +60,8 @@ def check_adapter(policy: nn.Module) -> None:
         problem = "holds whole modules or tokens (modules_to_save, trainable_token_indices)"
     elif config.bias != "none":
         problem = f"trains biases ({config.bias})"
+    elif str(config.init_lora_weights).startswith(_CHANGE_THE_BASE):
+        problem = f"begins as '{config.init_lora_weights}', with a change of its base"
     if problem:
         raise UserError(
             f"the adapter {problem}, which vLLM does not serve.",
@@ -152,7 +158,7 @@ class VLLMSampler:
         return f"{self._mark}{self._handed}-{self._weights}"
 
     def _written(self) -> list[Path]:
-        return [*self.folder.glob("adapter-*"), *self.folder.glob("policy-*")]
+        return [path for path in self.folder.glob("*") if _OWN_FOLDER.fullmatch(path.name)]
 
     def _write(self, policy: nn.Module) -> None:
         temporary = self._path.with_name(f"{self._path.name}.tmp")
@@ -160,10 +166,13 @@ class VLLMSampler:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             if isinstance(policy, PeftModel):
-                policy.save_pretrained(str(temporary), save_embedding_layers=False)
+                active = str(policy.active_adapter)
+                policy.save_pretrained(str(temporary), selected_adapters=[active], save_embedding_layers=False)
+                os.replace(temporary if active == "default" else temporary / active, self._path)
+                shutil.rmtree(temporary, ignore_errors=True)
             else:
                 base_causal_lm(policy).save_pretrained(temporary)
-            os.replace(temporary, self._path)
+                os.replace(temporary, self._path)
 
     def release(self) -> None:
         """Unload the adapter and remove what was written."""
