@@ -150,7 +150,9 @@ def test_a_server_that_dies_within_a_stage(small, tmp_path, monkeypatch):
 
         def dying(body):
             seen.append(body)
-            if len(seen) == 16 + 20 + 16 + 16 + 6:  # the probe, a stage, the probe twice, and within the next stage
+            if (
+                len(seen) == 16 + 16 + 8 + 16 + 6
+            ):  # the probe drawn and scored, a stage, the probe scored, within the next
                 server.kill()
             return complete(body)
 
