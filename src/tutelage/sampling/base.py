@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -146,8 +146,10 @@ class RemoteSampler(Sampler, Protocol):
         rows: Sequence[int] | None = None,
         stage: int = 0,
         on_wait: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[int, list[Sample]]]:
+    ) -> Generator[tuple[int, list[Sample]], None, None]:
         """As ``sample``: the place and the samples of each prompt as they are finished. Others are drawn meanwhile.
+
+        Close it where not all are wanted.
 
         Args:
             on_wait: called several times a second while nothing is finished; it may raise.

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
@@ -132,7 +132,7 @@ class Dispatcher(Generic[Result]):
 
     def run(
         self, requests: Sequence[Callable[[VLLMServer], Result]], on_wait: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         """The place and the answer of each request, as they come in. Requests go on while the caller works.
 
         Args:

@@ -9,8 +9,8 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -28,6 +28,7 @@ from tutelage.sampling.base import Sample, SamplingParams, stream_seed
 from tutelage.sampling.dispatch import Dispatcher, Patience
 from tutelage.sampling.freshness import compare
 from tutelage.sampling.vllm_server import ServerFault, VLLMServer, completion_request, prompt_logps_of, sample_of
+from tutelage.visible import visible
 
 __all__ = ["VLLMSampler", "check_adapter"]
 
@@ -215,7 +216,9 @@ class VLLMSampler:
             raise ServerFault("serves no model", again=False)
         found = _Held(base.name, base.max_model_len, base.name)
         if before is None:
-            logger.info("vLLM server %s: version %s, model %s", server.url, server.version(), base.name)
+            logger.info(
+                "vLLM server %s: version %s, model %s", server.url, server.version(), visible(base.name, lines=False)
+            )
         else:
             found.earlier = before.earlier
         for name in (model.name for model in models if model.name.startswith(self._mark)):
@@ -349,10 +352,11 @@ class VLLMSampler:
             UserError: as ``stream``.
         """
         found: list[list[Sample]] = [[] for _ in prompts]
-        for place, samples in self.stream(prompts, params, num_samples=num_samples, rows=rows, stage=stage):
-            found[place] = samples
-            if on_finished:
-                on_finished(place, samples)
+        with closing(self.stream(prompts, params, num_samples=num_samples, rows=rows, stage=stage)) as stream:
+            for place, samples in stream:
+                found[place] = samples
+                if on_finished:
+                    on_finished(place, samples)
         return found
 
     def stream(
@@ -364,7 +368,7 @@ class VLLMSampler:
         rows: Sequence[int] | None = None,
         stage: int = 0,
         on_wait: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[int, list[Sample]]]:
+    ) -> Generator[tuple[int, list[Sample]], None, None]:
         """See ``RemoteSampler.stream``.
 
         Raises:
@@ -380,13 +384,14 @@ class VLLMSampler:
             for draw in range(num_samples)
         ]
         drawn: dict[int, dict[int, Sample]] = {}
-        for number, sample in self._dispatcher.run(requests, on_wait):
-            place, draw = divmod(number, num_samples)
-            own = drawn.setdefault(place, {})
-            own[draw] = sample
-            if len(own) == num_samples:
-                yield place, [own[draw] for draw in range(num_samples)]
-                del drawn[place]
+        with closing(self._dispatcher.run(requests, on_wait)) as answers:
+            for number, sample in answers:
+                place, draw = divmod(number, num_samples)
+                own = drawn.setdefault(place, {})
+                own[draw] = sample
+                if len(own) == num_samples:
+                    yield place, [own[draw] for draw in range(num_samples)]
+                    del drawn[place]
 
     def _one(self, prompt: Sequence[int], params: SamplingParams, seed: int, server: VLLMServer) -> Sample:
         try:

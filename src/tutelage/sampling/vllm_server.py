@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
 from tutelage.sampling.base import Sample, SamplingParams
+from tutelage.visible import visible
 
 __all__ = [
     "ServedModel",
@@ -113,7 +114,7 @@ class VLLMServer:
 
     def version(self) -> str:
         """Of vLLM."""
-        return str(self._json("GET", "/version").get("version"))
+        return visible(self._json("GET", "/version").get("version"), lines=False)
 
     def models(self) -> list[ServedModel]:
         """What it serves, adapters included."""
@@ -229,7 +230,7 @@ def _told(content: bytes) -> str:
         found = json.loads(text)
         inner = found.get("error", found)
         text = str(inner.get("message") or inner.get("detail") or text)
-    return " ".join(text.split())[:300] or "nothing"
+    return visible(" ".join(text.split())[:300], lines=False) or "nothing"
 
 
 # --- requests and answers ---------------------------------------------------------------------------------------------

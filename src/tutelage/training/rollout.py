@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from torch import nn
@@ -145,7 +145,7 @@ class Rollout:
             self.sampler.take_weights(self.scorer.policy)
         return [_with(group, samples) for group, samples in zip(groups, drawn, strict=True)]
 
-    def draw_in_pieces(self, groups: Sequence[Group], size: int, *, stage: int) -> Iterator[list[Group]]:
+    def draw_in_pieces(self, groups: Sequence[Group], size: int, *, stage: int) -> Generator[list[Group], None, None]:
         """As ``draw`` for the stages, ``size`` groups at a time, in order.
 
         A remote sampler goes on with the next pieces while the caller works on one. If it fails, the groups that it had
@@ -167,13 +167,14 @@ class Rollout:
         finished: dict[int, list[Sample]] = {}
         start = 0
         try:
-            for place, samples in stream:
-                finished[place] = samples
-                leave_if_asked()
-                while start < len(groups) and finished.keys() >= set(range(start, min(start + size, len(groups)))):
-                    piece = range(start, min(start + size, len(groups)))
-                    start = piece.stop
-                    yield [_with(groups[place], finished.pop(place)) for place in piece]
+            with closing(stream):
+                for place, samples in stream:
+                    finished[place] = samples
+                    leave_if_asked()
+                    while start < len(groups) and finished.keys() >= set(range(start, min(start + size, len(groups)))):
+                        piece = range(start, min(start + size, len(groups)))
+                        start = piece.stop
+                        yield [_with(groups[place], finished.pop(place)) for place in piece]
         except UserError:
             if finished:
                 yield [_with(groups[place], finished[place]) for place in sorted(finished)]

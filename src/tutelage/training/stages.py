@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -285,8 +286,10 @@ class Stages:
         if kept and (len(kept) >= self.piece or not missing):  # a killed run measured on the same groups
             self.rollout.measure_if_asked(kept[: self.piece])
         done = len(kept)
-        with self.progress.phase(f"stage {draw.stage}: sampling", done + len(missing)) as advance:
-            pieces = self.rollout.draw_in_pieces(missing, self.piece, stage=draw.number)
+        with (
+            self.progress.phase(f"stage {draw.stage}: sampling", done + len(missing)) as advance,
+            closing(self.rollout.draw_in_pieces(missing, self.piece, stage=draw.number)) as pieces,
+        ):
             while True:
                 with self.costs.timed("sampling"):
                     sampled = next(pieces, None)
