@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -32,12 +31,7 @@ class Guard(TrainerCallback):
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.accelerator.scaler is not None:
-            return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
-        gradients = [p.grad for p in self.trainer.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise self.trainer.non_finite("gradient", norm.item())
+        self.trainer.check_step()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.random_state = RandomState.now()

@@ -12,6 +12,7 @@ from tutelage.groups import Group, Role
 from tutelage.models.weights import WeightSet, fingerprint
 from tutelage.sampling import Sampler, SamplingParams
 from tutelage.scoring.logps import Layout, cached_token_logps
+from tutelage.training.parallel import ALONE, Processes
 from tutelage.training.termination import leave_if_asked
 
 __all__ = ["PolicyScorer", "Rollout"]
@@ -29,6 +30,7 @@ class PolicyScorer:
         policy: the model in training.
         layout, batch_size, pad_token_id: as for ``cached_token_logps``.
         autocast: makes a context for mixed precision.
+        processes: each scores its share.
     """
 
     def __init__(
@@ -39,15 +41,17 @@ class PolicyScorer:
         batch_size: int,
         pad_token_id: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        processes: Processes = ALONE,
     ):
-        self.policy, self.autocast = policy, autocast
+        self.policy, self.autocast, self.processes = policy, autocast, processes
         self._options: dict[str, Any] = {"layout": layout, "batch_size": batch_size, "pad_token_id": pad_token_id}
 
     def token_logps(self, groups: Sequence[Group]) -> list[_Logps]:
         """Log-probs of all completion tokens (nats per token); an empty tuple for a prompt alone."""
         held = [group for group in groups if group.completions]
         with self.autocast():
-            found = iter(cached_token_logps(self.policy, held, **self._options))
+            mine = cached_token_logps(self.policy, self.processes.share(held), **self._options)
+        found = iter(self.processes.whole(mine))
         return [next(found) if group.completions else () for group in groups]
 
 
@@ -128,21 +132,25 @@ class Rollout:
             params: instead of those of the stages.
             weights: draw from the policy with these weights instead of its own.
         """
+        processes = self.scorer.processes
+        mine = processes.share(groups)
         with weights.active() if weights else nullcontext(), self.scorer.autocast():
             if weights:
                 self.sampler.take_weights(self.scorer.policy)
             drawn = self.sampler.sample(
-                [group.prompt_ids for group in groups],
+                [group.prompt_ids for group in mine],
                 params or self.params,
                 num_samples=self.num_samples,
-                rows=[group.row for group in groups],
+                rows=[group.row for group in mine],
                 stage=stage,
                 on_finished=lambda *_: leave_if_asked(),
             )
         if weights:
             self.sampler.take_weights(self.scorer.policy)
+        samples_of = processes.whole(drawn)
         return [
-            group.add(sample.completion for sample in samples) for group, samples in zip(groups, drawn, strict=True)
+            group.add(sample.completion for sample in samples)
+            for group, samples in zip(groups, samples_of, strict=True)
         ]
 
     def measure_if_asked(self, groups: Sequence[Group], params: SamplingParams | None = None) -> None:

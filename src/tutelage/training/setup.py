@@ -21,7 +21,7 @@ __all__ = ["make_rollout", "make_stages", "make_store"]
 def make_store(trainer: DemonstrationTrainer) -> StageStore:
     """Where the run's stages lie on disk."""
     folder = Path(str(trainer.args.output_dir)) / "stages"
-    return StageStore(folder, _settings(trainer).sample_settings(), trainer.tokenization.text)
+    return StageStore(folder, _settings(trainer).sample_settings(), trainer.tokenization.text, trainer.processes)
 
 
 def make_rollout(
