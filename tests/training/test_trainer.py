@@ -15,6 +15,7 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from training_runs import SGD, Snapshots, assert_same_weights, distance, history
+from tutelage.data.tokenized import group_from_row
 from tutelage.errors import NonFiniteLossError, UserError
 from tutelage.models.loading import load_model, load_tokenizer
 from tutelage.results import EvaluationRecord, Interval, RunRecord
@@ -434,6 +435,8 @@ def test_evaluation_during_training(training, monkeypatch):
 def test_mixed_precision_reaches_training_sampling_and_reference(training, reference):
     trainer = training.trainer("irft", bf16=True, stages_per_epoch=2, reference=reference, learning_rate=1e-2)
     start = copy.deepcopy(trainer.model)
+    # The probe of sampling computes in float32; from now on it is known.
+    trainer.stages.rollout.draw([group_from_row(row) for row in trainer.train_dataset], stage=0)
     precisions = set()
     trainer.model.model.layers[0].mlp.down_proj.register_forward_hook(
         lambda module, args, output: precisions.add((module.training, output.dtype))
