@@ -1,4 +1,4 @@
-"""How many processes a launcher was asked for. Nothing here takes time to import."""
+"""What a launcher's environment says of processes. Nothing here takes time to import."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from collections.abc import Mapping
 
 from tutelage.errors import UserError
 
-__all__ = ["require_one_process"]
-
-_REMEDY = "Start one process and show it one device (CUDA_VISIBLE_DEVICES=0)."
+__all__ = ["check_launch", "process_index"]
 
 
-def require_one_process(found: int = 1, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse several processes or devices.
+def process_index(environment: Mapping[str, str] = os.environ) -> int:
+    """The number of this process among those that a launcher started, from 0."""
+    found = environment.get("RANK", "0")
+    return int(found) if found.isdigit() else 0
+
+
+def check_launch(devices: int = 1, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse several devices in one process, and a launcher that started fewer processes than it was asked for.
 
     Args:
-        found: how many are known to be there.
-        environment: of the process, in which launchers say how many there should be.
+        devices: that this process would compute on.
+        environment: of the process, in which launchers say how many there are.
 
     Raises:
-        UserError: more than one; or ``accelerate launch`` was asked for several and started one, as it does on a CPU without
-            mpirun.
+        UserError: as said. ``accelerate launch --cpu`` starts one process without mpirun, whatever it is asked for.
     """
-    told = environment.get("WORLD_SIZE", "1")
-    found = max(found, int(told) if told.isdigit() else 1)
-    if found > 1:
-        raise UserError(f"{found} processes or devices: training runs on one so far.", remedy=_REMEDY)
+    if devices > 1:
+        raise UserError(
+            f"{devices} devices in one process.",
+            remedy=f"Start one process for each (accelerate launch --multi_gpu --num_processes {devices} -m tutelage …), or "
+            "show this one a single device (CUDA_VISIBLE_DEVICES=0).",
+        )
     # accelerate names a place to meet where several processes are wanted, and their number only to those it starts.
     if (
         "ACCELERATE_MIXED_PRECISION" in environment
@@ -34,6 +39,6 @@ def require_one_process(found: int = 1, environment: Mapping[str, str] = os.envi
         and "WORLD_SIZE" not in environment
     ):
         raise UserError(
-            "accelerate launch was asked for several processes and started one: training runs on one so far.",
-            remedy="Use --num_processes 1, or start tutelage without accelerate.",
+            "accelerate launch was asked for several processes and started one.",
+            remedy="On a CPU start them with torchrun --nproc_per_node 2 -m tutelage …; or use --num_processes 1.",
         )

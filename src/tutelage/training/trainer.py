@@ -64,7 +64,7 @@ from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.optimization import check_optimization
 from tutelage.training.parallel import Processes, alone, call_within, takes_calls, unshared, zero_of
-from tutelage.training.processes import require_one_process
+from tutelage.training.processes import check_launch
 from tutelage.training.publishing import upload
 from tutelage.training.resume import check_checkpoint, find_checkpoint
 from tutelage.training.retention import Retention
@@ -167,7 +167,7 @@ class DemonstrationTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        require_one_process(args.n_gpu, environment={})
+        check_launch(args.n_gpu)
         # The loss comes averaged over the whole optimizer step (``num_items_in_batch``): transformers must not divide
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
