@@ -52,8 +52,8 @@ _DISK = {
 """What is the disk's fault, or the folder's, and not a mistake of this library."""
 
 
-_PATIENCE = 5.0
-"""Seconds that a process waits with an error that the first one may have too."""
+_WHILE_IT_IMPORTS = 20.0
+"""Seconds that a process waits with an error that the first one may have too, and be on the way to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _let_the_first_speak() -> None:
     """What is wrong for all processes of a run is said once: the first to end has the launcher end the others."""
     if process_index() > 0:
-        time.sleep(_PATIENCE)
+        time.sleep(_WHILE_IT_IMPORTS)
 
 
 def _take_debug(args: list[str]) -> tuple[list[str], bool]:
