@@ -308,9 +308,14 @@ def test_memory_that_runs_out_is_no_fault_of_the_model(error, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(layout, "collate_shared_prefix", fail)
+        with pytest.raises(UserError, match="there is not enough memory to run LlamaForCausalLM"):
+            probe_layout(model, 64)
+    assert probe_layout(model).layout == "shared_prefix"
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "collate_shared_prefix", fail)
         found = probe_layout(model, 64)
-        assert found.layout == "padded"
-        assert "does not fit into memory" in found.reason
+    assert found.layout == "padded"
+    assert "does not fit into memory" in found.reason
     monkeypatch.setattr(probe, "_decoded", fail)
     with pytest.raises(UserError, match="there is not enough memory to run LlamaForCausalLM"):
         probe.probe_sampling(model)

@@ -275,8 +275,11 @@ def _compared(
     except Exception as error:
         # An architecture may reject the shared-prefix layout with any error; finding that out is the purpose of the
         # probe.
-        if is_out_of_memory(error):  # the padded layout takes less for the same rows
-            return "padded", f"a group of {max(map(len, shared)):,} tokens does not fit into memory: {said_by(error)}"
+        if is_out_of_memory(error):
+            if (tokens := max(map(len, shared))) <= 2 * _SHORT:
+                raise does_not_run(base, error, tokens) from error
+            # The padded layout takes less for the same rows.
+            return "padded", f"a group of {tokens:,} tokens does not fit into memory: {said_by(error)}"
         return "padded", f"{name} does not take the shared-prefix layout: {said_by(error)}"
     chosen = torch.cat([_of_completion(logps_N, batch, shared, group, place) for group, place in ends])
     difference = agree(base, chosen, shared_truth_N)
