@@ -15,6 +15,7 @@ from tutelage.data.records import group_from_record, group_record, read_groups
 from tutelage.errors import DamagedFileError, UserError
 from tutelage.files import (
     append_json_lines,
+    json_text,
     read_json,
     size_and_hash,
     storing,
@@ -387,7 +388,7 @@ class _Sums:
 
     def append(self, lines: Iterable[Any]) -> None:
         """A further piece, on its way to the disk when this returns."""
-        piece = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        piece = "".join(json_text(line) + "\n" for line in lines).encode()
         with self.file.open("ab") as file:
             file.write(piece)
         self._hash.update(piece)
