@@ -11,7 +11,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from tutelage.errors import UserError
 from tutelage.evaluation.verifiers import load_verifier
-from tutelage.training.processes import check_launch
+from tutelage.launch import check_launch
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tutelage.errors import UserError
-from tutelage.training.processes import check_launch
+from tutelage.launch import check_launch
 
 BAD = {
     "text for a number": ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"}}, "lr_scheduler_kwargs"),
@@ -55,6 +55,8 @@ def test_an_optimizer_that_was_handed_in_is_not_made_again(training):
     ("devices", "environment", "problem"),
     [
         (2, {}, "2 devices in one process"),
+        (1, {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "asked for FSDP"),
+        (1, {"ACCELERATE_USE_DEEPSPEED": "true"}, "asked for DeepSpeed"),
         (
             1,
             {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},

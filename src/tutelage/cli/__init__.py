@@ -10,7 +10,7 @@ from importlib import import_module
 
 from tutelage.algorithms.registry import NAMES
 from tutelage.errors import Terminated, UserError
-from tutelage.training.processes import process_index
+from tutelage.launch import process_index
 from tutelage.visible import write
 
 __all__ = ["main"]

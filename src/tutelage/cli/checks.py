@@ -9,9 +9,9 @@ from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import CommandParser, columns_of, take_config
 from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.errors import UserError
+from tutelage.launch import check_launch, process_index
 from tutelage.models.paths import require_model
 from tutelage.ranges import whole
-from tutelage.training.processes import check_launch, process_index
 
 __all__ = ["check_training"]
 

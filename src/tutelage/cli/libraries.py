@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-from tutelage.training.processes import process_index
+from tutelage.launch import process_index
 from tutelage.visible import visible
 
 __all__ = ["quiet_libraries"]

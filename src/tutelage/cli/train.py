@@ -23,6 +23,7 @@ from tutelage.errors import UserError
 from tutelage.evaluation.policy import can_sample
 from tutelage.evaluation.record import evaluated
 from tutelage.files import storing, write_text
+from tutelage.launch import process_index
 from tutelage.models.loading import load_tokenizer
 from tutelage.models.precision import given_precision
 from tutelage.report import summary_table, verdicts, write_report
@@ -33,7 +34,6 @@ from tutelage.terminal import say, show
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import reset_peak_memory
 from tutelage.training.made import add_made
-from tutelage.training.processes import process_index
 from tutelage.training.termination import leave_if_asked, listening
 from tutelage.training.trainer import DemonstrationTrainer
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from tutelage.errors import Terminated
 from tutelage.training.checkpoints import RandomState
 from tutelage.training.termination import is_asked, leave_if_asked
 
@@ -84,8 +85,15 @@ class StopAtScore(TrainerCallback):
 class Termination(TrainerCallback):
     """Where the process is asked to end: a checkpoint after the step, and then the end."""
 
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+        self.asked = False
+
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= is_asked()
+        self.asked = self.trainer.processes.any(is_asked())
+        control.should_save |= self.asked
 
     def on_save(self, args, state, control, **kwargs):
+        if self.asked:
+            raise Terminated
         leave_if_asked()

@@ -293,7 +293,7 @@ class Stages:
                     scored = self.rollout.score(sampled)
                 yield scored
                 advance(done + start + len(groups))
-                leave_if_asked()
+                leave_if_asked(self.rollout.scorer.processes.any)
 
 
 def sample_facts(groups: Sequence[Group]) -> dict[str, float]:

@@ -33,6 +33,7 @@ from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
 from tutelage.files import storing, write_text
 from tutelage.groups import Group
+from tutelage.launch import check_launch
 from tutelage.models.loading import (
     add_adapter,
     base_causal_lm,
@@ -64,7 +65,6 @@ from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.optimization import check_optimization
 from tutelage.training.parallel import Processes, alone, call_within, takes_calls, unshared, zero_of
-from tutelage.training.processes import check_launch
 from tutelage.training.publishing import upload
 from tutelage.training.resume import check_checkpoint, find_checkpoint
 from tutelage.training.retention import Retention
@@ -196,7 +196,7 @@ class DemonstrationTrainer(Trainer):
         )
         self.add_callback(Guard(self))
         self.add_callback(CostsInCheckpoints(self))
-        self.add_callback(Termination())
+        self.add_callback(Termination(self))
         logger.info(
             "%s: learning rate %g, %s, layout %s",
             self.algorithm,
