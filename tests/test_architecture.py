@@ -19,7 +19,7 @@ LAYERS = (
     ("rewards",),
     ("card", "data", "sampling", "scoring"),
     ("models", "results", "testing"),
-    ("files", "groups", "losses", "progress", "ranges", "terminal"),
+    ("files", "groups", "launch", "losses", "progress", "ranges", "terminal"),
     ("errors",),
     ("visible",),
 )

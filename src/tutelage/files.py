@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,12 +17,14 @@ from tutelage.errors import DamagedFileError, UserError
 __all__ = [
     "append_json_lines",
     "difference",
+    "json_text",
     "read_json",
     "read_sealed",
     "replacing",
     "size_and_hash",
     "storing",
     "sync",
+    "why_not_stored",
     "write_json",
     "write_json_lines",
     "write_sealed",
@@ -28,8 +32,12 @@ __all__ = [
 ]
 
 _SEAL = "sha256"
-_NOT_STORED = ("PytorchStreamWriter", "iostream error", "file write failed", "I/O error", "unexpected pos")
-"""What torch and safetensors say where the disk did not take their bytes; they raise no ``OSError``."""
+_NOT_STORED = (
+    *("PytorchStreamWriter", "iostream error", "file write failed", "I/O error", "unexpected pos"),
+    *("No space left on device", "Read-only file system", "Disk quota exceeded"),
+)
+"""What torch, safetensors and tokenizers say where the disk did not take their bytes; they raise no ``OSError``."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -49,6 +57,14 @@ def storing(path: Path) -> Iterator[None]:
         if not any(sign in str(error) for sign in _NOT_STORED):
             raise
         raise _not_stored(path, str(error).splitlines()[0]) from error
+
+
+def why_not_stored(error: Exception) -> str | None:
+    """Why the disk did not take what a library wrote; None where an error says something else."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return error.strerror or str(error)
+    line = (str(error).splitlines() or [""])[0]
+    return line if any(sign in line for sign in _NOT_STORED) else None
 
 
 def _not_stored(path: Path, reason: str) -> UserError:
@@ -84,8 +100,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As ``write_text``, one JSON value that people can read."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """As ``write_text``, one JSON value that people can read.
+
+    JSON has no NaN and no infinity, and other readers refuse a file with one: such a number is written as null.
+    """
+    write_text(path, json_text(content, indent=2) + "\n")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """A value as JSON that every reader takes, see ``write_json``."""
+    try:
+        return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(content), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(each) for key, each in value.items()}
+    return [_without_nan(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path) -> Any:
@@ -94,14 +129,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_json_lines(path: Path, lines: Iterable[Any]) -> None:
-    """One JSON value per line, to a temporary name that is then renamed."""
+    """One JSON value per line, as ``write_json`` writes it, to a temporary name that is then renamed."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         append_json_lines(file, lines)
 
 
 def append_json_lines(file: IO[str], lines: Iterable[Any]) -> None:
     """Further lines at the end of an open file, on their way to the disk when this returns."""
-    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file.writelines(json_text(line) + "\n" for line in lines)
     file.flush()
 
 
@@ -133,7 +168,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_without_nan(content), sort_keys=True).encode()).hexdigest()
 
 
 def size_and_hash(path: Path) -> dict[str, Any]:

@@ -511,6 +511,13 @@ def test_evaluate_and_report(tutelage, refusal, model, sums, tmp_path):
     assert code == 0
     assert "other" in page.read_text(encoding="utf-8")
     assert "nowhere" in refusal("report", tmp_path / "nowhere")
+    # Its own page is written anew; what is none stays.
+    assert tutelage("report", out / "tiny", out / "other", "--output", page)[0] == 0
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("{}\n")
+    assert "the file exists, and is no report" in refusal("report", out / "tiny", "--output", kept)
+    assert kept.read_text() == "{}\n"
+    assert "is a folder" in refusal("report", out / "tiny", "--output", tmp_path)
 
 
 def test_a_recurrent_model_is_trained_and_evaluated(tutelage, refusal, sums, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from tutelage.errors import UserError
 from tutelage.evaluation.verifiers import load_verifier
-from tutelage.training.processes import require_one_process
+from tutelage.launch import check_launch
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
@@ -46,9 +46,9 @@ def test_a_launcher_on_a_cpu_starts_one_process_and_that_is_said(asked, refused,
     _, environment = prepare_simple_launcher_cmd_env(options)
     if refused:
         with pytest.raises(UserError, match="accelerate launch was asked for several processes and started one"):
-            require_one_process(environment=environment)
+            check_launch(environment=environment)
     else:
-        require_one_process(environment=environment)
+        assert check_launch(environment=environment) is None
 
 
 @pytest.mark.parametrize("body", ["raise KeyError('x')", "def f(:", "import nothing_of_this_name", "g = 1", "1 / 0"])

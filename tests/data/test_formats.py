@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from tutelage.data import Columns, Tokenization, detect_format, load_dataset, read_row, read_rows
 from tutelage.data.demonstrations import holds_prompts_alone, read_prompts
+from tutelage.data.inspection import inspect_dataset
 from tutelage.data.tokenized import DataSummary, tokenized_prompts, tokenized_rows
 from tutelage.errors import UserError
 from tutelage.testing.tokenizers import tiny_tokenizer
@@ -67,6 +68,18 @@ FORMATS = {
         [SYSTEM, {"role": "user", "content": "Add.\n\n2, 2"}],
         "4",
     ),
+    "system in another spelling": (
+        {"System": "Be brief.", "prompt": "2 + 2?", "completion": "4"},
+        [SYSTEM, USER],
+        "4",
+    ),
+    "system message": ({"system_message": "Be brief.", "prompt": "2 + 2?", "completion": "4"}, [SYSTEM, USER], "4"),
+    "a dialogue as text without its system message": (
+        {"system": "", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+        "\n\nHuman: a\n\nAssistant:",
+        " b",
+    ),
+    "one message said both ways": ({"messages": [{**USER, **HUMAN}, {**ASSISTANT, **GPT}]}, [USER], "4"),
     "wanted": ({"prompt": "2 + 2?", "completion": "4", "label": True}, "2 + 2?", "4"),
     "wanted, in CSV": ({"prompt": "2 + 2?", "completion": "4", "label": "True"}, "2 + 2?", "4"),
     "a label of another kind": ({"prompt": "2 + 2?", "completion": "4", "label": "arithmetic"}, "2 + 2?", "4"),
@@ -82,6 +95,7 @@ def test_columns_are_used_as_their_formats_mean(row, prompt, completion):
     assert demonstration.fields == row
 
 
+DIALOGUE = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 WRITTEN = [json.dumps([USER]), str([USER]), json.dumps([HUMAN], indent=1), json.dumps(USER)]
 REFUSED = [
     *[({"prompt": text, "completion": "4"}, "prompt", "messages written as text") for text in WRITTEN],
@@ -97,6 +111,20 @@ REFUSED = [
     ({"system": "A", "system_prompt": "B", "prompt": "a", "completion": "b"}, "system_prompt", "differs from"),
     ({"system": "A", "messages": [SYSTEM, USER, ASSISTANT]}, None, "begins with a system message"),
     ({"prompt": "a", "completion": "b", "label": 0}, "label", "answers that were not wanted"),
+    *[
+        ({"prompt": "a", "completion": "b", "label": label}, "label", "answers that were not wanted")
+        for label in (1, -1, "0", " 1", "0.0", "undesirable", "Chosen")
+    ],
+    ({"prompt": "a", "completion": "b", "kto_tag": "0"}, "kto_tag", "answers that were not wanted"),
+    ({"prompt": "a", "completion": "b", "Tools": [{"name": "w"}]}, "Tools", "would be left out"),
+    ({"question": "a", "answer": "b", "Context": "c"}, "Context", "would be left out"),
+    ({"system": "A", **DIALOGUE}, "system", "no place in a dialogue that is written as text"),
+    ({"history": [["a", "b"]], **DIALOGUE}, "history", "no place in a dialogue that is written as text"),
+    ({"messages": [USER, {**ASSISTANT, "train": "false"}]}, "messages", "not to be trained on ('train')"),
+    ({"messages": [USER, {**ASSISTANT, "loss": False}]}, "messages", "not to be trained on ('loss')"),
+    ({"messages": [USER, {**ASSISTANT, "refusal": "No."}]}, "messages", "message 2 has 'refusal'"),
+    ({"messages": [USER, {**ASSISTANT, "value": "5"}]}, "messages", "both 'content' and 'value', and they differ"),
+    ({"messages": [USER, {**ASSISTANT, "from": "human"}]}, "messages", "both 'role' and 'from', and they differ"),
     ({"prompt": "a", "completion": "b", "tools": [{"name": "w"}]}, "tools", "would be left out"),
     ({"messages": [USER, ASSISTANT], "tools": '[{"name": "w"}]'}, "tools", "would be left out"),
     ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "images", "would be left out"),
@@ -142,7 +170,7 @@ KTO = [
 ]
 
 
-@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize("name", ["label", "kto_tag", "Label", "desirable"])
 @pytest.mark.parametrize("spelled", [bool, str])
 def test_answers_that_were_not_wanted_are_left_out_and_counted(name, spelled):
     rows = [{"prompt": r["prompt"], "completion": r["completion"], name: spelled(r["label"])} for r in KTO]
@@ -160,6 +188,21 @@ def test_a_label_in_some_rows_only_is_an_error():
     rows = [*KTO, {"prompt": "a", "completion": "f", "label": None}]
     with pytest.raises(UserError, match="row 4, field 'label': some rows say whether"):
         list(read_rows(Dataset.from_list(rows)))
+
+
+def test_what_is_left_out_is_shown_and_logged(caplog):
+    tokenization = Tokenization(tiny_tokenizer("plain"))
+    assert inspect_dataset(Dataset.from_list(KTO), tokenization).summary.dropped == {"labelled false": 1}
+    list(tokenized_prompts(Dataset.from_list(KTO), tokenization, source="kto"))
+    assert "kto: left out 1 of 3: labelled false" in caplog.text
+
+
+def test_a_column_that_the_user_names_is_no_label():
+    rows = [{"text": "Is it?", "label": "True"}, {"text": "Is it not?", "label": "False"}]
+    found = list(read_rows(Dataset.from_list(rows), columns=Columns("text", "label")))
+    assert [[each.completion for each in row] for row in found] == [["True"], ["False"]]
+    (found,) = read_row({"tools": "a hammer", "use": "nails"}, number=1, columns=Columns("tools", "use"))
+    assert found.prompt == "a hammer"
 
 
 def test_a_label_of_a_pair_means_another():

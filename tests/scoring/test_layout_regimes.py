@@ -7,9 +7,11 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoConfig,
     Llama4TextConfig,
     LlamaConfig,
+    OPTConfig,
     Phi3Config,
     Qwen2Config,
     XLMConfig,
@@ -18,7 +20,8 @@ from transformers import (
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.regimes import rope_switch
-from tutelage.sampling import SamplingParams, TransformersSampler
+from tutelage.sampling import SamplingParams, TransformersSampler, probe
+from tutelage.scoring import layout
 from tutelage.scoring.layout import probe_facts, probe_layout
 from tutelage.scoring.logps import cached_token_logps, completion_token_logps
 
@@ -264,3 +267,55 @@ def looks_ahead(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_of_a_mixture_of_experts_is_no_looking_ahead(dtype):
     assert probe_layout(llama4().to(dtype)).layout in ("shared_prefix", "padded")
+
+
+# --- rows that the model has no positions for, and memory that runs out ---------------------------------------------------
+
+
+def few_positions(kind):
+    size = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt2":
+        return made(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    return made(OPTConfig(**size, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_rows_longer_than_the_table_of_positions_are_refused_before_sampling_and_scoring(kind):
+    model, prompts = few_positions(kind), [(5, 6, 7, 8)]
+    fits, too_long = (SamplingParams(max_completion_length=n, stop_ids=frozenset()) for n in (60, 61))
+    ((sample,),) = TransformersSampler(model).sample(prompts, fits)
+    assert len(sample.token_ids) == 60
+    with pytest.raises(UserError, match=r"and not on \d+ tokens, which .* its config names .* 64"):
+        TransformersSampler(few_positions(kind)).sample(prompts, too_long)
+    assert probe_layout(model, 64)
+    with pytest.raises(UserError, match=r"and not on \d+ tokens, which .* its config names .* 64"):
+        probe_layout(few_positions(kind), 65)
+
+
+NO_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_is_no_fault_of_the_model(error, monkeypatch):
+    model = made(LlamaConfig(**SIZE))
+
+    def fail(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "collate_shared_prefix", fail)
+        with pytest.raises(UserError, match="there is not enough memory to run LlamaForCausalLM"):
+            probe_layout(model, 64)
+    assert probe_layout(model).layout == "shared_prefix"
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "collate_shared_prefix", fail)
+        found = probe_layout(model, 64)
+    assert found.layout == "padded"
+    assert "does not fit into memory" in found.reason
+    monkeypatch.setattr(probe, "_decoded", fail)
+    with pytest.raises(UserError, match="there is not enough memory to run LlamaForCausalLM"):
+        probe.probe_sampling(model)

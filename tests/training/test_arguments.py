@@ -51,12 +51,6 @@ BAD = {
     "fsdp": [True, "full_shard"],
     "fsdp_config": [{"version": 2}],
     "deepspeed": ["zero3.json", {"zero_optimization": {"stage": 3}}],
-    "ddp_find_unused_parameters": [True],
-    "ddp_bucket_cap_mb": [25],
-    "ddp_broadcast_buffers": [True],
-    "ddp_static_graph": [True],
-    "ddp_backend": ["gloo"],
-    "ddp_timeout": [60],
     "do_predict": [True],
     "resume_from_checkpoint": ["runs/x/checkpoint-10"],
 }

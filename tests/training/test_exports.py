@@ -1,7 +1,9 @@
 """Exports are tried: what cannot be written is mended or refused before training, and what was written loads back."""
 
+import errno
 import json
 import shutil
+import tempfile
 
 import pytest
 import torch
@@ -79,6 +81,21 @@ def test_what_cannot_be_written_is_refused_before_training(training, part, monke
     monkeypatch.setattr(type(owner), "save_pretrained", refuse_to_write)
     with pytest.raises(UserError, match="cannot be saved, so nothing could be exported after training: no"):
         training.trainer("sft", model=model)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)")],
+    ids=["Python", "tokenizers"],
+)
+def test_a_full_disk_of_temporary_files_is_not_blamed_on_the_model(training, error, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(type(training.tokenizer), "save_pretrained", fail)
+    with pytest.raises(UserError, match=r"the folder for temporary files takes nothing.* No space left") as told:
+        training.trainer("sft")
+    assert told.value.file == tempfile.gettempdir()
 
 
 def test_adapters_of_virtual_tokens_are_refused(training):
@@ -215,6 +232,20 @@ def test_an_export_that_loads_as_something_else_is_told(training, monkeypatch):
             alter(folder, change)
             with pytest.raises(UserError, match="does not load back as what was trained"):
                 trainer.check_export(folder)
+
+
+def test_where_memory_runs_out_the_weights_are_compared_one_by_one(training, monkeypatch):
+    trainer, folder = export(training)
+
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(exporting, "_logits", fail)
+    (told,) = trainer.check_export(folder)
+    assert "one by one (a second copy of the model does not fit into memory)" in told
+    alter(folder, lambda state: {name: value + 1 for name, value in state.items()})
+    with pytest.raises(UserError, match="has other values"):
+        trainer.check_export(folder)
 
 
 def test_names_that_transformers_passes_over_are_told(training):

@@ -3,7 +3,7 @@
 import pytest
 
 from tutelage.errors import UserError
-from tutelage.training.processes import require_one_process
+from tutelage.launch import check_launch
 
 BAD = {
     "text for a number": ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"}}, "lr_scheduler_kwargs"),
@@ -52,20 +52,26 @@ def test_an_optimizer_that_was_handed_in_is_not_made_again(training):
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("devices", "environment", "problem"),
     [
-        {"WORLD_SIZE": "2"},
-        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+        (2, {}, "2 devices in one process"),
+        (1, {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "asked for FSDP"),
+        (1, {"ACCELERATE_USE_DEEPSPEED": "true"}, "asked for DeepSpeed"),
+        (
+            1,
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "asked for several processes and started one",
+        ),
     ],
 )
-def test_several_processes_are_refused_and_not_passed_over(environment):
-    with pytest.raises(UserError, match="training runs on one so far"):
-        require_one_process(environment=environment)
+def test_processes_that_are_not_there_are_no_processes(devices, environment, problem):
+    with pytest.raises(UserError, match=problem):
+        check_launch(devices, environment)
 
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"WORLD_SIZE": "1", "MASTER_ADDR": "a"}, {"ACCELERATE_MIXED_PRECISION": "no"}, {"MASTER_ADDR": "x"}],
+    [{}, {"WORLD_SIZE": "2", "MASTER_ADDR": "a"}, {"ACCELERATE_MIXED_PRECISION": "no"}, {"MASTER_ADDR": "x"}],
 )
-def test_one_process_is_fine(environment):
-    assert require_one_process(environment=environment) is None
+def test_what_a_launcher_started_is_fine(environment):
+    assert check_launch(1, environment) is None

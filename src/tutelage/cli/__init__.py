@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
 from tutelage.algorithms.registry import NAMES
 from tutelage.errors import Terminated, UserError
+from tutelage.launch import process_index
 from tutelage.visible import write
 
 __all__ = ["main"]
@@ -52,6 +54,10 @@ _DISK = {
 """What is the disk's fault, or the folder's, and not a mistake of this library."""
 
 
+_WHILE_IT_IMPORTS = 20.0
+"""Seconds that a process waits with an error that the first one may have too, and be on the way to."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
@@ -67,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
+        _let_the_first_speak()
         write(f"tutelage: error: {error}", sys.stderr)
         return 2
     except OSError as error:
@@ -86,6 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _let_the_first_speak() -> None:
+    """What is wrong for all processes of a run is said once: the first to end has the launcher end the others."""
+    if process_index() > 0:
+        time.sleep(_WHILE_IT_IMPORTS)
+
+
 def _take_debug(args: list[str]) -> tuple[list[str], bool]:
     """A bare --debug is ours; with a value it is transformers' (--debug underflow_overflow)."""
     for place, arg in enumerate(args):
@@ -99,7 +112,7 @@ def _run(command: str, args: list[str]) -> int:
         raise UserError(f"unknown command '{command}'.", remedy=f"Commands: {', '.join(sorted(_COMMANDS))}.")
     from tutelage.terminal import SafeConsole
 
-    console = SafeConsole(width=None if sys.stdout.isatty() else 120)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 120, quiet=process_index() > 0)
     if _COMMANDS[command] == "train":
         # torch and transformers take seconds to import: what can be refused without them is refused before.
         from tutelage.cli.checks import check_training

@@ -9,9 +9,9 @@ from tutelage.cli.output import OutputFolder
 from tutelage.cli.parser import CommandParser, columns_of, take_config
 from tutelage.data.columns import check_demonstrations, check_prompts
 from tutelage.errors import UserError
+from tutelage.launch import check_launch, process_index
 from tutelage.models.paths import require_model
 from tutelage.ranges import whole
-from tutelage.training.processes import require_one_process
 
 __all__ = ["check_training"]
 
@@ -23,13 +23,14 @@ def check_training(command: str, args: Sequence[str]) -> None:
 
     Raises:
         UserError: a path to nothing, a folder without a model, a data file whose first rows are no demonstrations, a
-            verifier without its rows, an output folder in use, or several processes.
+            verifier without its rows, an output folder in use, or a launcher that did not start what it was asked
+            for.
     """
     path, args = take_config(args)
     args = [*_simple_values(path), *args]
     if not {"-h", "--help", "--help_all"}.isdisjoint(args):
         return
-    require_one_process()
+    check_launch()
     parser = CommandParser(prog=f"tutelage {command}", add_help=False, allow_abbrev=False)
     paths = ("model_name_or_path", "dataset_name", "eval_dataset_name", "retention_dataset", "output_dir")
     rewards = ("reward_model_name_or_path", "init_reward_from")
@@ -48,7 +49,7 @@ def check_training(command: str, args: Sequence[str]) -> None:
     for name in (found.model_name_or_path, found.base_model_name_or_path):
         if name:
             require_model(name)
-    if found.output_dir:
+    if found.output_dir and process_index() == 0:
         OutputFolder(
             found.output_dir,
             resume=_is(found.resume),

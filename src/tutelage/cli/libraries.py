@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+from tutelage.launch import process_index
 from tutelage.visible import visible
 
 __all__ = ["quiet_libraries"]
@@ -22,7 +23,8 @@ def quiet_libraries() -> None:
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    logging.basicConfig(level=logging.WARNING)
+    # What one process of several has to warn of, all have.
+    logging.basicConfig(level=logging.WARNING if process_index() == 0 else logging.ERROR)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Visible("%(message)s"))
     transformers_logging.set_verbosity_error()

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from tutelage.cli.parser import command_parser
-from tutelage.report import summary_table, verdicts, write_report
+from tutelage.errors import UserError
+from tutelage.report import is_report, summary_table, verdicts, write_report
 from tutelage.results import RunRecord, load_results
 from tutelage.terminal import say, show
 
@@ -21,6 +22,7 @@ def main(args: Sequence[str], console: Console) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
     parser.add_argument("--output", default="report.html", help="The page to write.")
     options = parser.parse_args(args)
+    _require_page(Path(options.output))
     records = [load_results(run) for run in options.runs]
     names = [record.name for record in records]
     for record, label in zip(records, short_labels(options.runs), strict=True):
@@ -28,6 +30,24 @@ def main(args: Sequence[str], console: Console) -> None:
             record.name = label
     find_starts(records, options.runs)
     show_runs(records, Path(options.output), console)
+
+
+def _require_page(path: Path) -> None:
+    """Refuse to replace what is no report of ours.
+
+    Raises:
+        UserError: there is a folder, or a file that `tutelage report` did not write.
+    """
+    if path.is_dir():
+        raise UserError("is a folder.", remedy="Name a file.", file=str(path), field="output")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        ours = is_report(file.read(4096).decode("utf-8", "replace"))
+    if not ours:
+        raise UserError(
+            "the file exists, and is no report.", remedy="Give another name.", file=str(path), field="output"
+        )
 
 
 def find_starts(records: Sequence[RunRecord], folders: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from tutelage.errors import UserError
 from tutelage.evaluation.policy import can_sample
 from tutelage.evaluation.record import evaluated
 from tutelage.files import storing, write_text
+from tutelage.launch import process_index
 from tutelage.models.loading import load_tokenizer
 from tutelage.models.precision import given_precision
 from tutelage.report import summary_table, verdicts, write_report
@@ -47,11 +48,20 @@ def main(args: Sequence[str], console: Console) -> None:
     if not data.dataset_name:
         raise UserError("no dataset is given.", remedy="Add --dataset_name DATA.", field="dataset_name")
     model.require_name()
+    if training.world_size > 1 and data.controls:
+        raise UserError(
+            "controls are trained by one process.",
+            remedy="Leave --controls out, and train them afterwards by commands of their own.",
+            field="controls",
+        )
     controls = Controls(data.controls, data, model, training)
+    folder = Path(training.output_dir)
+    report = folder / "report.html"
+    if process_index() > 0:
+        train(algorithm, data, model, training, console)
+        return
     with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
         record = train(algorithm, data, model, training, console, before_training=output.clear)
-        folder = Path(training.output_dir)
-        report = folder / "report.html"
         write_report([record], report)  # before the controls, which may fail
         records = [record, *controls.train(record, console, train)]
         write_report(records, report)
@@ -133,15 +143,19 @@ def _train(
             say(console, f"  no checkpoint in {training.output_dir}: starting at step 0")
         if checkpoint is not None:
             say(console, f"  going on from {checkpoint}")
-        before_training()
-        folder = Path(str(training.output_dir))
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            add_made(folder, RESULTS)
+        folder, on_main = Path(str(training.output_dir)), trainer.processes.on_main
+
+        def begin() -> None:
+            before_training()
+            with storing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                add_made(folder, RESULTS)
+
+        on_main(begin)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.export(folder)
         record = trainer.record(name=name)
-        write_results(folder, record)  # before the evaluation, which may fail
+        on_main(partial(write_results, folder, record))  # before the evaluation, which may fail
         with progress.phase("loading the export back"):
             checked = trainer.check_export(folder)
         for sentence in checked:
@@ -149,10 +163,14 @@ def _train(
         record = _final_evaluation(trainer, record, progress)
         after(trainer)
     say(console, f"  {name} took {duration(record.time_s['total'])}")
-    write_results(folder, record)
-    write_text(folder / "README.md", model_card(record))
-    if training.push_to_hub:
-        trainer.push_to_hub(record=record)
+
+    def end() -> None:
+        write_results(folder, record)
+        write_text(folder / "README.md", model_card(record))
+        if training.push_to_hub:
+            trainer.push_to_hub(record=record)
+
+    on_main(end)
     return record
 
 

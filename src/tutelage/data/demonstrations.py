@@ -115,12 +115,13 @@ def read_rows(
         if format is None:
             format = detect_format(_columns_of(dataset, row), source=source, given=columns)
         place = Place(source, index + 1)
+        named = (columns or Columns()).apply(row)
         try:
             demonstrations = read_row(
                 row, number=index + 1, source=source, turns=turns, format=format, columns=columns, left_out=left_out
             )
             if "rejected" not in format.columns:
-                kind.check_label(is_unwanted(row, place), place)
+                kind.check_label(is_unwanted(named, place), place)
             for demonstration in demonstrations:
                 kind.check(demonstration.conversational, place)
         except UserError as error:
@@ -214,8 +215,9 @@ def read_row(
     format = format or detect_format(row, source=source, given=columns)
     place = Place(source, number)
     try:
-        found = read_turns(format, columns.apply(row), place)
-        unwanted = "rejected" not in format.columns and is_unwanted(row, place)
+        named = columns.apply(row)
+        found = read_turns(format, named, place)
+        unwanted = "rejected" not in format.columns and is_unwanted(named, place)
     except UserError as error:
         raise _renamed(error, columns) from error
     if unwanted or not found:

@@ -83,9 +83,11 @@ class Columns:
         return {name: column for name, column in pairs if column is not None}
 
     def apply(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row as the formats call its columns."""
-        named = self.named
-        return {**row, **{name: row.get(column) for name, column in named.items()}} if named else row
+        """The row as the formats call its columns; one that the user named means nothing else beside that."""
+        if not (named := self.named):
+            return row
+        rest = {name: value for name, value in row.items() if name not in named.values()}
+        return rest | {name: row.get(column) for name, column in named.items()}
 
 
 def detect_format(columns: Iterable[str], *, source: str = "dataset", given: Columns | None = None) -> Format:
@@ -130,18 +132,24 @@ def read_turns(format: Format, row: Mapping[str, Any], place: Place) -> list[Tur
     Raises:
         UserError: as the formats; or a column says something that would be left out.
     """
-    for column in (*_REFUSED, *format.refused):
-        if not is_empty(row.get(column)):
+    for column in _called(row, (*_REFUSED, *format.refused)):
+        if not is_empty(row[column]):
             raise place.at(column).error(
                 "would be left out, and the row says something else without it.",
                 "Put it into the prompt, or leave it out by naming the columns to read: "
                 "--prompt_column and --completion_column."
-                if column in format.refused
+                if _called((column,), format.refused)
                 else "Only conversations of text, without tools, are supported: rename the column if it means another.",
             )
     turns = format.read(row, place)
     before = _before(row, place)
     if before is None:
+        return turns
+    if format.read is _read_dialogue_pair and any(isinstance(turn.prompt, str) for turn in turns):
+        if before:
+            raise place.at(_called(row, (*_SYSTEM, "history"))[0]).error(
+                "has no place in a dialogue that is written as text.", "Write the dialogue as messages."
+            )
         return turns
     return [Turn(_preceded(before, turn.prompt, place), turn.completion, turn.rejected) for turn in turns]
 
@@ -152,8 +160,8 @@ def read_prompt_alone(row: Mapping[str, Any], place: Place) -> str | Messages:
     Raises:
         UserError: it is neither text nor messages that end with the user's, or is empty.
     """
-    for column in _REFUSED:
-        if not is_empty(row.get(column)):
+    for column in _called(row, _REFUSED):
+        if not is_empty(row[column]):
             raise place.at(column).error(
                 "would be left out, and the prompt says something else without it.", "Rename it if it means another."
             )
@@ -163,7 +171,17 @@ def read_prompt_alone(row: Mapping[str, Any], place: Place) -> str | Messages:
 
 
 _REFUSED = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs")
-_SYSTEM = ("system", "system_prompt")
+_SYSTEM = ("system", "system_prompt", "system_message", "sys_prompt", "system_instruction")
+_LABELS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable")
+_NUMBERS = ("0", "1", "-1", "0.0", "1.0", "-1.0")
+_WORDS = ("desirable", "undesirable", "wanted", "unwanted", "chosen", "rejected", "preferred", "dispreferred")
+_JUDGED = (*_NUMBERS, *_WORDS)
+"""Labels that may say whether an answer was wanted, and that are not true or false."""
+
+
+def _called(row: Iterable[str], names: Collection[str]) -> list[str]:
+    """The columns of these names, in whatever case they are written."""
+    return [column for column in row if column.strip().lower() in names]
 
 
 def _before(row: Mapping[str, Any], place: Place) -> Messages | None:
@@ -172,8 +190,8 @@ def _before(row: Mapping[str, Any], place: Place) -> Messages | None:
     Whether there are such columns, not what this row has in them, makes the prompts conversations: all rows are one
     or the other.
     """
-    columns = [name for name in _SYSTEM if name in row]
-    if not columns and "history" not in row:
+    columns, histories = _called(row, _SYSTEM), _called(row, ("history",))
+    if not columns and not histories:
         return None
     system = ""
     for name in columns:
@@ -181,7 +199,12 @@ def _before(row: Mapping[str, Any], place: Place) -> Messages | None:
         if system.strip() and text.strip() and text != system:
             raise place.at(name).error(f"differs from the column '{columns[0]}'.", "Keep one of them.")
         system = text if text.strip() else system
-    history = read_history(row.get("history"), place.at("history"))
+    history = []
+    for name in histories:
+        told = read_history(row[name], place.at(name))
+        if history and told and told != history:
+            raise place.at(name).error(f"differs from the column '{histories[0]}'.", "Keep one of them.")
+        history = told or history
     if system.strip() and history and history[0]["role"] == "system":
         raise place.at("history").error("begins with a system message, and the row has one.", "Keep one of them.")
     return [{"role": "system", "content": system}, *history] if system.strip() else history
@@ -204,15 +227,15 @@ def is_unwanted(row: Mapping[str, Any], place: Place) -> bool | None:
     """Whether a row of unpaired preferences holds an answer that was not wanted; None where it has no such label.
 
     Raises:
-        UserError: the label is 0 or 1, which may mean this or something else.
+        UserError: the label is 0 or 1, or a word that may mean this or something else.
     """
-    for name in ("label", "kto_tag"):
-        label = row.get(name)
+    for name in _called(row, _LABELS):
+        label = row[name]
         if isinstance(label, str) and label.strip().lower() in ("true", "false"):
             label = label.strip().lower() == "true"
         if isinstance(label, bool):
             return not label
-        if isinstance(label, (int, float)) and label in (0, 1):
+        if str(label).strip().lower() in _JUDGED:
             raise place.at(name).error(
                 f"is {label!r}, and answers that were not wanted must not be learned.",
                 "Write true or false for wanted or not, or rename the column if it means another.",
@@ -272,7 +295,7 @@ def _read_alpaca(row: Mapping[str, Any], place: Place) -> list[Turn]:
     if row.get("input") is not None:
         parts.append(read_text(row["input"], place.at("input"), may_be_empty=True))
     parts = [part for part in parts if part.strip()]
-    if "history" in row or any(name in row for name in _SYSTEM):  # a turn of a conversation, not a text to go on with
+    if _called(row, (*_SYSTEM, "history")):  # a turn of a conversation, not a text to go on with
         return [Turn("\n\n".join(parts), output)]
     return [Turn("".join(f"{part}\n\n" for part in parts), output)]
 

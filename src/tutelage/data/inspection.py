@@ -145,7 +145,7 @@ def inspect_dataset(
             prompt = _segments(prompt_ids, tokenization)
             answer = _segments(completion.token_ids[:limit], tokenization)
             examples.append(Example(row.demonstration.number, prompt, answer, finished))
-    summary.rows, summary.empty = read.rows, read.empty
+    summary.rows, summary.empty, summary.unwanted = read.rows, read.empty, read.unwanted
     if not prompt_lengths:
         raise UserError("no row holds a demonstration.", file=source)
     return Inspection(

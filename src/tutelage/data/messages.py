@@ -36,12 +36,12 @@ _MEANINGFUL = (
     "reasoning_content",
     "reasoning",
     "thinking",
-    "images",
-    "audio",
+    "refusal",
+    *("image", "images", "video", "videos", "audio", "audios", "files", "attachments"),
 )
 """Keys of a message that would be part of the conversation, were they read."""
 
-_TRAINED = ("weight", "train", "train_on_turn")
+_TRAINED = ("weight", "train", "train_on_turn", "trainable", "loss", "loss_mask", "loss_weight")
 """Keys with which other tools leave a message out of training."""
 
 
@@ -104,6 +104,12 @@ def _message(message: Any, position: int, place: Place) -> dict[str, str]:
     sharegpt = message.get("from") is not None and message.get("role") is None
     said, known = (message["from"], _SPEAKERS) if sharegpt else (message.get("role"), _ROLES)
     role = known.get(said) if isinstance(said, str) else None
+    for one, other, meaning in (("role", "from", _SPEAKERS.get), ("content", "value", str)):
+        first, second = message.get(one), message.get(other)
+        if None not in (first, second) and meaning(str(first)) != meaning(str(second)):
+            raise place.error(
+                f"message {position} has both '{one}' and '{other}', and they differ.", "Keep one of them."
+            )
     if role is None:
         problem = f"message {position} has the role {said!r}; the roles are {', '.join(known)}."
         raise place.error(problem, "Conversations with tools are not supported: leave them out.")
@@ -114,7 +120,7 @@ def _message(message: Any, position: int, place: Place) -> dict[str, str]:
             if found in ("reasoning_content", "reasoning", "thinking")
             else "Only messages of text are supported: leave such rows out.",
         )
-    if found := next((key for key in _TRAINED if message.get(key) is not None and not message[key]), None):
+    if found := next((key for key in _TRAINED if _says_no(message.get(key))), None):
         raise place.error(
             f"message {position} is not to be trained on ('{found}'), which is not supported.",
             "End the conversation with the message to learn from, and leave the key out.",
@@ -122,6 +128,10 @@ def _message(message: Any, position: int, place: Place) -> dict[str, str]:
     content = message.get("value" if sharegpt else "content")
     content = read_text(content, place, f"the content of message {position}", may_be_empty=role == "system")
     return {"role": role, "content": content}
+
+
+def _says_no(value: Any) -> bool:
+    return value is not None and (not value or str(value).strip().lower() in ("false", "0", "0.0", "no"))
 
 
 def _check_order(messages: Messages, place: Place) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from itertools import islice
 from typing import cast
@@ -17,8 +16,6 @@ from tutelage.errors import UserError
 from tutelage.groups import Group
 
 __all__ = ["mix_prompts", "tokenize_prompts"]
-
-logger = logging.getLogger(__name__)
 
 
 def tokenize_prompts(
@@ -70,8 +67,6 @@ def tokenize_prompts(
         rows.append(row_of_group(Group(prompt.group.prompt_ids, row=first_row + row)))
     if not rows:
         raise UserError("no prompt remains.", remedy="Give at least one that is short enough.", file=source)
-    if left_out := len(dataset) - len(rows):
-        logger.warning("%s: left out %d of %d: the prompt is too long", source, left_out, len(dataset))
     pieces = iter(rows)
     chunks = iter(lambda: list(islice(pieces, 1000)), [])
     return concatenate_datasets([Dataset.from_list(chunk, features=FEATURES) for chunk in chunks])

@@ -140,17 +140,25 @@ class TokenizedPrompt:
 
 
 def tokenized_prompts(
-    dataset: Dataset | IterableDataset, tokenization: Tokenization, *, source: str = "dataset"
+    dataset: Dataset | IterableDataset,
+    tokenization: Tokenization,
+    *,
+    source: str = "dataset",
+    summary: DataSummary | None = None,
 ) -> Iterator[TokenizedPrompt]:
     """The prompts of a dataset of a recognized format, or of one that holds a ``prompt`` column and no answers.
+
+    Args:
+        summary: is counted up; what is left out is logged once all are read.
 
     Raises:
         UserError: as ``tokenized_rows``; or a prompt is no text and no list of messages.
     """
-    columns = tokenization.columns
+    columns, summary = tokenization.columns, DataSummary() if summary is None else summary
     if not holds_prompts_alone(dataset, columns):
-        for row in tokenized_rows(dataset, tokenization, source=source):
+        for row in tokenized_rows(dataset, tokenization, source=source, summary=summary):
             yield TokenizedPrompt(row.group, row.demonstration.conversational)
+        log_dropped(summary, source)
         return
     field = columns.prompt or "prompt"
     for index, prompt in enumerate(read_prompts(dataset, source=source, columns=columns)):
@@ -159,8 +167,18 @@ def tokenized_prompts(
         except UserError as error:
             error = UserError(error.problem, remedy=error.remedy, file=source, row=index + 1, field=field)
             raise located(error, dataset, index) from error
-        if prompt_ids is not None:
+        summary.rows += 1
+        if prompt_ids is None:
+            summary.long_prompts += 1
+        else:
             yield TokenizedPrompt(Group(prompt_ids, row=index), isinstance(prompt, list))
+    log_dropped(summary, source)
+
+
+def log_dropped(summary: DataSummary, source: str) -> None:
+    """Say what was left out of a dataset, and why."""
+    for reason, count in summary.dropped.items():
+        logger.warning("%s: left out %d of %d: %s", source, count, summary.rows, reason)
 
 
 FEATURES = Features(  # of what is tokenized; without a demonstration its tokens are an empty list
@@ -212,8 +230,7 @@ def tokenize_dataset(
     rows = _columns(**arguments)
     chunks = iter(lambda: list(islice(rows, 1000)), [])  # Python's lists of tokens are large: not all at once
     tokenized = concatenate_datasets([Dataset.from_list(chunk, features=FEATURES) for chunk in chunks])
-    for reason, count in arguments["summary"].dropped.items():
-        logger.warning("%s: left out %d of %d: %s", source, count, arguments["summary"].rows, reason)
+    log_dropped(arguments["summary"], source)
     return tokenized
 
 

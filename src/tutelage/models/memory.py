@@ -1,13 +1,26 @@
-"""Settings of the C library's memory allocator."""
+"""Settings of the C library's memory allocator, and errors of all allocators."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["is_out_of_memory", "keep_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST = 32 * 2**20  # bytes; glibc takes no larger threshold
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: of Python, of an accelerator, or of torch on a CPU, which has no class for it."""
+    known = isinstance(error, MemoryError) or type(error).__name__ in (
+        "OutOfMemoryError",
+        "AcceleratorOutOfMemoryError",
+    )
+    return known or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory", re.IGNORECASE)
 
 
 def keep_freed_memory() -> bool:

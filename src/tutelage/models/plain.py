@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tutelage.errors import UserError
+from tutelage.models.memory import is_out_of_memory
 from tutelage.models.modes import evaluation_mode, exact_float32, own_forward, precision
 from tutelage.models.paths import first_line
+from tutelage.models.regimes import regime_lengths
 
 __all__ = [
     "affordable_row",
@@ -113,8 +115,27 @@ def require_causal(base: PreTrainedModel) -> None:
     _causal.add(base)
 
 
-def does_not_run(base: PreTrainedModel, error: Exception) -> UserError:
-    """What a failure of the model's own forward is, to a user."""
+def does_not_run(base: PreTrainedModel, error: Exception, tokens: int = 0) -> UserError:
+    """What a failure of the model's own forward is, to a user.
+
+    Args:
+        tokens: of the rows that it failed on, where short ones have run.
+    """
+    if is_out_of_memory(error):
+        return UserError(
+            f"there is not enough memory to run {type(base).__name__}{f' on {tokens:,} tokens' if tokens else ''}: "
+            f"{said_by(error)}.",
+            remedy="Lower --max_prompt_length or --max_completion_length, end what else takes memory, or use a smaller model.",
+        )
+    if tokens:
+        lengths = {name: size for name, size in regime_lengths(base.config).items() if size < tokens}
+        known = ", ".join(f"{name} {size:,}" for name, size in lengths.items()) or "no length below"
+        return UserError(
+            f"{type(base).__name__} runs on short rows, and not on {tokens:,} tokens, which a prompt and its completion may "
+            f"have ({said_by(error)}); its config names {known}.",
+            remedy="Lower --max_prompt_length or --max_completion_length to as many tokens as the model has positions for.",
+            field="model_name_or_path",
+        )
     return UserError(
         f"{type(base).__name__} does not run on token ids alone: {said_by(error)}.",
         remedy="Use a causal language model whose forward needs no other input.",

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 
+from tutelage.launch import has_company
 from tutelage.models.paths import run_part
 
 __all__ = [
@@ -109,6 +110,9 @@ def choose_precision(
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(torch.bfloat16, "auto", f"{card} has it in hardware")
         reason = f"{card} has no bfloat16 in hardware"
+    elif has_company():
+        # Each process would time for itself, and they must agree.
+        return Precision(torch.float32, torch.float32, "several processes; --bf16 asks for bfloat16")
     else:
         times = measure_products(size or TYPICAL, device)
         wide, half = times[torch.float32], times[torch.bfloat16]

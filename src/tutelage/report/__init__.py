@@ -9,8 +9,8 @@
     page.py      report.html
 """
 
-from tutelage.report.page import write_report
+from tutelage.report.page import is_report, write_report
 from tutelage.report.summary import summary_table
 from tutelage.report.verdicts import verdicts
 
-__all__ = ["summary_table", "verdicts", "write_report"]
+__all__ = ["is_report", "summary_table", "verdicts", "write_report"]

@@ -16,9 +16,17 @@ from tutelage.report.summary import Cell, Column, duration, summary_columns
 from tutelage.report.verdicts import judge, signed
 from tutelage.results import Curve, Interval, RunRecord, SampleRecord, told_of_probes
 
-__all__ = ["render", "write_report"]
+__all__ = ["is_report", "render", "write_report"]
 
 OPEN_PROMPTS = 12  # further prompts with their samples are folded
+
+
+_MARK = '<meta name="generator" content="tutelage report">'
+
+
+def is_report(start: str) -> bool:
+    """Whether a file that begins so is a page of ours, which another may replace."""
+    return _MARK in start
 
 
 def write_report(runs: Sequence[RunRecord], path: str | Path) -> None:
@@ -48,7 +56,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     style = files("tutelage.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'{_MARK}\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 

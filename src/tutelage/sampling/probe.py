@@ -16,8 +16,18 @@ from transformers import PreTrainedModel
 from tutelage.errors import UserError
 from tutelage.models.head import LMHead
 from tutelage.models.loading import base_causal_lm, model_body
+from tutelage.models.memory import is_out_of_memory
 from tutelage.models.modes import evaluation_mode, exact_float32, in_float32
-from tutelage.models.plain import affordable_row, agree, plain_logps, random_tokens, require_causal, said_by, tolerance
+from tutelage.models.plain import (
+    affordable_row,
+    agree,
+    does_not_run,
+    plain_logps,
+    random_tokens,
+    require_causal,
+    said_by,
+    tolerance,
+)
 from tutelage.models.regimes import bracket, regime_lengths
 from tutelage.sampling.decoding import Decoding, MixedLengths, OneLength, missing_arguments
 
@@ -128,10 +138,15 @@ def _problem(base: PreTrainedModel, way: type[Decoding], row_tokens: int) -> str
     lengths = (long, long) if way is OneLength else (long, long // 2, 3) if row_tokens <= _SHORT else (long, 3)
     prompts = [random_tokens(base, n, seed=11 + i) for i, n in enumerate(lengths)]
     forced = [random_tokens(base, _STEPS, seed=21 + i) for i in range(len(prompts))]
-    truth_N = torch.cat([plain_logps(base, *row) for row in zip(prompts, forced, strict=True)])
+    try:
+        truth_N = torch.cat([plain_logps(base, *row) for row in zip(prompts, forced, strict=True)])
+    except Exception as error:
+        raise does_not_run(base, error, row_tokens if row_tokens > _SHORT else 0) from error
     try:
         found_N = torch.cat(list(_decoded(base, way, prompts, forced)))
     except Exception as error:  # a cache of an unknown kind may fail in any way
+        if is_out_of_memory(error):
+            raise does_not_run(base, error, row_tokens) from error
         return said_by(error)
     difference = agree(base, found_N, truth_N)
     return None if difference <= tolerance(base, truth_N) else f"log-probs differ by {difference:.3g} nats per token"

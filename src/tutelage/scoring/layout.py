@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tutelage.errors import UserError
 from tutelage.groups import Batch, Completion, Group, Role, collate_padded, collate_shared_prefix
 from tutelage.models.loading import base_causal_lm
+from tutelage.models.memory import is_out_of_memory
 from tutelage.models.modes import evaluation_mode, exact_float32, in_float32
 from tutelage.models.plain import (
     affordable_row,
@@ -250,7 +251,8 @@ def _compared(
     except UserError:
         raise
     except Exception as error:
-        raise does_not_run(base, error) from error
+        longest = max(map(_longest_row, padded))
+        raise does_not_run(base, error, longest if longest > _SHORT else 0) from error
     allowed = tolerance(base, truth_N)
     rounding = agree(base, found_N, truth_N)
     if not rounding <= allowed:
@@ -270,9 +272,14 @@ def _compared(
     shared_truth_N = torch.cat([truth.of(group, place) for group, place in ends])
     try:
         logps_N = token_logps(model, batch := collate_shared_prefix(shared))
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+    except Exception as error:
         # An architecture may reject the shared-prefix layout with any error; finding that out is the purpose of the
         # probe.
+        if is_out_of_memory(error):
+            if (tokens := max(map(len, shared))) <= 2 * _SHORT:
+                raise does_not_run(base, error, tokens) from error
+            # The padded layout takes less for the same rows.
+            return "padded", f"a group of {tokens:,} tokens does not fit into memory: {said_by(error)}"
         return "padded", f"{name} does not take the shared-prefix layout: {said_by(error)}"
     chosen = torch.cat([_of_completion(logps_N, batch, shared, group, place) for group, place in ends])
     difference = agree(base, chosen, shared_truth_N)

@@ -79,9 +79,9 @@ _OWN_EVALUATION = Refused(
     "has no effect: the evaluation is tutelage's own and makes no predictions to collect.",
     "Leave it out; --per_device_eval_batch_size bounds its memory.",
 )
-_ONE_PROCESS = Refused(
-    "is for several processes, and training runs in one so far.",
-    "Leave it out, start one process and show it one device (CUDA_VISIBLE_DEVICES=0).",
+_SHARDED = Refused(
+    "shards the model over processes; so far each process holds it whole (DDP).",
+    "Leave it out, and start the processes with torchrun or accelerate launch --multi_gpu.",
 )
 _FULL_EVAL = Refused(
     "has no effect: the evaluation computes in the precision of training.",
@@ -117,6 +117,12 @@ _HONORED = [
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "torch_empty_cache_steps",
+    "ddp_backend",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "ddp_timeout",
     "skip_memory_metrics",
     "logging_strategy",
     "logging_steps",
@@ -250,16 +256,10 @@ _REFUSED: dict[str, Refused] = {
         "Leave it out, and give the other settings as JSON text or a dictionary.",
         _no_dispatch,
     ),
-    "parallelism_config": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "deepspeed": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
-    "ddp_bucket_cap_mb": _ONE_PROCESS,
-    "ddp_broadcast_buffers": _ONE_PROCESS,
-    "ddp_static_graph": _ONE_PROCESS,
-    "ddp_backend": _ONE_PROCESS,
-    "ddp_timeout": _ONE_PROCESS,
+    "parallelism_config": _SHARDED,
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "deepspeed": _SHARDED,
     "do_predict": Refused("has no effect.", "Leave it out; tutelage sample draws answers from the trained model."),
     "resume_from_checkpoint": Refused(
         "has no effect as a setting.", "Use --resume, or call trainer.train(resume_from_checkpoint=...)."

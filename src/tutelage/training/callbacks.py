@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from tutelage.errors import Terminated
 from tutelage.training.checkpoints import RandomState
 from tutelage.training.termination import is_asked, leave_if_asked
 
@@ -32,12 +32,7 @@ class Guard(TrainerCallback):
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.accelerator.scaler is not None:
-            return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
-        gradients = [p.grad for p in self.trainer.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise self.trainer.non_finite("gradient", norm.item())
+        self.trainer.check_step()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.random_state = RandomState.now()
@@ -90,8 +85,15 @@ class StopAtScore(TrainerCallback):
 class Termination(TrainerCallback):
     """Where the process is asked to end: a checkpoint after the step, and then the end."""
 
+    def __init__(self, trainer: DemonstrationTrainer):
+        self.trainer = trainer
+        self.asked = False
+
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= is_asked()
+        self.asked = self.trainer.processes.any(is_asked())
+        control.should_save |= self.asked
 
     def on_save(self, args, state, control, **kwargs):
+        if self.asked:
+            raise Terminated
         leave_if_asked()

@@ -22,10 +22,12 @@ from transformers import (
 )
 
 from tutelage.errors import UserError
+from tutelage.files import why_not_stored
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.adapters import ADAPTER_FILE, make_readable_by_both, named_by_peft
 from tutelage.models.generation import mend_generation_config, stop_at, with_eos
 from tutelage.models.loading import base_causal_lm, first_line
+from tutelage.models.memory import is_out_of_memory
 from tutelage.models.modes import own_forward, without_dropout
 from tutelage.models.precision import MEMORY_SHARE, available_memory
 from tutelage.rewards.base import Reward
@@ -36,6 +38,7 @@ __all__ = ["check_policy", "check_reward", "finish_export", "prepare_export"]
 
 logger = logging.getLogger(__name__)
 
+_NO_ROOM = "a second copy of the model does not fit into memory"
 _TEXT = "What is 1 + 1? Äß 漢字\n\tEnd."
 
 
@@ -88,6 +91,12 @@ def _writing(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise nearly anything
+        if reason := why_not_stored(error):
+            raise UserError(
+                f"the folder for temporary files takes nothing, so saving the model's {what} could not be tried: {reason}.",
+                remedy="Make room there, or name another folder with the environment variable TMPDIR.",
+                file=tempfile.gettempdir(),
+            ) from error
         raise UserError(
             f"the model's {what} cannot be saved, so nothing could be exported after training: {first_line(error)}",
             remedy="Mend it where it was loaded from.",
@@ -139,7 +148,15 @@ def check_policy(folder: Path, policy: nn.Module) -> str:
         again = cast(nn.Module, loader.from_pretrained(str(folder), **options)).to(base.device)
         found, truth = _logits(again), _logits(policy)
     except Exception as error:
-        raise _not_as_trained(folder, first_line(error)) from error
+        if not is_out_of_memory(error):
+            raise _not_as_trained(folder, first_line(error)) from error
+        found = truth = again = None
+    if found is None or truth is None:
+        try:
+            _compare_files(folder, policy)
+        except ValueError as error:
+            raise _not_as_trained(folder, first_line(error)) from error
+        return f"{folder}: the weights on disk are those that were trained, one by one ({_NO_ROOM})"
     if not _close(found, truth, base.dtype):
         raise _not_as_trained(folder, f"its logits differ by up to {(found - truth).abs().max().item():.3g}")
     return f"{folder}: loaded back, it gives the logits of the policy that was trained"
@@ -180,6 +197,8 @@ def check_reward(folder: Path, reward: Reward) -> str | None:
         with torch.no_grad(), reward.active(), without_dropout(reward.model):
             truth = reward.rewards(groups).float().cpu()
     except Exception as error:
+        if is_out_of_memory(error):
+            return f"{folder}: not loaded back ({_NO_ROOM})"
         raise _not_as_trained(folder, first_line(error)) from error
     if not _close(found, truth, base.dtype):
         raise _not_as_trained(folder, f"its scores differ by up to {(found - truth).abs().max().item():.3g}")
@@ -200,7 +219,7 @@ def _why_no_second_copy(policy: nn.Module) -> str | None:
             return "the base was never on disk"
     size = sum(p.numel() * p.element_size() for p in policy.parameters())
     if size > MEMORY_SHARE * min(available_memory(base.device), available_memory()):
-        return "a second copy of the model does not fit into memory"
+        return _NO_ROOM
     return None
 
 

@@ -109,6 +109,14 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "dataloader_multiprocessing_context",
         "local_rank",
     ),
+    "how its processes meet": (
+        "ddp_backend",
+        "ddp_timeout",
+        "ddp_find_unused_parameters",
+        "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers",
+        "ddp_static_graph",
+    ),
 }
 """Settings that may be others when a run goes on, by what they concern; no other may."""
 
@@ -200,6 +208,7 @@ def identity_of(trainer: DemonstrationTrainer) -> dict[str, Any]:
         data=data | trainer.other_data,
         args=trainer.args,
         schedule=trainer.stages.planned if trainer.stages else {},
+        processes=trainer.processes.count,
     )
 
 
@@ -211,6 +220,7 @@ def _identity(
     data: Mapping[str, Data],
     args: TrainingArguments,
     schedule: Mapping[str, Any],
+    processes: int,
 ) -> dict[str, Any]:
     """What run.json holds: JSON values.
 
@@ -220,9 +230,11 @@ def _identity(
         data: by what it is for.
         args: every setting; tokens of the hub are masked.
         schedule: the numbers of steps and stages.
+        processes: that share the work; a run may go on with others, if together they take as many rows at a time.
     """
     models = {name: _of_folder(found) for name in _MODELS if (found := getattr(args, name, None))}
     settings = {name: value for name, value in args.to_dict().items() if name not in _MODELS}
+    settings["per_device_train_batch_size"] = args.train_batch_size * processes
     return _plain(
         {
             "format": FORMAT,
@@ -235,6 +247,7 @@ def _identity(
                 for name, d in data.items()
             },
             "schedule": schedule,
+            "processes": processes,
             "settings": settings,
             "versions": _versions(),
         }

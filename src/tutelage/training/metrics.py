@@ -17,9 +17,14 @@ Track = Callable[[str, "Tensor | Sequence[float]"], None]
 
 
 class Means:
-    """Running means by name. Tensors are summed where they are: nothing waits for a device until the means are read."""
+    """Running means by name. Tensors are summed where they are: nothing waits for a device until the means are read.
 
-    def __init__(self):
+    Args:
+        gathered: from what this process has to what each process has.
+    """
+
+    def __init__(self, gathered: Callable[[Any], list[Any]] = lambda mine: [mine]):
+        self._gathered = gathered
         self._sums: dict[str, Any] = {}
         self._counts: defaultdict[str, int] = defaultdict(int)
 
@@ -30,8 +35,14 @@ class Means:
         self._counts[name] += len(values)
 
     def take(self) -> dict[str, float]:
-        """The means of what was added since the last call."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
+        """The means of what was added since the last call, in any process."""
+        mine = {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+        totals: dict[str, tuple[float, int]] = {}
+        for each in self._gathered(mine):
+            for name, (total, count) in each.items():
+                before = totals.get(name, (0.0, 0))
+                totals[name] = before[0] + total, before[1] + count
+        means = {name: total / count for name, (total, count) in totals.items() if count}
         self._sums.clear()
         self._counts.clear()
         return means

@@ -48,16 +48,26 @@ class Retention:
         }
         self.before: EvaluationRecord | None = None
 
-    def measure_start(self, measure: Measure) -> None:
-        """Find out what the start can do, unless that is known. Call it while the policy has the start's weights."""
+    def measure_start(
+        self, measure: Measure, on_main: Callable[[Callable[[], Any]], Any] = lambda call: call()
+    ) -> None:
+        """Find out what the start can do, unless that is known. Call it while the policy has the start's weights.
+
+        Args:
+            on_main: has something done by the one process that reads and writes.
+        """
         if self.before is not None:
             return
-        self.before = self._recorded()
+        self.before = on_main(self._recorded)
         if self.before is None:
             self.before = measure(self.rows)
-            with storing(self.folder):
-                write_results(self.folder, self._record(self.before))
-                Manifest(self.folder).note("results.json")
+            on_main(self._write)
+
+    def _write(self) -> None:
+        assert self.before is not None
+        with storing(self.folder):
+            write_results(self.folder, self._record(self.before))
+            Manifest(self.folder).note("results.json")
 
     def compare(self, measure: Measure) -> RetentionRecord:
         """What changed up to the policy as it stands.

@@ -13,6 +13,7 @@ from tutelage.groups import Group, Role
 from tutelage.models.weights import WeightSet, fingerprint
 from tutelage.sampling import RemoteSampler, Sample, Sampler, SamplingParams
 from tutelage.scoring.logps import Layout, cached_token_logps
+from tutelage.training.parallel import ALONE, Processes
 from tutelage.training.termination import leave_if_asked
 
 __all__ = ["PolicyScorer", "Rollout"]
@@ -30,6 +31,7 @@ class PolicyScorer:
         policy: the model in training.
         layout, batch_size, pad_token_id: as for ``cached_token_logps``.
         autocast: makes a context for mixed precision.
+        processes: each scores its share.
     """
 
     def __init__(
@@ -40,15 +42,17 @@ class PolicyScorer:
         batch_size: int,
         pad_token_id: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        processes: Processes = ALONE,
     ):
-        self.policy, self.autocast = policy, autocast
+        self.policy, self.autocast, self.processes = policy, autocast, processes
         self._options: dict[str, Any] = {"layout": layout, "batch_size": batch_size, "pad_token_id": pad_token_id}
 
     def token_logps(self, groups: Sequence[Group]) -> list[_Logps]:
         """Log-probs of all completion tokens (nats per token); an empty tuple for a prompt alone."""
         held = [group for group in groups if group.completions]
         with self.autocast():
-            found = iter(cached_token_logps(self.policy, held, **self._options))
+            mine = cached_token_logps(self.policy, self.processes.share(held), **self._options)
+        found = iter(self.processes.whole(mine))
         return [next(found) if group.completions else () for group in groups]
 
 
@@ -129,21 +133,23 @@ class Rollout:
             params: instead of those of the stages.
             weights: draw from the policy with these weights instead of its own.
         """
+        processes = self.scorer.processes
+        mine = processes.share(groups)
         with weights.active() if weights else nullcontext(), self.scorer.autocast():
             if weights:
                 self.sampler.take_weights(self.scorer.policy)
             self._verify(groups, params)
             drawn = self.sampler.sample(
-                [group.prompt_ids for group in groups],
+                [group.prompt_ids for group in mine],
                 params or self.params,
                 num_samples=self.num_samples,
-                rows=[group.row for group in groups],
+                rows=[group.row for group in mine],
                 stage=stage,
                 on_finished=lambda *_: leave_if_asked(),
             )
         if weights:
             self.sampler.take_weights(self.scorer.policy)
-        return [_with(group, samples) for group, samples in zip(groups, drawn, strict=True)]
+        return [_with(group, samples) for group, samples in zip(groups, processes.whole(drawn), strict=True)]
 
     def draw_in_pieces(self, groups: Sequence[Group], size: int, *, stage: int) -> Generator[list[Group], None, None]:
         """As ``draw`` for the stages, ``size`` groups at a time, in order.

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.errors import UserError
 from tutelage.models.weights import WeightSet
 from tutelage.sampling import Sampler, TransformersSampler
 from tutelage.sampling.vllm import VLLMSampler, check_adapter
@@ -24,7 +25,7 @@ __all__ = ["make_rollout", "make_stages", "make_store"]
 def make_store(trainer: DemonstrationTrainer) -> StageStore:
     """Where the run's stages lie on disk."""
     folder = Path(str(trainer.args.output_dir)) / "stages"
-    return StageStore(folder, _settings(trainer).sample_settings(), trainer.tokenization.text)
+    return StageStore(folder, _settings(trainer).sample_settings(), trainer.tokenization.text, trainer.processes)
 
 
 def make_rollout(
@@ -91,6 +92,12 @@ def _make_sampler(trainer: DemonstrationTrainer, args: StageConfig) -> Sampler:
     if args.sampler == "transformers":
         return TransformersSampler(
             trainer.policy, batch_size=args.sampling_batch_size, pad_token_id=trainer.tokenization.pad_id
+        )
+    if trainer.processes.count > 1:  # each would hand its weights over, and unload those of the others
+        raise UserError(
+            f"{trainer.processes.count} processes cannot sample on vLLM servers.",
+            remedy="Use one process, which several servers sample for, or --sampler transformers.",
+            field="sampler",
         )
     check_adapter(trainer.policy)
     return VLLMSampler(

@@ -300,7 +300,7 @@ class Stages:
                 yield scored
                 done += len(scored)
                 advance(done)
-                leave_if_asked()
+                leave_if_asked(self.rollout.scorer.processes.any)
 
 
 def sample_facts(groups: Sequence[Group]) -> dict[str, float]:

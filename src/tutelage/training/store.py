@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tutelage.data.records import group_from_record, group_record, read_groups
 from tutelage.errors import DamagedFileError, UserError
 from tutelage.files import (
     append_json_lines,
+    json_text,
     read_json,
     size_and_hash,
     storing,
@@ -23,6 +25,7 @@ from tutelage.files import (
 )
 from tutelage.groups import Group
 from tutelage.training.manifest import MANIFEST, Manifest, move_aside
+from tutelage.training.parallel import ALONE, Processes
 
 __all__ = ["FORMAT", "SAMPLES", "StageStore"]
 
@@ -54,10 +57,17 @@ class StageStore:
         settings: what the samples depend on besides the policy (seed, temperature, …); a stage recorded under other
             settings is not reused.
         text: decodes token ids for the reader.
+        processes: the first writes each file once, and the others go on when it is there.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], text: Callable[[Sequence[int]], str]):
-        self.folder, self.settings, self.text = Path(folder), settings, text
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        text: Callable[[Sequence[int]], str],
+        processes: Processes = ALONE,
+    ):
+        self.folder, self.settings, self.text, self.processes = Path(folder), settings, text, processes
 
     def check(self) -> None:
         """Before a run goes on from what is there; torn manifests are left to ``mend``.
@@ -169,10 +179,13 @@ class StageStore:
         Raises:
             UserError: it cannot be made.
         """
+        self.processes.on_main(lambda: self._make(folder))
+        return folder
+
+    def _make(self, folder: Path) -> None:
         with storing(folder):
             self.folder.mkdir(exist_ok=True)  # no parents: an output folder that is gone is not made again
             folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def write_file(self, path: Path, groups: Iterable[Group]) -> None:
         """Groups in a file that belongs to no stage, at once; ``read_file`` reads it."""
@@ -199,32 +212,43 @@ class StageStore:
 
     def write_some(self, stage: int, patterns: Sequence[str], write: Callable[[Path], None]) -> None:
         """Add the files of the patterns to a stage, instead of those that it had: ``write`` gets the stage's folder."""
-        folder = self.make(self.path(stage))
+        folder = self.path(stage)
 
         def names() -> list[str]:
             found = {path for pattern in patterns for path in folder.glob(pattern)}
             found |= {path for inside in found for path in inside.rglob("*")}
             return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
 
-        manifest = Manifest(folder)
-        manifest.forget(*manifest.files.keys() & set(names()))
-        for name in names():
-            (folder / name).unlink()
-        with storing(folder):
-            write(folder)
-        self._note(folder, *names())
+        def replace_them() -> None:
+            self._make(folder)
+            manifest = Manifest(folder)
+            manifest.forget(*manifest.files.keys() & set(names()))
+            for name in names():
+                (folder / name).unlink()
+            with storing(folder):
+                write(folder)
+            self._note(folder, *names())
+
+        self.processes.on_main(replace_them)
 
     def forget(self, stage: int, name: str) -> None:
         """Remove a file of a stage, if it is there."""
-        Manifest(self.path(stage)).forget(name)
-        (self.path(stage) / name).unlink(missing_ok=True)
+
+        def remove() -> None:
+            Manifest(self.path(stage)).forget(name)
+            (self.path(stage) / name).unlink(missing_ok=True)
+
+        self.processes.on_main(remove)
 
     def _write(self, path: Path, write: Callable[[], None]) -> None:
-        self.make(path.parent)
-        Manifest(path.parent).forget(path.name)
-        with storing(path):
-            write()
-        self._note(path.parent, path.name)
+        def replace_it() -> None:
+            self._make(path.parent)
+            Manifest(path.parent).forget(path.name)
+            with storing(path):
+                write()
+            self._note(path.parent, path.name)
+
+        self.processes.on_main(replace_it)
 
     @staticmethod
     def _note(folder: Path, *names: str) -> None:
@@ -254,27 +278,21 @@ class StageStore:
         Raises:
             UserError: the disk does not take it.
         """
-        folder = self.make(self.path(stage, draw))
-        whole, part, manifest = folder / SAMPLES, folder / _PART, Manifest(folder)
+        folder, on_main = self.path(stage, draw), self.processes.on_main
         noted = {"format": FORMAT, "stage": stage, "policy": policy, "settings": self.settings}
+        record = _Record(folder, noted)
         groups = {group.row: group for group in kept}
-        manifest.forget(SAMPLES)
-        with storing(whole):
-            whole.unlink(missing_ok=True)
-            write_json_lines(part, self._records(groups.values()))
-            sums = _Sums(part)
-            # After the file: a kill in between must not give this policy's name to what another one had sampled.
-            manifest.write({**noted, "complete": False})
+
+        def begin() -> None:
+            self._make(folder)
+            record.begin(self._records(groups.values()))
+
+        on_main(begin)
         for batch in batches:
-            with storing(part):
-                sums.append(self._records(batch))
+            on_main(partial(record.add, self._records(batch)))
             groups |= {group.row: group for group in batch}
         found = facts()
-        with storing(whole):
-            os.replace(part, whole)
-            files = manifest.files | {SAMPLES: size_and_hash(whole)}
-            manifest.write({**noted, "complete": True, **found}, files)
-            sums.path.unlink()
+        on_main(partial(record.end, found))
         return groups
 
     def _records(self, groups: Iterable[Group]) -> Iterable[dict[str, Any]]:
@@ -317,6 +335,44 @@ class StageStore:
         return sorted(self.folder.glob(f"**/{MANIFEST}"))
 
 
+class _Record:
+    """What a draw samples, as it grows: a part that is renamed when it is whole.
+
+    Args:
+        noted: what the manifest says of it from the beginning.
+    """
+
+    def __init__(self, folder: Path, noted: dict[str, Any]):
+        self.whole, self.part, self.manifest = folder / SAMPLES, folder / _PART, Manifest(folder)
+        self.noted = noted
+        self._sums: _Sums | None = None
+
+    def begin(self, lines: Iterable[Any]) -> None:
+        """With what a killed run had recorded."""
+        self.manifest.forget(SAMPLES)
+        with storing(self.whole):
+            self.whole.unlink(missing_ok=True)
+            write_json_lines(self.part, lines)
+            self._sums = _Sums(self.part)
+            # After the file: a kill in between must not give this policy's name to what another one had sampled.
+            self.manifest.write({**self.noted, "complete": False})
+
+    def add(self, lines: Iterable[Any]) -> None:
+        """A further piece, on the disk when this returns."""
+        assert self._sums is not None
+        with storing(self.part):
+            self._sums.append(lines)
+
+    def end(self, facts: dict[str, Any]) -> None:
+        """It is whole."""
+        assert self._sums is not None
+        with storing(self.whole):
+            os.replace(self.part, self.whole)
+            files = self.manifest.files | {SAMPLES: size_and_hash(self.whole)}
+            self.manifest.write({**self.noted, "complete": True, **facts}, files)
+            self._sums.path.unlink()
+
+
 class _Sums:
     """The hashes of the pieces of a file that grows: after each piece, the bytes so far and their hash, one line each.
 
@@ -332,7 +388,7 @@ class _Sums:
 
     def append(self, lines: Iterable[Any]) -> None:
         """A further piece, on its way to the disk when this returns."""
-        piece = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        piece = "".join(json_text(line) + "\n" for line in lines).encode()
         with self.file.open("ab") as file:
             file.write(piece)
         self._hash.update(piece)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tutelage.errors import Terminated
+from tutelage.launch import has_company
 
 __all__ = ["is_asked", "leave_if_asked", "listening"]
 
@@ -41,7 +42,11 @@ def is_asked() -> bool:
     return _asked
 
 
-def leave_if_asked() -> None:
-    """Raise ``Terminated`` if the run is to end: call it at a border."""
-    if _asked:
+def leave_if_asked(anywhere: Callable[[bool], bool] | None = None) -> None:
+    """Raise ``Terminated`` if the run is to end: call it at a border.
+
+    Args:
+        anywhere: whether something is so in any process. Several processes leave together, and thus only where this is given.
+    """
+    if (_asked and not has_company()) if anywhere is None else anywhere(_asked):
         raise Terminated

@@ -9,8 +9,9 @@ import copy
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,6 +33,7 @@ from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
 from tutelage.files import storing, write_text
 from tutelage.groups import Group
+from tutelage.launch import check_launch
 from tutelage.models.loading import (
     add_adapter,
     base_causal_lm,
@@ -62,7 +64,7 @@ from tutelage.training.made import add_made
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.optimization import check_optimization
-from tutelage.training.processes import require_one_process
+from tutelage.training.parallel import Processes, alone, call_within, takes_calls, unshared, zero_of
 from tutelage.training.publishing import upload
 from tutelage.training.resume import check_checkpoint, find_checkpoint
 from tutelage.training.retention import Retention
@@ -146,7 +148,11 @@ class DemonstrationTrainer(Trainer):
             args.learning_rate = (
                 args.adapter_learning_rate if isinstance(policy, PeftModel) else args.full_learning_rate
             )
-        self.means, self.costs = Means(), Costs()
+        self.processes = Processes(args.process_index, args.world_size)
+        if self.processes.count > 1:
+            takes_calls(policy)
+        self.means, self.costs = Means(self.processes.gathered), Costs()
+        self._bad_loss: float | None = None
         self.other_data: dict[str, Data] = {}
         self.random_state: RandomState | None = None
         self._going_on: str | None = None
@@ -161,7 +167,7 @@ class DemonstrationTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        require_one_process(max(args.world_size, args.n_gpu))
+        check_launch(args.n_gpu)
         # The loss comes averaged over the whole optimizer step (``num_items_in_batch``): transformers must not divide
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
@@ -176,6 +182,7 @@ class DemonstrationTrainer(Trainer):
             batch_size=args.per_device_eval_batch_size,
             pad_token_id=self.tokenization.pad_id,
             autocast=self.compute_loss_context_manager,
+            processes=self.processes,
         )
         held_out = {"verifier": args.verifier, "source": eval_source}
         self.evaluation_set = None if eval_dataset is None else self._evaluation_rows(eval_dataset, **held_out)
@@ -189,7 +196,7 @@ class DemonstrationTrainer(Trainer):
         )
         self.add_callback(Guard(self))
         self.add_callback(CostsInCheckpoints(self))
-        self.add_callback(Termination())
+        self.add_callback(Termination(self))
         logger.info(
             "%s: learning rate %g, %s, layout %s",
             self.algorithm,
@@ -245,6 +252,9 @@ class DemonstrationTrainer(Trainer):
             UserError: several epochs per stage of streamed data.
         """
         loader = super().get_train_dataloader()
+        if self.processes.count > 1:
+            rows = self.args.train_batch_size * self.processes.count
+            loader = unshared(loader, self.train_dataset, rows, seed=self.args.data_seed)
         if self.stages is None or self.stages.epochs == 1:
             return loader
         if isinstance(self.train_dataset, IterableDataset):
@@ -263,7 +273,10 @@ class DemonstrationTrainer(Trainer):
             "in_order",
         )
         options = {name: getattr(loader, name) for name in kept}
-        return self.accelerator.prepare(DataLoader(loader.dataset, batch_sampler=cast(Any, batches), **options))
+        repeated = DataLoader(loader.dataset, batch_sampler=cast(Any, batches), **options)
+        if self.processes.count > 1:
+            return alone(repeated, seed=self.args.data_seed)
+        return self.accelerator.prepare(repeated)
 
     def set_initial_training_values(self, args, dataloader):
         """As transformers'; here the number of steps in an epoch becomes known, and with it the stages."""
@@ -287,11 +300,14 @@ class DemonstrationTrainer(Trainer):
     def _step_of(self, batches: list[list[Group]]) -> tuple[list[list[Group]], dict[str, int]]:
         """Micro-batches of similar length, which keeps padding low, and the counts of the whole step.
 
-        The loss is averaged over the step, so which micro-batch a group is in changes no result.
+        The loss is averaged over the step, so which micro-batch or process a group is in changes no result.
         """
         groups = sorted((group for batch in batches for group in batch), key=len)
         ordered = iter(groups)
-        return [list(islice(ordered, len(batch))) for batch in batches], self.objective.counts(groups)
+        self.costs.policy_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
+        self.step_is_empty = not groups
+        own = [self.processes.share(list(islice(ordered, len(batch)))) for batch in batches]
+        return own, self.objective.counts(groups)
 
     def compute_loss(
         self,
@@ -306,12 +322,36 @@ class DemonstrationTrainer(Trainer):
             NonFiniteLossError: it is NaN or infinite; raised before any weight moves.
         """
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
-        tokens = completion_token_logps(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
-        loss = self.objective.loss(tokens, Step(counts, self.stage, self.means.add))
-        self.costs.policy_tokens += sum(len(c.token_ids) for group in inputs for c in group.completions)
-        if not torch.isfinite(loss):
-            raise self.non_finite("loss", loss.item())
+
+        def share() -> Tensor:
+            tokens = completion_token_logps(
+                self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id
+            )
+            return self.objective.loss(tokens, Step(counts, self.stage, self.means.add))
+
+        if self.processes.count == 1:
+            loss = share()
+            if not torch.isfinite(loss):
+                raise self.non_finite("loss", loss.item())
+        else:
+            # The wrapper averages gradients over processes; the shares of a step are to be added.
+            loss = call_within(model, share) * self.processes.count
+            if not torch.isfinite(loss):
+                self._bad_loss = loss.item()  # all processes stop before the optimizer's step: see `check_step`
         return (loss, None) if return_outputs else loss
+
+    def check_step(self) -> None:
+        """Before the optimizer's step: raise ``NonFiniteLossError`` in all processes where a loss or gradient is not finite."""
+        bad = [value for value in self.processes.gathered(self._bad_loss) if value is not None]
+        if bad:
+            raise self.non_finite("loss", bad[0])
+        if self.step_is_empty and self.processes.count > 1:
+            self.policy.zero_grad(set_to_none=True)
+        if self.accelerator.scaler is not None:
+            return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise self.non_finite("gradient", norm.item())
 
     def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
         """Mixed precision for every forward pass; transformers applies it only in the wrapped ``forward``."""
@@ -325,10 +365,10 @@ class DemonstrationTrainer(Trainer):
         if inputs:
             with nullcontext() if self.objective.uses_dropout else without_dropout(self.policy):
                 return super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.scaler is not None:  # fp16's gradient scaler needs to have seen a gradient
-            self.accelerator.backward(
-                cast(Tensor, sum(p.sum() * 0.0 for p in self.policy.parameters() if p.requires_grad))
-            )
+        if self.processes.count > 1:  # the others wait for this one's gradient
+            self.accelerator.backward(call_within(model, lambda: zero_of(self.policy)))
+        elif self.accelerator.scaler is not None:  # fp16's gradient scaler needs to have seen a gradient
+            self.accelerator.backward(zero_of(self.policy))
         return torch.zeros((), device=self.args.device)
 
     def floating_point_ops(self, inputs: list[Group]) -> int:  # type: ignore[override]
@@ -376,25 +416,37 @@ class DemonstrationTrainer(Trainer):
         """
         home, state = Path(str(self.args.output_dir)), self.state
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        with writing_folder(home) as folder:
+        with self._writing(home) as folder:
             self.args.output_dir = str(folder)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self.args.output_dir = str(home)
-            if state.best_global_step:
-                best = home / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-                if best.exists() or state.best_global_step == state.global_step:
-                    state.best_model_checkpoint = str(best)
-                    state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
-            put_in_place(folder / name, home / name)
-        rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+            self.processes.wait()  # each process writes its own random state
+            best = home / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if state.best_global_step and (best.exists() or state.best_global_step == state.global_step):
+                state.best_model_checkpoint = str(best)
+            if self.processes.is_main:
+                state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+                put_in_place(folder / name, home / name)
+                rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        self.processes.wait()
+
+    @contextmanager
+    def _writing(self, home: Path) -> Iterator[Path]:
+        """The folder for files that are not whole yet: one for all processes, made and removed by the first."""
+        with writing_folder(home) if self.processes.is_main else nullcontext(home / WRITING) as folder:
+            self.processes.wait()
+            yield folder
 
     def export(self, folder: Path) -> None:
         """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned.
 
         Files get their names when all of them are whole.
         """
+        self.processes.on_main(lambda: self._export(folder))
+
+    def _export(self, folder: Path) -> None:
         phase = self.stages.phase if self.stages else None
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -418,11 +470,14 @@ class DemonstrationTrainer(Trainer):
         Raises:
             UserError: something loads as other than what was trained.
         """
-        phase = self.stages.phase if self.stages else None
-        reward = phase.reward if phase else None
-        told = [check_policy(folder if reward is None else folder / "policy", self.policy)]
-        found = check_reward(folder / "reward", reward) if reward is not None else None
-        return [*told, found] if found else told
+
+        def check() -> list[str]:
+            reward = self.stages.phase.reward if self.stages else None
+            told = check_policy(folder if reward is None else folder / "policy", self.policy)
+            found = check_reward(folder / "reward", reward) if reward is not None else None
+            return [told, found] if found else [told]
+
+        return self.processes.on_main(check)
 
     def _place(self) -> str:
         return f" of stage {self.stage}" if self.stages else ""
@@ -443,28 +498,34 @@ class DemonstrationTrainer(Trainer):
                 that which the checkpoint is of.
         """
         folder = Path(str(self.args.output_dir))
+        with ExitStack() as until_the_end:
+            begin = partial(self._begin, folder, resume_from_checkpoint, until_the_end)
+            return self._train(self.processes.on_main(begin), *args, **kwargs)
+
+    def _begin(self, folder: Path, checkpoint: str | bool | None, until_the_end: ExitStack) -> str | None:
+        """Lock the folder and write down what the run is; the checkpoint to go on from. The first process does it."""
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = self.resume_point()
-            elif resume_from_checkpoint and str(resume_from_checkpoint) != self._going_on:
-                check_identity(Path(str(resume_from_checkpoint)).parent, self.identity())
-                check_checkpoint(Path(str(resume_from_checkpoint)), self.stages)
-            if not resume_from_checkpoint:
-                record_identity(folder, self.identity())
-            return self._train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _train(self, *args, **kwargs):
+        until_the_end.enter_context(locked(folder))
+        if checkpoint is True:
+            checkpoint = self._resume_point()
+        elif checkpoint and str(checkpoint) != self._going_on:
+            check_identity(Path(str(checkpoint)).parent, self.identity())
+            check_checkpoint(Path(str(checkpoint)), self.stages)
+        if not checkpoint:
+            record_identity(folder, self.identity())
         if self.stages is not None:
             self.stages.store.check()
         if self.tokenization.asks_for_time:
-            record_time(Path(str(self.args.output_dir)), self.tokenization.now)
+            record_time(folder, self.tokenization.now)
+        return str(checkpoint) if checkpoint else None
+
+    def _train(self, *args, **kwargs):
         if self.evaluation_set is not None and self.evaluation_set.reference is None:
             with self.progress.phase("held-out log-probs of the start"):
                 self._remember_start(self.evaluation_set)
         if self.retention is not None:
-            self.retention.measure_start(self._measured_retention)
+            self.retention.measure_start(self._measured_retention, self.processes.on_main)
         with counted(self.policy, self.costs.count_flops):
             try:
                 output = super().train(*args, **kwargs)
@@ -492,6 +553,10 @@ class DemonstrationTrainer(Trainer):
         Raises:
             UserError: the run there is another one: the error names what differs.
         """
+        self._going_on = self.processes.on_main(self._resume_point)
+        return self._going_on
+
+    def _resume_point(self) -> str | None:
         folder = Path(str(self.args.output_dir))
         if not (folder / RUN).exists() and not checkpoints(folder) and not (folder / "stages").exists():
             return None
@@ -500,8 +565,7 @@ class DemonstrationTrainer(Trainer):
                 self.stages.store.check()
             check_identity(folder, self.identity())
             found = find_checkpoint(folder, self.stages)
-        self._going_on = str(found) if found else None
-        return self._going_on
+        return str(found) if found else None
 
     def identity(self) -> dict[str, Any]:
         """What ``run.json`` holds of the run that begins with the policy as it stands."""
@@ -650,6 +714,7 @@ class DemonstrationTrainer(Trainer):
     def record(self, *, name: str) -> RunRecord:
         """What results.json holds of this run, without its evaluation."""
         costs = self.costs
+        flops = None if costs.flops is None else self.processes.summed(costs.flops)
         record = RunRecord(
             name=name,
             algorithm=self.algorithm,
@@ -662,7 +727,7 @@ class DemonstrationTrainer(Trainer):
             trained_tokens=costs.trained_tokens,
             sampled_tokens=costs.sampled_tokens,
             time_s={**costs.seconds, "total": sum(costs.seconds.values())},
-            flops={**costs.flops, "total": sum(costs.flops.values())} if costs.flops else {},
+            flops={**flops, "total": sum(flops.values())} if flops else {},
             peak_memory_bytes=peak_memory_bytes(),
             history=self.state.log_history,
             curves=list(self.info.curves),

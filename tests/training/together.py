@@ -1,0 +1,146 @@
+"""What the tests of several processes run in each of them; a launcher says which one this is.
+
+    python together.py FOLDER SCENARIO [SCENARIO …]
+
+Without a launcher it is one process, whose batches have the rows of both. Weights and logs lie in FOLDER/SCENARIO.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rft_runs import make  # noqa: E402
+from training_runs import SGD, Training  # noqa: E402
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+ROWS = {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
+STAGES = {"stages_per_epoch": 2, "num_samples": 3, "replay_stages": 1, "sampling_batch_size": 4}
+FEATURES = {
+    "reward": "features",
+    "reward_negatives": "initial,out_of_fold",
+    "reward_gate": "off",
+    "truncated_samples": "score",
+    "fold_epochs": 1,
+    "validation_rows": 4,
+    "keep_policy": "best",
+    "stages_per_epoch": 2,
+    "num_samples": 2,
+}
+
+
+def adapter(training):
+    return {"peft_config": training.lora()}
+
+
+def sums(training):
+    """So many that in the last step one process has no row of a micro-batch."""
+    return training.rows(21)
+
+
+SCENARIOS = {
+    "sft": lambda t: t.trainer("sft", data=sums(t), **ROWS, **SGD, num_train_epochs=2),
+    "sft-stream": lambda t: t.trainer(
+        "sft", data=sums(t).to_iterable_dataset(), **ROWS, **SGD, max_steps=2, save_strategy="steps", save_steps=1
+    ),
+    "sft-adapter": lambda t: t.trainer("sft", data=sums(t), options=adapter(t), **ROWS, **SGD),
+    "sft-sorted": lambda t: t.trainer("sft", data=sums(t), train_sampling_strategy="sequential", **ROWS, **SGD),
+    "spin": lambda t: t.trainer("spin", data=sums(t), **ROWS, **SGD),
+    "irft": lambda t: t.trainer("irft", data=sums(t), reference="initial", sft_weight=0.1, **ROWS, **STAGES, **SGD),
+    "irft-adapter": lambda t: t.trainer("irft", data=sums(t), options=adapter(t), **ROWS, **STAGES, **SGD),
+    "rft-model": lambda t: make(t, data=sums(t), **{**ROWS, "gradient_accumulation_steps": 1}),
+    "rft-features": lambda t: t.trainer("rft", data=sums(t), options=adapter(t), **ROWS, **FEATURES),
+    "evaluated": lambda t: t.trainer(
+        "sft", data=sums(t), options={"eval_dataset": t.rows(5)}, eval_strategy="epoch", **ROWS, **SGD
+    ),
+}
+
+
+def run(folder, name):
+    training = Training(folder / name)
+    training.folder.mkdir(parents=True, exist_ok=True)
+    trainer = SCENARIOS[name](training)
+    trainer.train()
+    trainer.export(training.folder / "export")
+    record = trainer.record(name=name)
+    if RANK == 0:
+        policy = {key: value.detach().clone() for key, value in trainer.policy.named_parameters()}
+        save_file(policy, training.folder / "weights.safetensors")
+        facts = {
+            "history": trainer.state.log_history,
+            "trained": record.trained_tokens,
+            "sampled": record.sampled_tokens,
+            "operations": record.flops,
+        }
+        (training.folder / "facts.json").write_text(json.dumps(facts))
+
+
+# --- what goes wrong in one process --------------------------------------------------------------------------------------
+
+
+def dies(folder):
+    """The second process fails in its third step."""
+    training = Training(folder)
+    trainer = training.trainer("sft", data=sums(training), **ROWS, num_train_epochs=50)
+    if RANK == 1:
+        step = trainer.training_step
+
+        def fails(*args, **kwargs):
+            if trainer.state.global_step == 2:
+                raise RuntimeError("planted failure of one process")
+            return step(*args, **kwargs)
+
+        trainer.training_step = fails
+    trainer.train()
+
+
+def not_finite(folder):
+    """The loss of the second process is NaN in the third step."""
+    training = Training(folder)
+    trainer = training.trainer("sft", data=sums(training), **ROWS, num_train_epochs=50)
+    loss = trainer.objective.loss
+
+    def planted(tokens, step):
+        found = loss(tokens, step)
+        return found * float("nan") if RANK == 1 and trainer.state.global_step == 2 else found
+
+    trainer.objective.loss = planted
+    try:
+        trainer.train()
+    except ValueError as error:
+        (folder / f"error-{RANK}.txt").write_text(f"{trainer.state.global_step}: {error}")
+        time.sleep(1)
+
+
+def disk_is_full(folder):
+    """The first process cannot write a checkpoint."""
+    training = Training(folder)
+    trainer = training.trainer("sft", data=sums(training), **ROWS, save_strategy="steps", save_steps=1)
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run" / "run.json").mkdir(exist_ok=True)  # what is to be a file is a folder
+    try:
+        trainer.train()
+    except ValueError as error:
+        (folder / f"error-{RANK}.txt").write_text(str(error))
+        time.sleep(1)
+
+
+FAULTS = {"dies": dies, "not_finite": not_finite, "disk_is_full": disk_is_full}
+
+
+if __name__ == "__main__":
+    home, *names = sys.argv[1:]
+    for name in names:
+        if name in FAULTS:
+            (Path(home) / name).mkdir(parents=True, exist_ok=True)
+            FAULTS[name](Path(home) / name)
+        else:
+            run(Path(home), name)
