@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from tutelage.errors import DamagedFileError, UserError
 __all__ = [
     "append_json_lines",
     "difference",
+    "plain",
     "read_json",
     "read_sealed",
     "replacing",
@@ -86,6 +88,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """As ``write_text``, one JSON value that people can read."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Any value as JSON types; None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, str | bool | int | None):
+        return value
+    if hasattr(value, "item"):  # a number of NumPy or torch
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int) else str(value)
 
 
 def read_json(path: Path) -> Any:

@@ -162,6 +162,8 @@ def left(out):
         name = str(path.relative_to(out))
         if path.is_dir() or path.name in ("report.html", "README.md", "training_args.bin", "run.json"):
             found[name] = None
+        elif path.name == "metrics.jsonl":
+            found[name] = without_times([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
         elif path.suffix == ".json":
             found[name] = without_times(json.loads(path.read_text(encoding="utf-8").replace(str(out), "OUT")))
         else:

@@ -37,6 +37,8 @@ _OUTPUTS = (
     "stages/*",
     "retention-start/*",
     "run.json",
+    "metrics.jsonl",
+    "progress.json",
     "vocab.*",
     "merges.txt",
     "added_tokens.json",

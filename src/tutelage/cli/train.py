@@ -17,7 +17,7 @@ from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.controls import Controls
 from tutelage.cli.libraries import quiet_libraries
 from tutelage.cli.output import RESULTS, OutputFolder
-from tutelage.cli.progress import LogLines, TerminalProgress
+from tutelage.cli.progress import PROGRESS, LogLines, TerminalProgress
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import can_sample
@@ -137,7 +137,8 @@ def _train(
         folder = Path(str(training.output_dir))
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            add_made(folder, RESULTS)
+            add_made(folder, [*RESULTS, PROGRESS])
+        progress.tell_in(folder)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.export(folder)
         record = trainer.record(name=name)

@@ -80,6 +80,8 @@ def verdicts(runs: Sequence[RunRecord]) -> list[str]:
     that reward while the verifier score fell. Of what was forgotten of another task it is only said against a control that
     reached the same target score, or took the same compute.
 
+    A run that has not ended is not judged; it is said how far it is.
+
     Raises:
         UserError: no runs, or two of the same name.
     """
@@ -89,6 +91,12 @@ def verdicts(runs: Sequence[RunRecord]) -> list[str]:
 def judge(runs: Sequence[RunRecord]) -> list[Verdict]:
     """As `verdicts`, with claim, evidence and tone apart."""
     require_distinct_names(runs)
+    on, runs = [run for run in runs if run.unfinished], [run for run in runs if not run.unfinished]
+    found = [Verdict(f"{run.name} is not finished", run.unfinished, "note") for run in on]
+    return found + _judge_finished(runs) if runs else found
+
+
+def _judge_finished(runs: Sequence[RunRecord]) -> list[Verdict]:
     methods = [run for run in runs if is_method(run)]
     found = [
         verdict

@@ -56,6 +56,7 @@ from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
 from tutelage.training.flops import counted
 from tutelage.training.identity import RUN, Data, check_identity, identity_of, record_identity
+from tutelage.training.journal import Journal
 from tutelage.training.lengths import probed_lengths
 from tutelage.training.lock import locked
 from tutelage.training.made import add_made
@@ -149,6 +150,7 @@ class DemonstrationTrainer(Trainer):
         self.means, self.costs = Means(), Costs()
         self.other_data: dict[str, Data] = {}
         self.random_state: RandomState | None = None
+        self._logged = 0
         self._going_on: str | None = None
         self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         super().__init__(
@@ -187,6 +189,8 @@ class DemonstrationTrainer(Trainer):
             new_adapter=peft_config is not None,
             keep=self.evaluation_set is not None and (args.eval_kl or isinstance(policy, PeftModel)),
         )
+        self.journal = Journal(Path(str(args.output_dir)))
+        self.add_callback(self.journal)
         self.add_callback(Guard(self))
         self.add_callback(CostsInCheckpoints(self))
         self.add_callback(Termination())
@@ -277,6 +281,7 @@ class DemonstrationTrainer(Trainer):
         if self.stages is None:
             batches = list(islice(epoch_iterator, num_batches))
         else:
+            self._logged = len(self.state.log_history)
             batches = self.stages.next_step(
                 self.state.global_step,
                 self.state.max_steps,
@@ -446,6 +451,7 @@ class DemonstrationTrainer(Trainer):
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
+            self.journal.require_own()
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = self.resume_point()
             elif resume_from_checkpoint and str(resume_from_checkpoint) != self._going_on:
@@ -481,6 +487,7 @@ class DemonstrationTrainer(Trainer):
         if step and not (Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}").exists():
             assert self.random_state is not None
             self.random_state.restore()  # preparing takes from it, and will again
+            del self.state.log_history[self._logged :]  # and logs what it has found, and will again
             self._save_checkpoint(cast(nn.Module, self.model), None)
 
     def resume_point(self) -> str | None:
