@@ -34,7 +34,10 @@ COMMON = [
     *("--stages_per_epoch=2", "--sampling_batch_size=2", "--max_prompt_length=64"),
 ]
 COMMANDS = {
-    "irft": ["irft", *COMMON, "--save_steps=2", "--replay_stages=1", "--use_peft", "--lora_dropout=0.1", "--lora_r=4"],
+    "irft": [
+        *("irft", *COMMON, "--save_steps=2", "--replay_stages=1", "--use_peft", "--lora_dropout=0.1", "--lora_r=4"),
+        *("--keep_stages=1", "--save_total_limit=1"),
+    ],
     "rft": [
         *(
             "rft",

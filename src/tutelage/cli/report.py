@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tutelage.cli.parser import command_parser
 from tutelage.cli.unfinished import load_run
+from tutelage.files import storing
 from tutelage.report import summary_table, verdicts, write_report
 from tutelage.results import RunRecord
 from tutelage.terminal import say, show
@@ -44,7 +45,8 @@ def find_starts(records: Sequence[RunRecord], folders: Sequence[str]) -> None:
 
 def show_runs(records: Sequence[RunRecord], path: Path, console: Console) -> None:
     """Write the report; print the table, the verdicts and where the report is."""
-    write_report(records, path)
+    with storing(path):
+        write_report(records, path)
     show(console, summary_table(records))
     for sentence in verdicts(records):
         say(console, sentence)

@@ -52,9 +52,11 @@ def main(args: Sequence[str], console: Console) -> None:
         record = train(algorithm, data, model, training, console, before_training=output.clear)
         folder = Path(training.output_dir)
         report = folder / "report.html"
-        write_report([record], report)  # before the controls, which may fail
+        with storing(report):
+            write_report([record], report)  # before the controls, which may fail
         records = [record, *controls.train(record, console, train)]
-        write_report(records, report)
+        with storing(report):
+            write_report(records, report)
     show(console, summary_table(records))
     for sentence in verdicts(records):
         say(console, sentence)

@@ -68,6 +68,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "save_steps",
         "save_total_limit",
         "save_each_stage",
+        "keep_stages",
         "save_on_each_node",
         "push_to_hub",
         "hub_model_id",

@@ -57,6 +57,14 @@ class Replay:
         """See ``Phase.reads_from``: the samples of the stages that are replayed."""
         return max(0, stage - self.stages)
 
+    def samples_from(self, stage: int) -> int:
+        """See ``Phase.samples_from``."""
+        return self.reads_from(stage)
+
+    def still_reads(self, stage: int, upcoming: int) -> Sequence[str]:
+        """See ``Phase.still_reads``: nothing."""
+        return ()
+
     def leaves(self, stage: int) -> Sequence[str]:
         """See ``Phase.leaves``."""
         return [f"replayed-{earlier:04d}.jsonl" for earlier in range(self.reads_from(stage), stage)]

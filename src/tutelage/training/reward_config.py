@@ -403,6 +403,11 @@ class RewardStageConfig(StageConfig):
         self._refuse_what_has_no_effect()
 
     @property
+    def stages_read_again(self) -> int | None:
+        """Of how many earlier stages the reward is fitted to the samples; None for all."""
+        return self.reward_replay_stages
+
+    @property
     def negative_kinds(self) -> tuple[NegativeKind, ...]:
         """The negatives that the reward is fitted to; one that is fitted to nothing needs none."""
         return ("own",) if self.reward in _FIXED else parse_negatives(self.reward_negatives)

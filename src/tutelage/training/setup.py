@@ -80,6 +80,7 @@ def make_stages(
         epochs=epochs,
         piece=max(1, 4 * args.sampling_batch_size // args.num_samples),
         save_each_stage=args.save_each_stage,
+        keep=args.keep_stages,
         check=trainer.check_weights,
         log=trainer.log,
         costs=trainer.costs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from tutelage.errors import UserError
 from tutelage.ranges import TEMPERATURE, number, whole
 from tutelage.sampling.base import SamplingParams
 from tutelage.training.config import DemonstrationConfig
@@ -79,6 +80,43 @@ class StageConfig(DemonstrationConfig):
         default=True,
         metadata={"help": "Write a checkpoint at the end of each stage, in addition to those of --save_steps."},
     )
+
+    keep_stages: Annotated[int | None, whole(1)] = field(
+        default=None,
+        metadata={
+            "help": "Bounds the disk: of the stages that are needed no more, keep the samples of this many of the latest. What a "
+            "checkpoint that is kept goes on from stays anyway. By default of all."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_stages is not None and (problem := self._kept_stages_problem()):
+            raise UserError(f"cannot bound the stages: {problem[0]}", remedy=problem[1], field="keep_stages")
+
+    def _kept_stages_problem(self) -> tuple[str, str] | None:
+        """Why stages cannot be removed, and what to do about it."""
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) == "no":
+            return "a stage is removed after a checkpoint, and there are none.", "Use --save_strategy steps."
+        if self.save_total_limit is None:
+            return (
+                "every checkpoint is kept, and needs its stages.",
+                "Give --save_total_limit, the number of checkpoints to keep.",
+            )
+        read = self.stages_read_again
+        if read is None:
+            return (
+                "the reward is fitted to the samples of all stages.",
+                f"Give --reward_replay_stages, at most {self.keep_stages}.",
+            )
+        if read > self.keep_stages:
+            return f"the samples of {read} earlier stages are read again.", f"Use {read} or more."
+        return None
+
+    @property
+    def stages_read_again(self) -> int | None:
+        """Of how many earlier stages the samples are read when one begins; None for all."""
+        return self.replay_stages
 
     def sampling_params(self, stop_ids: frozenset[int]) -> SamplingParams:
         """How a stage's completions are drawn."""

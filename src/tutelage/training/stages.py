@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +55,14 @@ class Phase(Protocol):
         """The first stage whose files it reads when this one begins; the stage itself where it reads none."""
         ...
 
+    def samples_from(self, stage: int) -> int:
+        """The first stage whose samples it reads when this one begins or goes on; the stage itself where it reads no others."""
+        ...
+
+    def still_reads(self, stage: int, upcoming: int) -> Sequence[str]:
+        """Patterns of the files of a stage, besides its samples, that are read in the stage ``upcoming`` or a later one."""
+        ...
+
     def leaves(self, stage: int) -> Sequence[str]:
         """Names of the files that it leaves of a stage, once that is prepared."""
         ...
@@ -83,6 +92,7 @@ class Stages:
         epochs: how often the steps of a draw go over its samples.
         piece: prompts that are sampled and written at a time.
         save_each_stage: ask for a checkpoint where a stage ends.
+        keep: of how many stages the samples stay on the disk, of those that are read no more; None for all.
         check: raises if the policy's weights are not finite: nothing can be sampled from them.
         log: takes what a stage's beginning has to tell.
         costs, progress: as in the trainer.
@@ -99,6 +109,7 @@ class Stages:
         epochs: int = 1,
         piece: int,
         save_each_stage: bool = True,
+        keep: int | None = None,
         check: Callable[[], None],
         log: Callable[[dict[str, float]], None],
         costs: Costs,
@@ -107,7 +118,7 @@ class Stages:
         self.rollout, self.store, self.phase = rollout, store, phase
         self.stages_per_epoch, self.draws_per_stage = stages_per_epoch, draws_per_stage
         self.epochs, self.piece = epochs, piece
-        self.save_each_stage = save_each_stage
+        self.save_each_stage, self.keep = save_each_stage, keep
         self._check, self._log, self.costs, self.progress = check, log, costs, progress
         self.schedule: StageSchedule | None = None
         self.draws: StageSchedule | None = None
@@ -167,7 +178,7 @@ class Stages:
         assert self.schedule is not None
         if self.stage < 0:  # resumed where training had ended
             self.stage = self.schedule.stage_of(step - 1)
-        for path in self._left_by(self._begun):
+        for path in self._left_by(self._begun, self.stage + 1):
             if not Manifest(path.parent).has(path.name):
                 raise DamagedFileError(
                     "is gone: files of the run's stages were removed while it was on.",
@@ -182,7 +193,8 @@ class Stages:
         Args:
             damaged: as ``StageStore.mend`` gives them.
         """
-        read = self._left_by(self._read_at(step))
+        assert self.schedule is not None
+        read = self._left_by(self._read_at(step), self.phase.samples_from(self.schedule.stage_of(step)))
         folders = {path.parent for path in read}
         for path in damaged:
             if any(folder in path.parents for folder in folders):
@@ -201,11 +213,31 @@ class Stages:
         draws = (self._draw_of(self.draws.bounds(number)[0]) for number in range(last + 1))
         return [draw for draw in draws if draw.stage >= first]
 
-    def _left_by(self, draws: Sequence[Draw]) -> list[Path]:
-        """The files that draws leave, whatever the phase does."""
+    def tidy(self, steps: Sequence[int]) -> None:
+        """Remove files of stages that a run with checkpoints of these steps reads no more, but for the newest ``keep`` stages.
+
+        Of a stage there remain its manifest, and what the phase says that later stages read.
+        """
+        assert self.schedule is not None
+        if self.keep is None or not steps:
+            return
+        upcoming = self.schedule.stage_of(min(steps))
+        newest = self.schedule.stage_of(max(steps) - 1)
+        for stage in range(min(self.phase.samples_from(upcoming), newest + 1 - self.keep)):
+            self.store.drop(stage, self.phase.still_reads(stage, upcoming))
+
+    def _left_by(self, draws: Sequence[Draw], samples_from: int) -> list[Path]:
+        """The files that draws leave, whatever the phase does.
+
+        Args:
+            samples_from: the samples of earlier stages may have been removed.
+        """
         found = []
         for draw in draws:
             names = [SAMPLES] if draw.index else [SAMPLES, *self.phase.leaves(draw.stage)]
+            if draw.stage < samples_from and self.store.is_dropped(draw.stage):
+                kept = () if draw.index else self.phase.still_reads(draw.stage, samples_from)
+                names = [name for name in names if any(fnmatch(name, pattern) for pattern in kept)]
             found += [self.store.path(draw.stage, draw.index) / name for name in names]
         return found
 

@@ -49,7 +49,7 @@ from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, R
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
-from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, writing_folder
+from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, step_of, writing_folder
 from tutelage.training.clock import record_time, recorded_time
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
@@ -394,6 +394,12 @@ class DemonstrationTrainer(Trainer):
                     state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
             put_in_place(folder / name, home / name)
         rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        self._tidy_stages()
+
+    def _tidy_stages(self) -> None:
+        """Remove what no checkpoint of the run goes on from any more, if it is to be removed."""
+        if self.stages is not None:
+            self.stages.tidy([step_of(path) for path in checkpoints(Path(str(self.args.output_dir)))])
 
     def export(self, folder: Path) -> None:
         """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned.
@@ -479,6 +485,7 @@ class DemonstrationTrainer(Trainer):
                 raise
             if self.stages is not None:
                 self.stages.finish(self.state.global_step)
+                self._tidy_stages()  # where the run was killed between its last checkpoint and this
         return output
 
     def _save_at_last_step(self) -> None:
