@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tutelage.algorithms.registry import NAMES
-from tutelage.errors import Terminated, UserError
+from tutelage.errors import CollapsedError, Terminated, UserError
 from tutelage.visible import write
 
 __all__ = ["main"]
@@ -53,7 +53,7 @@ _DISK = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0; 2 for an error that the user can fix; 130 for Ctrl-C, and 143 where training was asked to end (SIGTERM).
+    0; 2 for an error that the user can fix; 3 where a policy collapsed and training was to stop then; 130 for Ctrl-C, and 143 where training was asked to end (SIGTERM).
     """
     command, *args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     args, debug = _take_debug(args)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         write(f"tutelage: error: {error}", sys.stderr)
-        return 2
+        return 3 if isinstance(error, CollapsedError) else 2
     except OSError as error:
         if debug or error.errno not in _DISK:
             raise

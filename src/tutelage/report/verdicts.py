@@ -106,7 +106,7 @@ def _judge_finished(runs: Sequence[RunRecord]) -> list[Verdict]:
     ]
     if not methods:
         found.append(Verdict("There is no method to judge", "only the start or the control of a comparison", "note"))
-    found += [verdict for run in runs if (verdict := _collapse(run, runs))]
+    found += [verdict for run in runs for verdict in (_best_stage(run), _collapse(run, runs)) if verdict]
     return [*found, _about_seeds(runs)]
 
 
@@ -370,6 +370,20 @@ def _collapse(run: RunRecord, runs: Sequence[RunRecord]) -> Verdict | None:
             )
             return Verdict(f"{run.name} collapsed", evidence, "hurt")
     return None
+
+
+def _best_stage(run: RunRecord) -> Verdict | None:
+    """Which stage's policy the run exported, where it chose by held-out rows."""
+    best = run.best_stage
+    if not best:
+        return None
+    why = "; the last one had collapsed" if best["collapsed"] else ""
+    evidence = (
+        f"its {best['metric']} on the held-out rows is {signed(best['value'])}, against {signed(best['last_value'])} after "
+        f"{best['last_stages']}{why}. The rows that chose it flatter it"
+    )
+    plural = "" if best["stages"] == 1 else "s"
+    return Verdict(f"{run.name} kept the policy after {best['stages']} stage{plural}", evidence, "note")
 
 
 def _kept(run: RunRecord) -> Verdict | None:

@@ -88,6 +88,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "do_eval",
         "do_predict",
     ),
+    "what is done about a collapse": ("on_collapse", "collapse_truncated", "collapse_distinct", "collapse_logp"),
     "how fast it is and what memory it takes": (
         "per_device_eval_batch_size",
         "sampling_batch_size",

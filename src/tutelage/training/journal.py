@@ -60,7 +60,8 @@ class Journal(TrainerCallback):
         with storing(self.path), self.path.open("a", encoding="utf-8") as file:
             append_json_lines(file, [line])
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
+        """The run is over: what is logged from now on is not its."""
         self._zero = None
 
     def require_own(self) -> None:

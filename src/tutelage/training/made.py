@@ -28,6 +28,8 @@ _OF_STAGES = (
     "reward-*",
     "validation.jsonl",
     "candidate.json",
+    "best.json",
+    "best.safetensors",
     "policy.safetensors",
     "initial.jsonl",
     "out_of_fold-*.jsonl",

@@ -30,6 +30,7 @@ class Replay:
     def __init__(self, rollout: Rollout, store: StageStore, *, stages: int = 0, needs_pairs: bool = True):
         self.rollout, self.store, self.stages, self.needs_pairs = rollout, store, stages, needs_pairs
         self.reward: Reward | None = None
+        self.chooses = False
         self.selection: list[CandidateRecord] = []
 
     def prepare(

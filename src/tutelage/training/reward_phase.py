@@ -128,6 +128,11 @@ class RewardPhase:
         self._fitted = -1
 
     @property
+    def chooses(self) -> bool:
+        """See ``Phase.chooses``."""
+        return self.candidates is not None and self.settings.keep_best
+
+    @property
     def reward(self) -> Reward:
         """As it stands."""
         return self.learner.reward

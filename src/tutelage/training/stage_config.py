@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from tutelage.errors import UserError
 from tutelage.ranges import TEMPERATURE, number, whole
 from tutelage.sampling.base import SamplingParams
+from tutelage.training.collapse import CollapseLimits
 from tutelage.training.config import DemonstrationConfig
 
 __all__ = ["StageConfig"]
@@ -89,10 +90,52 @@ class StageConfig(DemonstrationConfig):
         },
     )
 
+    on_collapse: str = field(
+        default="warn",
+        metadata={
+            "help": "What to do where a stage begins with a policy beyond a limit of --collapse_*: log a warning, stop with a "
+            "checkpoint, or go back to the best stage's policy (as --load_best_stage_at_end) and end there.",
+            "choices": ["warn", "stop", "best"],
+        },
+    )
+    collapse_truncated: Annotated[float, number(0, 1)] = field(
+        default=0.9,
+        metadata={
+            "help": "Collapsed if more than this share of the samples is truncated, and more than in the first stage."
+        },
+    )
+    collapse_distinct: Annotated[float, number(0, 1)] = field(
+        default=0.5,
+        metadata={"help": "Collapsed if distinct-2 of the samples falls below this share of the first stage's."},
+    )
+    collapse_logp: Annotated[float, number(0)] = field(
+        default=0.1,
+        metadata={
+            "help": "Collapsed if the log-prob of the demonstrations (nats per token) falls by more than this share since the start."
+        },
+    )
+    load_best_stage_at_end: bool = field(
+        default=False,
+        metadata={
+            "help": "Export the policy of the stage that did best on the held-out rows (--eval_dataset_name): by the mean score of "
+            "sampled answers with --verifier, else by the log-prob of the demonstrations. They are evaluated at each stage."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.keep_stages is not None and (problem := self._kept_stages_problem()):
             raise UserError(f"cannot bound the stages: {problem[0]}", remedy=problem[1], field="keep_stages")
+
+    @property
+    def collapse_limits(self) -> CollapseLimits:
+        """Beyond which a policy counts as collapsed."""
+        return CollapseLimits(self.collapse_truncated, self.collapse_distinct, self.collapse_logp)
+
+    @property
+    def keeps_best_stage(self) -> bool:
+        """Whether the weights of the best stage are needed, of an algorithm that does not choose by itself."""
+        return self.load_best_stage_at_end or self.on_collapse == "best"
 
     def _kept_stages_problem(self) -> tuple[str, str] | None:
         """Why stages cannot be removed, and what to do about it."""

@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from tutelage.card import model_card
 from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenized import group_from_row, tokenize_dataset
-from tutelage.errors import NonFiniteLossError, Terminated, UserError
+from tutelage.errors import CollapsedError, NonFiniteLossError, Terminated, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
 from tutelage.files import storing, write_text
@@ -51,6 +51,7 @@ from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
 from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, step_of, writing_folder
 from tutelage.training.clock import record_time, recorded_time
+from tutelage.training.collapse import first_facts, signs_of_collapse
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
@@ -465,7 +466,10 @@ class DemonstrationTrainer(Trainer):
                 check_checkpoint(Path(str(resume_from_checkpoint)), self.stages)
             if not resume_from_checkpoint:
                 record_identity(folder, self.identity())
-            return self._train(resume_from_checkpoint or None, *args, **kwargs)
+            try:
+                return self._train(resume_from_checkpoint or None, *args, **kwargs)
+            finally:
+                self.journal.close()
 
     def _train(self, *args, **kwargs):
         if self.stages is not None:
@@ -480,13 +484,42 @@ class DemonstrationTrainer(Trainer):
         with counted(self.policy, self.costs.count_flops):
             try:
                 output = super().train(*args, **kwargs)
-            except Terminated:
+            except (Terminated, CollapsedError):
                 self._save_at_last_step()
                 raise
             if self.stages is not None:
+                if self.stages.best is not None and (self.stages.has_ended or self.args.load_best_stage_at_end):  # type: ignore[attr-defined]
+                    self.stages.best.choose(self.stages.made(self.state.global_step), collapsed=self.stages.has_ended)
                 self.stages.finish(self.state.global_step)
                 self._tidy_stages()  # where the run was killed between its last checkpoint and this
         return output
+
+    def watch_for_collapse(self, stage: int, facts: dict[str, float]) -> bool:
+        """Warn of a policy that has collapsed, or end the run, as ``on_collapse`` says: True if it is to end here.
+
+        Args:
+            stage: that begins with the policy.
+            facts: what its beginning has logged.
+
+        Raises:
+            CollapsedError: the run is to stop.
+        """
+        args = cast(Any, self.args)
+        signs = signs_of_collapse(facts, first_facts(self.state.log_history), args.collapse_limits) if stage else []
+        if not signs:
+            return False
+        told = f"the policy has collapsed at the beginning of stage {stage}: {'; '.join(signs)}"
+        if args.on_collapse == "stop":
+            raise CollapsedError(
+                f"{told}.",
+                remedy="The last checkpoint is of that policy; --resume --on_collapse warn goes on. Else lower --learning_rate or "
+                "raise --beta, and start anew.",
+            )
+        logger.warning(
+            "%s%s", told, "; the run goes back to the best stage and ends" if args.on_collapse == "best" else ""
+        )
+        self.control.should_training_stop |= args.on_collapse == "best"
+        return args.on_collapse == "best"
 
     def _save_at_last_step(self) -> None:
         """A checkpoint of the last step that was taken: the process was asked to end while it prepared the next one."""
@@ -681,6 +714,7 @@ class DemonstrationTrainer(Trainer):
             history=self.state.log_history,
             curves=list(self.info.curves),
             selection=self.stages.phase.selection if self.stages else [],
+            best_stage=self.stages.best.chosen if self.stages and self.stages.best else {},
             probes=model_probes(self.policy),
         )
         return replace(record, card=self.info.card(record))
