@@ -15,6 +15,7 @@ from tutelage.algorithms.registry import find
 from tutelage.card import model_card
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.controls import Controls
+from tutelage.cli.dry_run import rehearse
 from tutelage.cli.libraries import quiet_libraries
 from tutelage.cli.output import RESULTS, OutputFolder
 from tutelage.cli.progress import PROGRESS, LogLines, TerminalProgress
@@ -48,7 +49,16 @@ def main(args: Sequence[str], console: Console) -> None:
         raise UserError("no dataset is given.", remedy="Add --dataset_name DATA.", field="dataset_name")
     model.require_name()
     controls = Controls(data.controls, data, model, training)
-    with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
+    resume, dry = data.resume, data.dry_run
+    with OutputFolder(
+        training.output_dir, resume=resume, overwrite=data.overwrite_output_dir, leaves_nothing=dry
+    ) as output:
+        if dry:
+            training.push_to_hub = False  # which would make a repository
+            with TerminalProgress(console, training.run_name or algorithm) as progress:
+                trainer = _prepared(algorithm, data, model, training, console, progress)
+                rehearse(trainer, console, resume=resume)
+            return
         record = train(algorithm, data, model, training, console, before_training=output.clear)
         folder = Path(training.output_dir)
         report = folder / "report.html"
@@ -95,41 +105,14 @@ def _train(
     prepare: Callable[[DemonstrationTrainer], None],
     after: Callable[[DemonstrationTrainer], None],
 ) -> RunRecord:
-    trainer_class = find(algorithm).trainer
     name = training.run_name or algorithm
     reset_peak_memory()
-    training.disable_tqdm = True
-    training.is_new = not data.resume  # type: ignore[misc]
-    sources = _load_datasets(data, training)
     with TerminalProgress(console, name) as progress:
-        policy, tokenizer, peft_config = _load_model(model, console, progress)
-        trainer = _checked(
-            trainer_class,
-            policy,
-            training,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            progress=progress,
-            **sources,
-        )
-        trainer.model_name = model.require_name()
-        if data.retention_dataset:
-            trainer.watch_retention(
-                _load_whole(data.retention_dataset, split=data.dataset_test_split),
-                verifier=data.retention_verifier,
-                source=data.retention_dataset,
-            )
+        trainer = _prepared(algorithm, data, model, training, console, progress)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(LogLines(console))
         prepare(trainer)
-        say(
-            console,
-            (name, "bold"),
-            f": {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
-            f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "
-            f"computing in {model.precision or given_precision(training.computing, '--bf16')}",
-        )
         checkpoint = trainer.resume_point() if data.resume else None
         if data.resume and checkpoint is None:
             say(console, f"  no checkpoint in {training.output_dir}: starting at step 0")
@@ -157,6 +140,46 @@ def _train(
     if training.push_to_hub:
         trainer.push_to_hub(record=record)
     return record
+
+
+def _prepared(
+    algorithm: str,
+    data: DataArguments,
+    model: ModelArguments,
+    training: DemonstrationConfig,
+    console: Console,
+    progress: TerminalProgress,
+) -> DemonstrationTrainer:
+    """The trainer, with its model and data found good, before training."""
+    trainer_class = find(algorithm).trainer
+    training.disable_tqdm = True
+    training.is_new = not data.resume  # type: ignore[misc]
+    sources = _load_datasets(data, training)
+    policy, tokenizer, peft_config = _load_model(model, console, progress)
+    trainer = _checked(
+        trainer_class,
+        policy,
+        training,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        progress=progress,
+        **sources,
+    )
+    trainer.model_name = model.require_name()
+    if data.retention_dataset:
+        trainer.watch_retention(
+            _load_whole(data.retention_dataset, split=data.dataset_test_split),
+            verifier=data.retention_verifier,
+            source=data.retention_dataset,
+        )
+    say(
+        console,
+        (training.run_name or algorithm, "bold"),
+        f": {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
+        f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "
+        f"computing in {model.precision or given_precision(training.computing, '--bf16')}",
+    )
+    return trainer
 
 
 def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[str, Any]:
