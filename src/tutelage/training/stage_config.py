@@ -124,7 +124,7 @@ class StageConfig(DemonstrationConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keep_stages is not None and (problem := self._kept_stages_problem()):
+        if self.keep_stages is not None and (problem := self._kept_stages_problem(self.keep_stages)):
             raise UserError(f"cannot bound the stages: {problem[0]}", remedy=problem[1], field="keep_stages")
 
     @property
@@ -137,7 +137,7 @@ class StageConfig(DemonstrationConfig):
         """Whether the weights of the best stage are needed, of an algorithm that does not choose by itself."""
         return self.load_best_stage_at_end or self.on_collapse == "best"
 
-    def _kept_stages_problem(self) -> tuple[str, str] | None:
+    def _kept_stages_problem(self, keep: int) -> tuple[str, str] | None:
         """Why stages cannot be removed, and what to do about it."""
         if str(getattr(self.save_strategy, "value", self.save_strategy)) == "no":
             return "a stage is removed after a checkpoint, and there are none.", "Use --save_strategy steps."
@@ -150,9 +150,9 @@ class StageConfig(DemonstrationConfig):
         if read is None:
             return (
                 "the reward is fitted to the samples of all stages.",
-                f"Give --reward_replay_stages, at most {self.keep_stages}.",
+                f"Give --reward_replay_stages, at most {keep}.",
             )
-        if read > self.keep_stages:
+        if read > keep:
             return f"the samples of {read} earlier stages are read again.", f"Use {read} or more."
         return None
 
