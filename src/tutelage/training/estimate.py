@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -96,8 +95,8 @@ def _longest(trainer: DemonstrationTrainer) -> tuple[int, int]:
     found = {"prompt_ids": 0, "demonstration_ids": 0}
     for table in data.select_columns(list(found)).with_format("arrow").iter(batch_size=1000):
         for name in found:
-            lengths = pc.list_value_length(cast(pa.Table, table).column(name))
-            found[name] = max(found[name], pc.max(lengths).as_py() or 0)  # type: ignore[attr-defined]
+            lengths = pa.concat_arrays(cast(pa.Table, table).column(name).chunks).value_lengths().to_numpy()
+            found[name] = max(found[name], int(lengths.max(initial=0)))
     return found["prompt_ids"], found["demonstration_ids"]
 
 
