@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tutelage.visible import visible
 
-__all__ = ["DamagedFileError", "NonFiniteLossError", "Terminated", "UserError"]
+__all__ = ["CollapsedError", "DamagedFileError", "NonFiniteLossError", "Terminated", "UserError"]
 
 
 class UserError(ValueError):
@@ -45,6 +45,10 @@ class UserError(ValueError):
 
 class NonFiniteLossError(UserError):
     """The loss is NaN or infinite; raised before the optimizer step, so no weight has changed."""
+
+
+class CollapsedError(UserError):
+    """A policy has collapsed, and the run was to end there; it has saved what a resumed one needs."""
 
 
 class DamagedFileError(UserError):

@@ -18,6 +18,7 @@ __all__ = [
     "append_json_lines",
     "difference",
     "json_text",
+    "plain",
     "read_json",
     "read_sealed",
     "replacing",
@@ -112,15 +113,22 @@ def json_text(content: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        return json.dumps(_without_nan(content), indent=indent, ensure_ascii=False, allow_nan=False)
+        return json.dumps(plain(content), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def _without_nan(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Any value as JSON types; None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, str | bool | int | None):
+        return value
+    if hasattr(value, "item"):  # a number of NumPy or torch
+        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
-    return [_without_nan(each) for each in value] if isinstance(value, list | tuple) else value
+    return value if isinstance(value, bool | int) else str(value)
 
 
 def read_json(path: Path) -> Any:
@@ -168,7 +176,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(_without_nan(content), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
 
 
 def size_and_hash(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from hashlib import sha256
@@ -27,7 +27,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tutelage.errors import UserError
-from tutelage.files import write_json
+from tutelage.files import plain, write_json
 
 __all__ = [
     "SCHEMA",
@@ -269,6 +269,9 @@ class RunRecord:
         probes: what was tried on the model itself before it was used, and found: ``layout`` (which layouts give a plain
             forward's log-probs, up to which lengths, whether it is causal, the lengths in its config, the seconds it
             took) and ``sampling`` (likewise for decoding).
+        best_stage: which policy was chosen by held-out rows: ``stages`` that made it, ``metric``, its ``value``, those of the last policy
+            (``last_stages``, ``last_value``), and whether that had ``collapsed``. Empty where none was chosen.
+        unfinished: of a run that has not ended, how far it is; "" of one that has.
     """
 
     name: str
@@ -293,13 +296,15 @@ class RunRecord:
     flops: dict[str, float] = field(default_factory=dict, metadata=_MAY_BE_ABSENT)
     retention: RetentionRecord | None = field(default=None, metadata=_MAY_BE_ABSENT)
     probes: dict[str, Any] = field(default_factory=dict, metadata=_MAY_BE_ABSENT)
+    best_stage: dict[str, Any] = field(default_factory=dict, metadata=_MAY_BE_ABSENT)
+    unfinished: str = field(default="", metadata=_MAY_BE_ABSENT)
 
     def __post_init__(self):
         if not self.id:
             losses = [row["loss"] for row in self.history if "loss" in row]
             told = [self.algorithm, self.model, self.start, self.dataset, self.seed, self.settings, losses]
             told += [self.trained_tokens, self.sampled_tokens]
-            self.id = sha256(json.dumps(_plain(told), sort_keys=True).encode()).hexdigest()[:16]
+            self.id = sha256(json.dumps(plain(told), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with the schema's number.
@@ -465,22 +470,7 @@ def _written(kind: Any, value: Any, place: str) -> Any:
             field=place,
             remedy="It is the mean or the cost of something that went wrong before: look at the lines of the log.",
         )
-    return float(value) if kind is float else _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """Any value as JSON types; None for a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, str | bool | int | NoneType):
-        return value
-    if hasattr(value, "item"):  # a number of NumPy or torch
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, bool | int) else str(value)
+    return float(value) if kind is float else plain(value)
 
 
 def _read(kind: Any, value: Any, place: str) -> Any:

@@ -82,6 +82,19 @@ def test_a_phase_within_a_run_is_what_is_told(shown, clock):
     ]
 
 
+def test_a_run_of_days_prints_ever_fewer_lines(shown, clock):
+    progress, lines = shown
+    counts = []
+    for _ in range(3):
+        for _ in range(24 * 60):
+            clock.now += 60
+            progress.steps(1, 1000)
+        counts.append(len(lines()))
+    first, *later = [after - before for before, after in zip([0, *counts], counts, strict=False)]
+    assert first < 260, "not one a minute"
+    assert later == [144, 144], "one every ten minutes"
+
+
 def test_a_thread_tells_it(clock):
     import time
 

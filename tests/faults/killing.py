@@ -34,7 +34,10 @@ COMMON = [
     *("--stages_per_epoch=2", "--sampling_batch_size=2", "--max_prompt_length=64"),
 ]
 COMMANDS = {
-    "irft": ["irft", *COMMON, "--save_steps=2", "--replay_stages=1", "--use_peft", "--lora_dropout=0.1", "--lora_r=4"],
+    "irft": [
+        *("irft", *COMMON, "--save_steps=2", "--replay_stages=1", "--use_peft", "--lora_dropout=0.1", "--lora_r=4"),
+        *("--keep_stages=1", "--save_total_limit=1"),
+    ],
     "rft": [
         *(
             "rft",
@@ -162,6 +165,8 @@ def left(out):
         name = str(path.relative_to(out))
         if path.is_dir() or path.name in ("report.html", "README.md", "training_args.bin", "run.json"):
             found[name] = None
+        elif path.name == "metrics.jsonl":
+            found[name] = without_times([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
         elif path.suffix == ".json":
             found[name] = without_times(json.loads(path.read_text(encoding="utf-8").replace(str(out), "OUT")))
         else:

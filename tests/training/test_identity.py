@@ -205,8 +205,17 @@ def test_what_may_change_is_there_and_changes_no_weight(algorithm):
         "bf16",
     }
     assert not FREE & learned_from
-    sampling = {"save_each_stage", "sampling_batch_size", *SamplerConfig.__annotations__}
-    assert FREE - names <= sampling, "of another version of transformers"
+    of_stages = {
+        "save_each_stage",
+        "sampling_batch_size",
+        "keep_stages",
+        "on_collapse",
+        "collapse_truncated",
+        "collapse_distinct",
+        "collapse_logp",
+        *SamplerConfig.__annotations__,
+    }
+    assert FREE - names <= of_stages, "of another version of transformers"
 
 
 def test_the_digest_of_rows_is_of_what_they_hold(training):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tutelage.algorithms.registry import NAMES
-from tutelage.errors import Terminated, UserError
+from tutelage.errors import CollapsedError, Terminated, UserError
 from tutelage.launch import process_index
 from tutelage.visible import write
 
@@ -61,7 +61,7 @@ _WHILE_IT_IMPORTS = 20.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0; 2 for an error that the user can fix; 130 for Ctrl-C, and 143 where training was asked to end (SIGTERM).
+    0; 2 for an error that the user can fix; 3 where a policy collapsed and training was to stop then; 130 for Ctrl-C, and 143 where training was asked to end (SIGTERM).
     """
     command, *args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     args, debug = _take_debug(args)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _let_the_first_speak()
         write(f"tutelage: error: {error}", sys.stderr)
-        return 2
+        return 3 if isinstance(error, CollapsedError) else 2
     except OSError as error:
         if debug or error.errno not in _DISK:
             raise

@@ -72,6 +72,13 @@ class DataArguments(ScriptArguments):
         },
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in --output_dir."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Check settings, data, output folder, memory and disk, say what a stage will take, and leave nothing on disk. "
+            "The model is loaded, and a few rows are timed."
+        },
+    )
 
 
 @dataclass

@@ -38,6 +38,8 @@ _OUTPUTS = (
     "vllm/*",
     "retention-start/*",
     "run.json",
+    "metrics.jsonl",
+    "progress.json",
     "vocab.*",
     "merges.txt",
     "added_tokens.json",
@@ -54,6 +56,7 @@ class OutputFolder:
         outputs: patterns of files that the command writes: none that it did not write itself may be there.
         remedy: what to tell a user whose folder is in use.
         reads: files and folders that the command reads, by the name of their setting.
+        leaves_nothing: the folder is removed again unless it was there.
         again: a folder may be used again in which the same command was killed before its end.
 
     Raises:
@@ -70,9 +73,10 @@ class OutputFolder:
         remedy: str = "Use --resume to continue its run, --overwrite_output_dir to replace it, or another folder.",
         reads: Mapping[str, str | None] | None = None,
         again: bool = False,
+        leaves_nothing: bool = False,
     ):
         self.folder = Path(folder)
-        self._keep = self.folder.exists()
+        self._keep, self._leaves_nothing = self.folder.exists(), leaves_nothing
         self._replaced: list[Path] = []
         self._made: list[Path] = []
         self._stack = ExitStack()
@@ -142,7 +146,7 @@ class OutputFolder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         self._stack.close()
         # Bad input leaves nothing; a run that began and was stopped leaves its checkpoints and samples.
-        if isinstance(error, UserError) and not self._keep:
+        if (isinstance(error, UserError) or self._leaves_nothing) and not self._keep:
             _unmake(self._made)
 
 

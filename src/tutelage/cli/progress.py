@@ -5,18 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 
+from tutelage.errors import UserError
+from tutelage.files import write_json
 from tutelage.report.summary import duration
 from tutelage.terminal import say
 from tutelage.visible import visible
 
-__all__ = ["LogLines", "TerminalProgress"]
+__all__ = ["PROGRESS", "LogLines", "TerminalProgress"]
+
+PROGRESS = "progress.json"
+"""File in a run's folder that says what runs now; it is there as long as something does."""
 
 _SHOWN = {
     "loss": "loss",
@@ -45,20 +53,32 @@ _SHOWN = {
 class TerminalProgress:
     """Two live lines: the run with its remaining time, and the current phase.
 
-    Where the output is no terminal, a line is printed when a piece of work begins, and one every ``every`` seconds that
+    Where the output is no terminal, a line is printed when a piece of work begins, and one every ``every`` seconds (more
+    rarely after twenty minutes, every ten minutes after some hours) that
     says how far it is and how long it will still take. A thread of its own prints it where the work reports nothing.
+    With ``tell_in`` the same is in a file, for those who look at the run from elsewhere.
 
     Args:
         console: where to draw.
         name: what the run is called.
         every: seconds between two lines.
+        tell_every: seconds between two writes of the file.
         clock: seconds, from any start.
     """
 
     def __init__(
-        self, console: Console, name: str, *, every: float = 30.0, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        name: str,
+        *,
+        every: float = 30.0,
+        tell_every: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.console, self.name, self.every, self.clock = console, visible(name, lines=False), every, clock
+        self.tell_every = tell_every
+        self._path: Path | None = None
+        self._told = clock()
         self._bars = Bars(
             SpinnerColumn(),
             TextColumn("{task.description}", style="progress.description", markup=False),
@@ -73,19 +93,42 @@ class TerminalProgress:
         self._run = self._bars.add_task(self.name, total=None, left="")
         self._steps: _Pace | None = None
         self._phases: list[_Pace] = []
-        self._last_line = clock()
+        self._begun = self._last_line = clock()
         self._lock = threading.RLock()
         self._closed = threading.Event()
 
     def __enter__(self) -> TerminalProgress:
         self._bars.start()
-        if not self.console.is_terminal:
-            threading.Thread(target=self._keep_telling, daemon=True).start()
+        threading.Thread(target=self._keep_telling, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._closed.set()
         self._bars.stop()
+        with self._lock:
+            path, self._path = self._path, None
+        if path is not None:
+            with suppress(OSError):  # the folder may be gone
+                path.unlink(missing_ok=True)
+
+    def tell_in(self, folder: Path) -> None:
+        """Keep ``progress.json`` in a folder up to date, until the work is over.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        write_json(folder / PROGRESS, self.now())
+        self._path = folder / PROGRESS
+
+    def now(self) -> dict[str, Any]:
+        """What runs now: the phases, the outermost first, and the optimizer steps, each with its seconds left if known."""
+        with self._lock:
+            return {
+                "now": str(self._phases[-1] if self._phases else self._steps or "beginning"),
+                "steps": self._steps.told() if self._steps else None,
+                "phases": [pace.told() for pace in self._phases],
+                "updated": datetime.now().astimezone().isoformat(timespec="seconds"),
+            }
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
@@ -119,8 +162,13 @@ class TerminalProgress:
         """Print how far it is, if no terminal shows it and the last line is ``every`` seconds old."""
         with self._lock:
             current = self._phases[-1] if self._phases else self._steps
-            if current is not None and self.clock() - self._last_line >= self.every:
+            every = max(self.every, min(600.0, (self.clock() - self._begun) / 40))
+            if current is not None and self.clock() - self._last_line >= every:
                 self._say(str(current))
+            if self._path is not None and self.clock() - self._told >= self.tell_every:
+                self._told = self.clock()
+                with suppress(UserError):  # a full disk is told by what the run itself writes
+                    write_json(self._path, self.now())
 
     def _say(self, text: str) -> None:
         if not self.console.is_terminal:
@@ -140,12 +188,28 @@ class _Pace:
         self.begun, self.done = clock(), first
 
     @property
-    def left(self) -> str:
-        """'about 3 min left'; nothing where that cannot be told."""
-        if not self.total or not self.first < self.done < self.total:
-            return ""
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None where that cannot be told."""
+        if not self.total or not self.first < self.done <= self.total:
+            return None
         pace = (self.clock() - self.begun) / (self.done - self.first)
-        return f"about {duration(pace * (self.total - self.done))} left"
+        return pace * (self.total - self.done)
+
+    @property
+    def left(self) -> str:
+        """'about 3 min left'; nothing where that cannot be told, or nothing is left."""
+        return f"about {duration(self.seconds_left)} left" if self.seconds_left else ""
+
+    def told(self) -> dict[str, Any]:
+        """As JSON types."""
+        left, spent = self.seconds_left, self.clock() - self.begun
+        return {
+            "name": self.name,
+            "done": self.done,
+            "total": self.total,
+            "seconds": round(spent, 1),
+            "seconds_left": None if left is None else round(left, 1),
+        }
 
     def __str__(self) -> str:
         spent = f"{duration(self.clock() - self.begun)} so far"

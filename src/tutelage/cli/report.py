@@ -8,9 +8,11 @@ from pathlib import Path
 from rich.console import Console
 
 from tutelage.cli.parser import command_parser
+from tutelage.cli.unfinished import load_run
 from tutelage.errors import UserError
+from tutelage.files import storing
 from tutelage.report import is_report, summary_table, verdicts, write_report
-from tutelage.results import RunRecord, load_results
+from tutelage.results import RunRecord
 from tutelage.terminal import say, show
 
 __all__ = ["find_starts", "main", "short_labels", "show_runs"]
@@ -19,11 +21,13 @@ __all__ = ["find_starts", "main", "short_labels", "show_runs"]
 def main(args: Sequence[str], console: Console) -> None:
     """Write one HTML page that compares runs."""
     parser = command_parser("report", main.__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, or their results.json.")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="Run folders, or their results.json. A run may still be going on."
+    )
     parser.add_argument("--output", default="report.html", help="The page to write.")
     options = parser.parse_args(args)
     _require_page(Path(options.output))
-    records = [load_results(run) for run in options.runs]
+    records = [load_run(run) for run in options.runs]
     names = [record.name for record in records]
     for record, label in zip(records, short_labels(options.runs), strict=True):
         if names.count(record.name) > 1:  # two runs of one algorithm: their folders tell them apart
@@ -61,7 +65,8 @@ def find_starts(records: Sequence[RunRecord], folders: Sequence[str]) -> None:
 
 def show_runs(records: Sequence[RunRecord], path: Path, console: Console) -> None:
     """Write the report; print the table, the verdicts and where the report is."""
-    write_report(records, path)
+    with storing(path):
+        write_report(records, path)
     show(console, summary_table(records))
     for sentence in verdicts(records):
         say(console, sentence)

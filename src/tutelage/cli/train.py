@@ -15,9 +15,10 @@ from tutelage.algorithms.registry import find
 from tutelage.card import model_card
 from tutelage.cli.arguments import DataArguments, ModelArguments, parse
 from tutelage.cli.controls import Controls
+from tutelage.cli.dry_run import rehearse
 from tutelage.cli.libraries import quiet_libraries
 from tutelage.cli.output import RESULTS, OutputFolder
-from tutelage.cli.progress import LogLines, TerminalProgress
+from tutelage.cli.progress import PROGRESS, LogLines, TerminalProgress
 from tutelage.data import load_dataset
 from tutelage.errors import UserError
 from tutelage.evaluation.policy import can_sample
@@ -57,14 +58,27 @@ def main(args: Sequence[str], console: Console) -> None:
     controls = Controls(data.controls, data, model, training)
     folder = Path(training.output_dir)
     report = folder / "report.html"
+    resume, dry = data.resume, data.dry_run
+    if dry and training.world_size > 1:
+        raise UserError("is for one process.", remedy="Start it without a launcher.", field="dry_run")
     if process_index() > 0:
         train(algorithm, data, model, training, console)
         return
-    with OutputFolder(training.output_dir, resume=data.resume, overwrite=data.overwrite_output_dir) as output:
+    with OutputFolder(
+        training.output_dir, resume=resume, overwrite=data.overwrite_output_dir, leaves_nothing=dry
+    ) as output:
+        if dry:
+            training.push_to_hub = False  # which would make a repository
+            with TerminalProgress(console, training.run_name or algorithm) as progress:
+                trainer = _prepared(algorithm, data, model, training, console, progress)
+                rehearse(trainer, console, resume=resume)
+            return
         record = train(algorithm, data, model, training, console, before_training=output.clear)
-        write_report([record], report)  # before the controls, which may fail
+        with storing(report):
+            write_report([record], report)  # before the controls, which may fail
         records = [record, *controls.train(record, console, train)]
-        write_report(records, report)
+        with storing(report):
+            write_report(records, report)
     show(console, summary_table(records))
     for sentence in verdicts(records):
         say(console, sentence)
@@ -103,41 +117,14 @@ def _train(
     prepare: Callable[[DemonstrationTrainer], None],
     after: Callable[[DemonstrationTrainer], None],
 ) -> RunRecord:
-    trainer_class = find(algorithm).trainer
     name = training.run_name or algorithm
     reset_peak_memory()
-    training.disable_tqdm = True
-    training.is_new = not data.resume  # type: ignore[misc]
-    sources = _load_datasets(data, training)
     with TerminalProgress(console, name) as progress:
-        policy, tokenizer, peft_config = _load_model(model, console, progress)
-        trainer = _checked(
-            trainer_class,
-            policy,
-            training,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            progress=progress,
-            **sources,
-        )
-        trainer.model_name = model.require_name()
-        if data.retention_dataset:
-            trainer.watch_retention(
-                _load_whole(data.retention_dataset, split=data.dataset_test_split),
-                verifier=data.retention_verifier,
-                source=data.retention_dataset,
-            )
+        trainer = _prepared(algorithm, data, model, training, console, progress)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(LogLines(console))
         prepare(trainer)
-        say(
-            console,
-            (name, "bold"),
-            f": {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
-            f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "
-            f"computing in {model.precision or given_precision(training.computing, '--bf16')}",
-        )
         checkpoint = trainer.resume_point() if data.resume else None
         if data.resume and checkpoint is None:
             say(console, f"  no checkpoint in {training.output_dir}: starting at step 0")
@@ -149,7 +136,8 @@ def _train(
             before_training()
             with storing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                add_made(folder, RESULTS)
+                add_made(folder, [*RESULTS, PROGRESS])
+            progress.tell_in(folder)
 
         on_main(begin)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -172,6 +160,46 @@ def _train(
 
     on_main(end)
     return record
+
+
+def _prepared(
+    algorithm: str,
+    data: DataArguments,
+    model: ModelArguments,
+    training: DemonstrationConfig,
+    console: Console,
+    progress: TerminalProgress,
+) -> DemonstrationTrainer:
+    """The trainer, with its model and data found good, before training."""
+    trainer_class = find(algorithm).trainer
+    training.disable_tqdm = True
+    training.is_new = not data.resume  # type: ignore[misc]
+    sources = _load_datasets(data, training)
+    policy, tokenizer, peft_config = _load_model(model, console, progress)
+    trainer = _checked(
+        trainer_class,
+        policy,
+        training,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        progress=progress,
+        **sources,
+    )
+    trainer.model_name = model.require_name()
+    if data.retention_dataset:
+        trainer.watch_retention(
+            _load_whole(data.retention_dataset, split=data.dataset_test_split),
+            verifier=data.retention_verifier,
+            source=data.retention_dataset,
+        )
+    say(
+        console,
+        (training.run_name or algorithm, "bold"),
+        f": {trainer.model_name}, learning rate {trainer.args.learning_rate:g}, "
+        f"layout {trainer.layout} ({probe_layout(trainer.policy).reason}), "
+        f"computing in {model.precision or given_precision(training.computing, '--bf16')}",
+    )
+    return trainer
 
 
 def _load_datasets(data: DataArguments, training: DemonstrationConfig) -> dict[str, Any]:

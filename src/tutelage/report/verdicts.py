@@ -80,6 +80,8 @@ def verdicts(runs: Sequence[RunRecord]) -> list[str]:
     that reward while the verifier score fell. Of what was forgotten of another task it is only said against a control that
     reached the same target score, or took the same compute.
 
+    A run that has not ended is not judged; it is said how far it is.
+
     Raises:
         UserError: no runs, or two of the same name.
     """
@@ -89,6 +91,12 @@ def verdicts(runs: Sequence[RunRecord]) -> list[str]:
 def judge(runs: Sequence[RunRecord]) -> list[Verdict]:
     """As `verdicts`, with claim, evidence and tone apart."""
     require_distinct_names(runs)
+    on, runs = [run for run in runs if run.unfinished], [run for run in runs if not run.unfinished]
+    found = [Verdict(f"{run.name} is not finished", run.unfinished, "note") for run in on]
+    return found + _judge_finished(runs) if runs else found
+
+
+def _judge_finished(runs: Sequence[RunRecord]) -> list[Verdict]:
     methods = [run for run in runs if is_method(run)]
     found = [
         verdict
@@ -98,7 +106,7 @@ def judge(runs: Sequence[RunRecord]) -> list[Verdict]:
     ]
     if not methods:
         found.append(Verdict("There is no method to judge", "only the start or the control of a comparison", "note"))
-    found += [verdict for run in runs if (verdict := _collapse(run, runs))]
+    found += [verdict for run in runs for verdict in (_best_stage(run), _collapse(run, runs)) if verdict]
     return [*found, _about_seeds(runs)]
 
 
@@ -362,6 +370,20 @@ def _collapse(run: RunRecord, runs: Sequence[RunRecord]) -> Verdict | None:
             )
             return Verdict(f"{run.name} collapsed", evidence, "hurt")
     return None
+
+
+def _best_stage(run: RunRecord) -> Verdict | None:
+    """Which stage's policy the run exported, where it chose by held-out rows."""
+    best = run.best_stage
+    if not best:
+        return None
+    why = "; the last one had collapsed" if best["collapsed"] else ""
+    evidence = (
+        f"its {best['metric']} on the held-out rows is {signed(best['value'])}, against {signed(best['last_value'])} after "
+        f"{best['last_stages']}{why}. The rows that chose it flatter it"
+    )
+    plural = "" if best["stages"] == 1 else "s"
+    return Verdict(f"{run.name} kept the policy after {best['stages']} stage{plural}", evidence, "note")
 
 
 def _kept(run: RunRecord) -> Verdict | None:

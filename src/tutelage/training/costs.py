@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-__all__ = ["peak_memory_bytes", "reset_peak_memory", "run_settings"]
+__all__ = ["peak_memory_bytes", "reset_peak_memory", "run_settings", "shown_settings"]
 
 _TRAINING_FIELDS = (
     "num_train_epochs",
@@ -51,11 +51,16 @@ def reset_peak_memory() -> None:
             file.write("5")
 
 
+def shown_settings(kind: type[TrainingArguments]) -> list[str]:
+    """The settings that a reader is shown: the algorithm's own fields, then the optimizer's."""
+    own = [n for cls in kind.__mro__ if cls.__module__.startswith("tutelage.") for n in cls.__annotations__]
+    known = {entry.name for entry in fields(kind)}  # no class variable
+    return [name for name in dict.fromkeys([*own, *_TRAINING_FIELDS]) if name in known]
+
+
 def run_settings(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
     """What a reader needs to run it again: the algorithm's own fields, the optimizer's and the adapter's."""
-    own = [n for cls in type(args).__mro__ if cls.__module__.startswith("tutelage.") for n in cls.__annotations__]
-    known = {entry.name for entry in fields(args)}  # no class variable
-    names = [name for name in dict.fromkeys([*own, *_TRAINING_FIELDS]) if name in known]
+    names = shown_settings(type(args))
     settings = {name: _plain(getattr(args, name)) for name in names}
     for adapter in getattr(model, "peft_config", {}).values():
         settings |= {"adapter": str(adapter.peft_type.value), "lora_r": getattr(adapter, "r", None)}

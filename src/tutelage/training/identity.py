@@ -68,6 +68,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "save_steps",
         "save_total_limit",
         "save_each_stage",
+        "keep_stages",
         "save_on_each_node",
         "push_to_hub",
         "hub_model_id",
@@ -94,6 +95,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "vllm_timeout",
         "vllm_tolerance",
     ),
+    "what is done about a collapse": ("on_collapse", "collapse_truncated", "collapse_distinct", "collapse_logp"),
     "how fast it is and what memory it takes": (
         "per_device_eval_batch_size",
         "sampling_batch_size",

@@ -16,7 +16,7 @@ from typing import IO, Any
 from tutelage.errors import UserError
 from tutelage.files import storing
 
-__all__ = ["LOCK", "locked"]
+__all__ = ["LOCK", "is_locked", "locked"]
 
 LOCK = "lock.json"
 """File in a run's folder that says who writes there; it is there as long as the run is on."""
@@ -48,6 +48,23 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # the folder may be gone
             (folder / LOCK).unlink()
         file.close()
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process of this library writes into a folder now; None where another host says so, which cannot be seen.
+
+    Asks without taking the lock, so that nobody who takes it meanwhile is refused.
+    """
+    if _held.get(folder.resolve()):
+        return True
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as file:
+            left = _read(file)
+    except OSError:
+        return False
+    if left and left.get("host") != socket.gethostname():
+        return None
+    return bool(left) and _is_alive(left)
 
 
 def _take(path: Path) -> IO[str]:

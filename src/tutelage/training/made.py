@@ -11,7 +11,7 @@ from tutelage.errors import DamagedFileError
 from tutelage.files import read_json, read_sealed, write_json
 from tutelage.training.manifest import MANIFEST
 
-__all__ = ["MADE", "add_made", "finish_made", "is_unfinished", "made_files"]
+__all__ = ["MADE", "add_made", "finish_made", "is_made", "is_unfinished", "made_files"]
 
 MADE = "made.json"
 """File in an output folder that names the files which were written there, as they are about to be."""
@@ -28,6 +28,8 @@ _OF_STAGES = (
     "reward-*",
     "validation.jsonl",
     "candidate.json",
+    "best.json",
+    "best.safetensors",
     "policy.safetensors",
     "initial.jsonl",
     "out_of_fold-*.jsonl",
@@ -65,6 +67,11 @@ def _write(folder: Path, files: Iterable[str], folders: Iterable[str], **facts: 
     record = {"files": sorted(files), **parts, **facts}
     if _json(folder / MADE) != record:
         write_json(folder / MADE, record)
+
+
+def is_made(folder: Path, name: str) -> bool:
+    """Whether a file was noted with ``add_made``."""
+    return name in _read(folder)["files"]
 
 
 def is_unfinished(folder: Path) -> bool:

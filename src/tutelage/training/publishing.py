@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import upload_folder
 
 from tutelage.training.clock import CLOCK
+from tutelage.training.journal import METRICS
 
 __all__ = ["NOT_UPLOADED", "upload"]
 
@@ -22,6 +23,8 @@ NOT_UPLOADED = (
     "results.json",
     "report.html",
     CLOCK,
+    METRICS,
+    "progress.json",
     "run.json",
     "made.json",
     "lock.json",

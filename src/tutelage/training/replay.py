@@ -30,6 +30,7 @@ class Replay:
     def __init__(self, rollout: Rollout, store: StageStore, *, stages: int = 0, needs_pairs: bool = True):
         self.rollout, self.store, self.stages, self.needs_pairs = rollout, store, stages, needs_pairs
         self.reward: Reward | None = None
+        self.chooses = False
         self.selection: list[CandidateRecord] = []
 
     def prepare(
@@ -56,6 +57,14 @@ class Replay:
     def reads_from(self, stage: int) -> int:
         """See ``Phase.reads_from``: the samples of the stages that are replayed."""
         return max(0, stage - self.stages)
+
+    def samples_from(self, stage: int) -> int:
+        """See ``Phase.samples_from``."""
+        return self.reads_from(stage)
+
+    def still_reads(self, stage: int, upcoming: int) -> Sequence[str]:
+        """See ``Phase.still_reads``: nothing."""
+        return ()
 
     def leaves(self, stage: int) -> Sequence[str]:
         """See ``Phase.leaves``."""

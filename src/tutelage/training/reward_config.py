@@ -377,6 +377,16 @@ class RewardStageConfig(StageConfig):
                 remedy="Use --reward_replay_stages.",
                 field="replay_stages",
             )
+        if self.load_best_stage_at_end:
+            raise UserError(
+                "the policy that is kept is chosen by the reward.",
+                remedy="Use --keep_policy best.",
+                field="load_best_stage_at_end",
+            )
+        if self.on_collapse == "best" and self.keep_policy != "best":
+            raise UserError(
+                "the policy that is kept is the last.", remedy="Use --keep_policy best.", field="on_collapse"
+            )
         if self.fp16:
             raise UserError("the reward phase has no loss scaling.", remedy="Use --bf16.", field="fp16")
         if not self.hidden_depths:
@@ -401,6 +411,16 @@ class RewardStageConfig(StageConfig):
                 field="reward_ensemble",
             )
         self._refuse_what_has_no_effect()
+
+    @property
+    def keeps_best_stage(self) -> bool:
+        """False: the policies are chosen among by the reward (``keep_policy``)."""
+        return False
+
+    @property
+    def stages_read_again(self) -> int | None:
+        """Of how many earlier stages the reward is fitted to the samples; None for all."""
+        return self.reward_replay_stages
 
     @property
     def negative_kinds(self) -> tuple[NegativeKind, ...]:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from tutelage.rewards.base import Reward, scores_by_group
 from tutelage.rewards.comparisons import Comparisons, TruncatedSamples, policy_rewards
 from tutelage.training.gate import Gate, Yardsticks, copied_share, cross_validated, obstacle, yardsticks
 from tutelage.training.learners import Learner
+from tutelage.training.manifest import Manifest
 from tutelage.training.metrics import Costs
 from tutelage.training.negatives import Negatives
 from tutelage.training.reward_facts import facts_of_samples, facts_of_validation, obstacle_to_learning
 from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import Draw
-from tutelage.training.selection import Candidates, CandidateScore
+from tutelage.training.selection import CANDIDATE_FILES, Candidates, CandidateScore
 from tutelage.training.store import StageStore
 from tutelage.training.termination import leave_if_asked
 
@@ -126,6 +128,11 @@ class RewardPhase:
         self._fitted = -1
 
     @property
+    def chooses(self) -> bool:
+        """See ``Phase.chooses``."""
+        return self.candidates is not None and self.settings.keep_best
+
+    @property
     def reward(self) -> Reward:
         """As it stands."""
         return self.learner.reward
@@ -168,6 +175,20 @@ class RewardPhase:
     def reads_from(self, stage: int) -> int:
         """See ``Phase.reads_from``: samples, candidates and the reward of all stages."""
         return 0
+
+    def samples_from(self, stage: int) -> int:
+        """See ``Phase.samples_from``: those that the reward is fitted to."""
+        replay = self.settings.replay_stages
+        return 0 if replay is None else max(0, stage - replay)
+
+    def still_reads(self, stage: int, upcoming: int) -> Sequence[str]:
+        """See ``Phase.still_reads``: what was judged, the candidates, and the newest reward that was fitted before ``upcoming``."""
+        is_newest = not any(self._has_state(later) for later in range(stage + 1, upcoming))
+        return (_REWARD, *CANDIDATE_FILES, *(_STATE if is_newest else ()))
+
+    def _has_state(self, stage: int) -> bool:
+        names = Manifest(self.store.path(stage)).files
+        return any(fnmatch(name, pattern) for name in names for pattern in _STATE)
 
     def leaves(self, stage: int) -> Sequence[str]:
         """See ``Phase.leaves``."""

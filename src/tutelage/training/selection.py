@@ -20,9 +20,11 @@ from tutelage.rewards.comparisons import TruncatedSamples, policy_rewards, rewar
 from tutelage.training.gate import pair_accuracy
 from tutelage.training.store import StageStore
 
-__all__ = ["Candidate", "CandidateScore", "Candidates", "compare"]
+__all__ = ["CANDIDATE_FILES", "Candidate", "CandidateScore", "Candidates", "compare"]
 
 _CANDIDATE, _SAMPLES, _WEIGHTS = "candidate.json", "validation.jsonl", "policy.safetensors"
+CANDIDATE_FILES = (_CANDIDATE, _SAMPLES, _WEIGHTS)
+"""What lies in a stage's folder of the candidate that began it."""
 
 
 @dataclass(frozen=True, slots=True)

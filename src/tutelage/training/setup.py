@@ -11,6 +11,7 @@ from tutelage.models.weights import WeightSet
 from tutelage.sampling import Sampler, TransformersSampler
 from tutelage.sampling.vllm import VLLMSampler, check_adapter
 from tutelage.sampling.vllm_server import VLLMServer, parse_urls
+from tutelage.training.best_stage import BestStage
 from tutelage.training.rollout import Rollout
 from tutelage.training.stage_config import StageConfig
 from tutelage.training.stages import Phase, Stages
@@ -70,8 +71,26 @@ def make_stages(
 
     Args:
         draws_per_stage, epochs: as for ``Stages``.
+
+    Raises:
+        UserError: there are no rows to find the best stage by.
     """
     args = _settings(trainer)
+    best = None
+    if args.keeps_best_stage:
+        field = "load_best_stage_at_end" if args.load_best_stage_at_end else "on_collapse"
+        if trainer.evaluation_set is None:
+            raise UserError(
+                "there are no held-out rows to find the best stage by.", remedy="Add --eval_dataset_name.", field=field
+            )
+        metric = "score_sampled" if args.verifier else "demonstration_logp"
+        best = BestStage(store, trainer.policy, lambda: trainer.evaluate()[f"eval_{metric}"], metric)
+    elif args.on_collapse == "best" and not phase.chooses:
+        raise UserError(
+            "there are no validation rows to find the best stage by.",
+            remedy="Use --validation_rows or --validation_dataset.",
+            field="on_collapse",
+        )
     return Stages(
         rollout,
         store,
@@ -81,8 +100,11 @@ def make_stages(
         epochs=epochs,
         piece=max(1, 4 * args.sampling_batch_size // args.num_samples),
         save_each_stage=args.save_each_stage,
+        keep=args.keep_stages,
         check=trainer.check_weights,
         log=trainer.log,
+        watch=trainer.watch_for_collapse,
+        best=best,
         costs=trainer.costs,
         progress=trainer.progress,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from tutelage.errors import UserError
 from tutelage.ranges import TEMPERATURE, number, whole
 from tutelage.sampling.base import SamplingParams
+from tutelage.training.collapse import CollapseLimits
 from tutelage.training.vllm_config import SamplerConfig
 
 __all__ = ["StageConfig"]
@@ -79,6 +81,85 @@ class StageConfig(SamplerConfig):
         default=True,
         metadata={"help": "Write a checkpoint at the end of each stage, in addition to those of --save_steps."},
     )
+
+    keep_stages: Annotated[int | None, whole(1)] = field(
+        default=None,
+        metadata={
+            "help": "Bounds the disk: of the stages that are needed no more, keep the samples of this many of the latest. What a "
+            "checkpoint that is kept goes on from stays anyway. By default of all."
+        },
+    )
+
+    on_collapse: str = field(
+        default="warn",
+        metadata={
+            "help": "What to do where a stage begins with a policy beyond a limit of --collapse_*: log a warning, stop with a "
+            "checkpoint, or go back to the best stage's policy (as --load_best_stage_at_end) and end there.",
+            "choices": ["warn", "stop", "best"],
+        },
+    )
+    collapse_truncated: Annotated[float, number(0, 1)] = field(
+        default=0.9,
+        metadata={
+            "help": "Collapsed if more than this share of the samples is truncated, and more than in the first stage."
+        },
+    )
+    collapse_distinct: Annotated[float, number(0, 1)] = field(
+        default=0.5,
+        metadata={"help": "Collapsed if distinct-2 of the samples falls below this share of the first stage's."},
+    )
+    collapse_logp: Annotated[float, number(0)] = field(
+        default=0.1,
+        metadata={
+            "help": "Collapsed if the log-prob of the demonstrations (nats per token) falls by more than this share since the start."
+        },
+    )
+    load_best_stage_at_end: bool = field(
+        default=False,
+        metadata={
+            "help": "Export the policy of the stage that did best on the held-out rows (--eval_dataset_name): by the mean score of "
+            "sampled answers with --verifier, else by the log-prob of the demonstrations. They are evaluated at each stage."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_stages is not None and (problem := self._kept_stages_problem(self.keep_stages)):
+            raise UserError(f"cannot bound the stages: {problem[0]}", remedy=problem[1], field="keep_stages")
+
+    @property
+    def collapse_limits(self) -> CollapseLimits:
+        """Beyond which a policy counts as collapsed."""
+        return CollapseLimits(self.collapse_truncated, self.collapse_distinct, self.collapse_logp)
+
+    @property
+    def keeps_best_stage(self) -> bool:
+        """Whether the weights of the best stage are needed, of an algorithm that does not choose by itself."""
+        return self.load_best_stage_at_end or self.on_collapse == "best"
+
+    def _kept_stages_problem(self, keep: int) -> tuple[str, str] | None:
+        """Why stages cannot be removed, and what to do about it."""
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) == "no":
+            return "a stage is removed after a checkpoint, and there are none.", "Use --save_strategy steps."
+        if self.save_total_limit is None:
+            return (
+                "every checkpoint is kept, and needs its stages.",
+                "Give --save_total_limit, the number of checkpoints to keep.",
+            )
+        read = self.stages_read_again
+        if read is None:
+            return (
+                "the reward is fitted to the samples of all stages.",
+                f"Give --reward_replay_stages, at most {keep}.",
+            )
+        if read > keep:
+            return f"the samples of {read} earlier stages are read again.", f"Use {read} or more."
+        return None
+
+    @property
+    def stages_read_again(self) -> int | None:
+        """Of how many earlier stages the samples are read when one begins; None for all."""
+        return self.replay_stages
 
     def sampling_params(self, stop_ids: frozenset[int]) -> SamplingParams:
         """How a stage's completions are drawn."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from tutelage.groups import Group
 from tutelage.progress import Progress
 from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
+from tutelage.training.best_stage import BEST_FILES, BestStage
 from tutelage.training.manifest import Manifest
 from tutelage.training.metrics import Costs
 from tutelage.training.rollout import Rollout
@@ -29,6 +31,11 @@ class Phase(Protocol):
     @property
     def reward(self) -> Reward | None:
         """A reward that it learns, if it does."""
+        ...
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it sets the policy back to the best that it saw when it is told to ``finish``."""
         ...
 
     @property
@@ -53,6 +60,14 @@ class Phase(Protocol):
 
     def reads_from(self, stage: int) -> int:
         """The first stage whose files it reads when this one begins; the stage itself where it reads none."""
+        ...
+
+    def samples_from(self, stage: int) -> int:
+        """The first stage whose samples it reads when this one begins or goes on; the stage itself where it reads no others."""
+        ...
+
+    def still_reads(self, stage: int, upcoming: int) -> Sequence[str]:
+        """Patterns of the files of a stage, besides its samples, that are read in the stage ``upcoming`` or a later one."""
         ...
 
     def leaves(self, stage: int) -> Sequence[str]:
@@ -84,8 +99,11 @@ class Stages:
         epochs: how often the steps of a draw go over its samples.
         piece: prompts that are sampled and written at a time.
         save_each_stage: ask for a checkpoint where a stage ends.
+        keep: of how many stages the samples stay on the disk, of those that are read no more; None for all.
         check: raises if the policy's weights are not finite: nothing can be sampled from them.
         log: takes what a stage's beginning has to tell.
+        watch: told the stage and what was logged of its samples; True if the run is to end there.
+        best: of the policies with which stages begin, the best one; None where none is kept.
         costs, progress: as in the trainer.
     """
 
@@ -100,16 +118,20 @@ class Stages:
         epochs: int = 1,
         piece: int,
         save_each_stage: bool = True,
+        keep: int | None = None,
         check: Callable[[], None],
         log: Callable[[dict[str, float]], None],
+        watch: Callable[[int, dict[str, float]], bool] = lambda stage, facts: False,
+        best: BestStage | None = None,
         costs: Costs,
         progress: Progress,
     ):
         self.rollout, self.store, self.phase = rollout, store, phase
         self.stages_per_epoch, self.draws_per_stage = stages_per_epoch, draws_per_stage
         self.epochs, self.piece = epochs, piece
-        self.save_each_stage = save_each_stage
+        self.save_each_stage, self.keep = save_each_stage, keep
         self._check, self._log, self.costs, self.progress = check, log, costs, progress
+        self._watch, self.best, self.has_ended = watch, best, False
         self.schedule: StageSchedule | None = None
         self.draws: StageSchedule | None = None
         self.stage = -1
@@ -150,7 +172,9 @@ class Stages:
             max_steps: of the run.
             take: gives the demonstrations of the next optimizer step.
         """
-        if not self._steps and step < max_steps:  # a finished run that is resumed has no stage to begin
+        if (
+            not self._steps and step < max_steps and not self.has_ended
+        ):  # a finished run that is resumed has no stage to begin
             self._begin(step, max_steps, take)
         return self._steps.popleft() if self._steps else []
 
@@ -158,6 +182,11 @@ class Stages:
         """Whether a checkpoint is due after so many optimizer steps, because a stage ends there."""
         assert self.schedule is not None
         return self.save_each_stage and self.schedule.bounds(self.schedule.stage_of(step - 1))[1] == step
+
+    def made(self, step: int) -> int:
+        """How many stages made the policy after so many steps; one that is not over counts."""
+        assert self.schedule is not None
+        return self.schedule.stage_of(step - 1) + 1 if step else 0
 
     def finish(self, step: int) -> None:
         """The run has taken its last step.
@@ -168,7 +197,7 @@ class Stages:
         assert self.schedule is not None
         if self.stage < 0:  # resumed where training had ended
             self.stage = self.schedule.stage_of(step - 1)
-        for path in self._left_by(self._begun):
+        for path in self._left_by(self._begun, self.stage + 1):
             if not Manifest(path.parent).has(path.name):
                 raise DamagedFileError(
                     "is gone: files of the run's stages were removed while it was on.",
@@ -184,7 +213,8 @@ class Stages:
         Args:
             damaged: as ``StageStore.mend`` gives them.
         """
-        read = self._left_by(self._read_at(step))
+        assert self.schedule is not None
+        read = self._left_by(self._read_at(step), self.phase.samples_from(self.schedule.stage_of(step)))
         folders = {path.parent for path in read}
         for path in damaged:
             if any(folder in path.parents for folder in folders):
@@ -203,11 +233,37 @@ class Stages:
         draws = (self._draw_of(self.draws.bounds(number)[0]) for number in range(last + 1))
         return [draw for draw in draws if draw.stage >= first]
 
-    def _left_by(self, draws: Sequence[Draw]) -> list[Path]:
-        """The files that draws leave, whatever the phase does."""
+    def tidy(self, steps: Sequence[int]) -> None:
+        """Remove files of stages that a run with checkpoints of these steps reads no more, but for the newest ``keep`` stages.
+
+        Of a stage there remain its manifest, and what the phase says that later stages read.
+        """
+        assert self.schedule is not None
+        if not steps:
+            return
+        upcoming = self.schedule.stage_of(min(steps))
+        newest = self.schedule.stage_of(max(steps) - 1)
+        if self.best is not None:
+            self.best.tidy(upcoming, newest)
+        if self.keep is None:
+            return
+        best = self.best.needed(upcoming, newest) if self.best else ()
+        for stage in range(min(self.phase.samples_from(upcoming), newest + 1 - self.keep)):
+            kept = BEST_FILES if stage in best else ()
+            self.store.drop(stage, [*self.phase.still_reads(stage, upcoming), *kept])
+
+    def _left_by(self, draws: Sequence[Draw], samples_from: int) -> list[Path]:
+        """The files that draws leave, whatever the phase does.
+
+        Args:
+            samples_from: the samples of earlier stages may have been removed.
+        """
         found = []
         for draw in draws:
             names = [SAMPLES] if draw.index else [SAMPLES, *self.phase.leaves(draw.stage)]
+            if draw.stage < samples_from and self.store.is_dropped(draw.stage):
+                kept = () if draw.index else self.phase.still_reads(draw.stage, samples_from)
+                names = [name for name in names if any(fnmatch(name, pattern) for pattern in kept)]
             found += [self.store.path(draw.stage, draw.index) / name for name in names]
         return found
 
@@ -234,13 +290,39 @@ class Stages:
             policy = self.rollout.begin(gap=gap)
         recorded = self._recorded(list(demonstrations.values()), policy, step, draw)
         if policy is not None and draw.index == 0:
-            self._log(sample_facts([recorded[row] for row in demonstrations]) | self._gap())
+            groups = [recorded[row] for row in demonstrations]
+            found = sample_facts(groups) | self._facts_of_demonstrations(groups) | self._gap()
+            self._log(dict(found))
+            if self.best is not None:
+                self.best.look(draw.stage)
+            if self._watch(draw.stage, found):
+                self.stage, self.has_ended = draw.stage - 1, True
+                return
         prepared, facts = self.phase.prepare(draw, recorded, policy=policy)
         if facts:
             self._log(dict(facts))
         self._begun.append(draw)
         for batches in steps:
             self._steps.append([[group for entry in batch for group in prepared[entry.row]] for batch in batches])
+
+    def _facts_of_demonstrations(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Log-prob of the demonstrations under the policy as it stands, and under the start where it was asked (nats per token)."""
+        demonstrations = [completion for group in groups for completion in group.demonstrations]
+        tokens = sum(len(completion.token_ids) for completion in demonstrations)
+
+        def mean(name: str) -> float:
+            return sum(completion.sum(name) for completion in demonstrations) / tokens
+
+        if not tokens:
+            return {}
+        has_old = all("old_logps" in completion.token_values for completion in demonstrations)
+        is_start = self.rollout.reference_is_initial
+        found: dict[str, float] = {}
+        if has_old or not is_start or not self.rollout.has_moved:
+            found["demonstrations/logp_per_token"] = mean("old_logps" if has_old else "reference_logps")
+            if is_start:
+                found["demonstrations/logp_per_token_start"] = mean("reference_logps")
+        return found
 
     def _draw_of(self, step: int) -> Draw:
         assert self.schedule is not None

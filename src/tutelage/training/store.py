@@ -7,6 +7,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,40 @@ class StageStore:
             (self.path(stage) / name).unlink(missing_ok=True)
 
         self.processes.on_main(remove)
+
+    def drop(self, stage: int, but: Sequence[str]) -> None:
+        """Remove the files of a stage and its further draws, except those of the patterns ``but``; the manifest says so.
+
+        A stage that was never sampled is left as it is.
+
+        Raises:
+            DamagedFileError: its manifest is not as it was written.
+            UserError: the disk does not take it.
+        """
+        self.processes.on_main(partial(self._drop, self.path(stage), but))
+
+    @staticmethod
+    def _drop(folder: Path, but: Sequence[str]) -> None:
+        manifest = Manifest(folder)
+        facts = manifest.read()
+        if not facts:
+            return
+        files = facts.pop("files", {})
+        kept = {name: noted for name, noted in files.items() if any(fnmatch(name, pattern) for pattern in but)}
+        with storing(folder):
+            if not facts.get("dropped") or kept != files:
+                manifest.write({**facts, "dropped": True}, kept)  # first: what is there and not noted counts as absent
+            found = [path for path in folder.rglob("*") if str(path.relative_to(folder)) not in {MANIFEST, *kept}]
+            # The manifests of draws first: what they note must not be missing.
+            for path in sorted((path for path in found if path.is_file()), key=lambda path: path.name != MANIFEST):
+                path.unlink()
+            for inner in sorted((path for path in found if path.is_dir()), reverse=True):
+                with suppress(OSError):  # what is kept lies in it
+                    inner.rmdir()
+
+    def is_dropped(self, stage: int) -> bool:
+        """Whether ``drop`` removed files of a stage, and it was not sampled again since."""
+        return bool(self.manifest(stage).get("dropped"))
 
     def _write(self, path: Path, write: Callable[[], None]) -> None:
         def replace_it() -> None:

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from tutelage.card import model_card
 from tutelage.data.demonstrations import Turns, is_conversational
 from tutelage.data.tokenized import group_from_row, tokenize_dataset
-from tutelage.errors import NonFiniteLossError, Terminated, UserError
+from tutelage.errors import CollapsedError, NonFiniteLossError, Terminated, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
 from tutelage.files import storing, write_text
@@ -51,13 +51,15 @@ from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, R
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
-from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, writing_folder
+from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, step_of, writing_folder
 from tutelage.training.clock import record_time, recorded_time
+from tutelage.training.collapse import first_facts, signs_of_collapse
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
 from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
 from tutelage.training.flops import counted
 from tutelage.training.identity import RUN, Data, check_identity, identity_of, record_identity
+from tutelage.training.journal import Journal
 from tutelage.training.lengths import probed_lengths
 from tutelage.training.lock import locked
 from tutelage.training.made import add_made
@@ -155,6 +157,7 @@ class DemonstrationTrainer(Trainer):
         self._bad_loss: float | None = None
         self.other_data: dict[str, Data] = {}
         self.random_state: RandomState | None = None
+        self._logged = 0
         self._going_on: str | None = None
         self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         super().__init__(
@@ -194,6 +197,8 @@ class DemonstrationTrainer(Trainer):
             new_adapter=peft_config is not None,
             keep=self.evaluation_set is not None and (args.eval_kl or isinstance(policy, PeftModel)),
         )
+        self.journal = Journal(Path(str(args.output_dir)))
+        self.add_callback(self.journal)
         self.add_callback(Guard(self))
         self.add_callback(CostsInCheckpoints(self))
         self.add_callback(Termination(self))
@@ -290,6 +295,7 @@ class DemonstrationTrainer(Trainer):
         if self.stages is None:
             batches = list(islice(epoch_iterator, num_batches))
         else:
+            self._logged = len(self.state.log_history)
             batches = self.stages.next_step(
                 self.state.global_step,
                 self.state.max_steps,
@@ -431,6 +437,7 @@ class DemonstrationTrainer(Trainer):
                 put_in_place(folder / name, home / name)
                 rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
         self.processes.wait()
+        self._tidy_stages()
 
     @contextmanager
     def _writing(self, home: Path) -> Iterator[Path]:
@@ -438,6 +445,11 @@ class DemonstrationTrainer(Trainer):
         with writing_folder(home) if self.processes.is_main else nullcontext(home / WRITING) as folder:
             self.processes.wait()
             yield folder
+
+    def _tidy_stages(self) -> None:
+        """Remove what no checkpoint of the run goes on from any more, if it is to be removed."""
+        if self.stages is not None:
+            self.stages.tidy([step_of(path) for path in checkpoints(Path(str(self.args.output_dir)))])
 
     def export(self, folder: Path) -> None:
         """Write what the run was for: the policy with its tokenizer; in ``policy`` beside ``reward`` where one was learned.
@@ -507,6 +519,8 @@ class DemonstrationTrainer(Trainer):
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         until_the_end.enter_context(locked(folder))
+        until_the_end.callback(self.journal.close)
+        self.journal.require_own()
         if checkpoint is True:
             checkpoint = self._resume_point()
         elif checkpoint and str(checkpoint) != self._going_on:
@@ -529,12 +543,42 @@ class DemonstrationTrainer(Trainer):
         with counted(self.policy, self.costs.count_flops):
             try:
                 output = super().train(*args, **kwargs)
-            except Terminated:
+            except (Terminated, CollapsedError):
                 self._save_at_last_step()
                 raise
             if self.stages is not None:
+                if self.stages.best is not None and (self.stages.has_ended or self.args.load_best_stage_at_end):  # type: ignore[attr-defined]
+                    self.stages.best.choose(self.stages.made(self.state.global_step), collapsed=self.stages.has_ended)
                 self.stages.finish(self.state.global_step)
+                self._tidy_stages()  # where the run was killed between its last checkpoint and this
         return output
+
+    def watch_for_collapse(self, stage: int, facts: dict[str, float]) -> bool:
+        """Warn of a policy that has collapsed, or end the run, as ``on_collapse`` says: True if it is to end here.
+
+        Args:
+            stage: that begins with the policy.
+            facts: what its beginning has logged.
+
+        Raises:
+            CollapsedError: the run is to stop.
+        """
+        args = cast(Any, self.args)
+        signs = signs_of_collapse(facts, first_facts(self.state.log_history), args.collapse_limits) if stage else []
+        if not signs:
+            return False
+        told = f"the policy has collapsed at the beginning of stage {stage}: {'; '.join(signs)}"
+        if args.on_collapse == "stop":
+            raise CollapsedError(
+                f"{told}.",
+                remedy="The last checkpoint is of that policy; --resume --on_collapse warn goes on. Else lower --learning_rate or "
+                "raise --beta, and start anew.",
+            )
+        logger.warning(
+            "%s%s", told, "; the run goes back to the best stage and ends" if args.on_collapse == "best" else ""
+        )
+        self.control.should_training_stop |= args.on_collapse == "best"
+        return args.on_collapse == "best"
 
     def _save_at_last_step(self) -> None:
         """A checkpoint of the last step that was taken: the process was asked to end while it prepared the next one."""
@@ -542,6 +586,7 @@ class DemonstrationTrainer(Trainer):
         if step and not (Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}").exists():
             assert self.random_state is not None
             self.random_state.restore()  # preparing takes from it, and will again
+            del self.state.log_history[self._logged :]  # and logs what it has found, and will again
             self._save_checkpoint(cast(nn.Module, self.model), None)
 
     def resume_point(self) -> str | None:
@@ -732,6 +777,7 @@ class DemonstrationTrainer(Trainer):
             history=self.state.log_history,
             curves=list(self.info.curves),
             selection=self.stages.phase.selection if self.stages else [],
+            best_stage=self.stages.best.chosen if self.stages and self.stages.best else {},
             probes=model_probes(self.policy),
         )
         return replace(record, card=self.info.card(record))

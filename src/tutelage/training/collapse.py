@@ -1,0 +1,57 @@
+"""Whether a policy has collapsed, by what a stage's beginning logs of its samples and of the demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["CollapseLimits", "first_facts", "signs_of_collapse"]
+
+_TRUNCATED, _DISTINCT, _LOGP = "samples/truncated_fraction", "samples/distinct_2", "demonstrations/logp_per_token"
+_START = f"{_LOGP}_start"
+
+
+@dataclass(frozen=True, slots=True)
+class CollapseLimits:
+    """Beyond these a policy counts as collapsed.
+
+    Attributes:
+        truncated: share of the samples that reach the length limit; it must have risen since the first stage, too.
+        distinct: distinct-2 of the samples, as a share of what it was in the first stage: it depends on how many there are.
+        logp: fall of the demonstrations' log-prob since the start, as a share of it (nats per token).
+    """
+
+    truncated: float
+    distinct: float
+    logp: float
+
+
+def first_facts(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """What the first stage of a run logged of its samples, from the trainer's history; empty where there was none."""
+    return next((line for line in history if _DISTINCT in line), {})
+
+
+def signs_of_collapse(facts: Mapping[str, float], first: Mapping[str, float], limits: CollapseLimits) -> list[str]:
+    """What speaks for a collapse, each with its measure, value and limit; empty if nothing does.
+
+    Args:
+        facts, first: what the beginnings of this stage and of the first one logged. The log-prob of the demonstrations is
+            held against that of the start on the same rows where that is known, else against that of the first stage's rows.
+    """
+    found = []
+    truncated, before = facts[_TRUNCATED], first.get(_TRUNCATED, 0.0)
+    if truncated > limits.truncated and truncated > before:
+        found.append(f"{_TRUNCATED} is {truncated:.3g} (limit {limits.truncated:g}; {before:.3g} in the first stage)")
+    distinct, before = facts[_DISTINCT], first.get(_DISTINCT, 0.0)
+    if distinct < limits.distinct * before:
+        found.append(
+            f"{_DISTINCT} is {distinct:.3g} (limit {limits.distinct * before:.3g}, which is {limits.distinct:g} of the "
+            f"{before:.3g} in the first stage)"
+        )
+    logp, start = facts.get(_LOGP), facts.get(_START, first.get(_LOGP))
+    if logp is not None and start is not None and start - logp > limits.logp * abs(start):
+        limit = start - limits.logp * abs(start)
+        found.append(
+            f"{_LOGP} is {logp:.4g} (limit {limit:.4g}, {limits.logp:.0%} below the {start:.4g} of the start)"
+        )
+    return found
