@@ -76,7 +76,9 @@ def test_the_table_has_a_row_per_run(finished):
     assert len((folder / "runs.csv").read_text().splitlines()) == len(rows) + 1
     for row in rows:
         assert math.isfinite(row["score"])
-        assert (row["reward_auc"] is not None) == (row["method"] == "recipe")
+        # Where no answer is right, as may happen to so small a model, there is nothing to rank.
+        assert row["reward_auc"] is None or row["method"] == "recipe"
+        assert row["reward_auc"] is not None or row["method"] != "recipe" or row["score"] in (0, 1)
         assert (row["steps"] > 0) == (row["method"] != "untouched")
         assert (row["flops"] > 0) == (row["method"] != "untouched")
         assert row["code"] == code_version()

@@ -286,6 +286,8 @@ RANGES: dict[str, Range] = {
     "max_grad_norm": number(0),
     "neftune_noise_alpha": number(0),
     "torch_empty_cache_steps": whole(1),
+    "ddp_bucket_cap_mb": whole(1),
+    "ddp_timeout": whole(1),
     "logging_steps": _SHARE_OR_STEPS,
     "eval_steps": _SHARE_OR_STEPS,
     "eval_delay": number(0, LARGEST),
