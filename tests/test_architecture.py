@@ -5,6 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from transformers.utils import import_utils
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
@@ -135,3 +136,11 @@ def test_underscored_names_stay_in_their_module():
         if any(part.startswith("_") and not part.startswith("__") for part in f"{module}.{imported}".split("."))
     ]
     assert not borrowed
+
+
+def test_no_folder_of_tests_passes_for_a_package_that_libraries_look_for():
+    """They are importable by their names, and a library that looks for vllm would find them."""
+    looked_for = {name[3:-10] for name in dir(import_utils) if name.startswith("is_") and name.endswith("_available")}
+    folders = {path.name for path in Path(__file__).parent.iterdir() if path.is_dir()}
+    assert len(looked_for) > 50
+    assert not folders & (looked_for | {"vllm", "trl", "ray", "mergekit", "liger_kernel", "unsloth"})

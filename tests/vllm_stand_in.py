@@ -1,6 +1,6 @@
 """A small HTTP server with the part of vLLM's interface that is used, for faults: it answers from a tiny model in memory.
 
-What real vLLM does with weights and requests is tested in ``tests/vllm``, which ``make test-vllm`` runs.
+What real vLLM does with weights and requests is tested in ``tests/vllm_server``, which ``make test-vllm`` runs.
 """
 
 import copy
