@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from tutelage.errors import UserError
 
-__all__ = ["check_launch", "has_company", "process_index"]
+__all__ = ["check_launch", "is_distributed", "process_index"]
 
 
 def process_index(environment: Mapping[str, str] = os.environ) -> int:
@@ -16,7 +16,7 @@ def process_index(environment: Mapping[str, str] = os.environ) -> int:
     return int(found) if found.isdigit() else 0
 
 
-def has_company(environment: Mapping[str, str] = os.environ) -> bool:
+def is_distributed(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher started several processes."""
     return environment.get("WORLD_SIZE", "1") not in ("", "0", "1")
 

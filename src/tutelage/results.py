@@ -269,8 +269,8 @@ class RunRecord:
         probes: what was tried on the model itself before it was used, and found: ``layout`` (which layouts give a plain
             forward's log-probs, up to which lengths, whether it is causal, the lengths in its config, the seconds it
             took) and ``sampling`` (likewise for decoding).
-        best_stage: which policy was chosen by held-out rows: ``stages`` that made it, ``metric``, its ``value``, those of the last policy
-            (``last_stages``, ``last_value``), and whether that had ``collapsed``. Empty where none was chosen.
+        best_stage: which policy was chosen by held-out rows: ``stages`` that made it, ``metric``, its ``value``, those of the
+            last policy (``last_stages``, ``last_value``), and whether that had ``collapsed``. Empty where none was chosen.
         unfinished: of a run that has not ended, how far it is; "" of one that has.
     """
 

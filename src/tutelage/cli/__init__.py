@@ -61,7 +61,8 @@ _WHILE_IT_IMPORTS = 20.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0; 2 for an error that the user can fix; 3 where a policy collapsed and training was to stop then; 130 for Ctrl-C, and 143 where training was asked to end (SIGTERM).
+    0; 2 for an error that the user can fix; 3 where a policy collapsed and training was to stop then; 130 for Ctrl-C, and 143
+    where training was asked to end (SIGTERM).
     """
     command, *args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     args, debug = _take_debug(args)

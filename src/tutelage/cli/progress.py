@@ -54,9 +54,9 @@ class TerminalProgress:
     """Two live lines: the run with its remaining time, and the current phase.
 
     Where the output is no terminal, a line is printed when a piece of work begins, and one every ``every`` seconds (more
-    rarely after twenty minutes, every ten minutes after some hours) that
-    says how far it is and how long it will still take. A thread of its own prints it where the work reports nothing.
-    With ``tell_in`` the same is in a file, for those who look at the run from elsewhere.
+    rarely after twenty minutes, every ten minutes after some hours) that says how far it is and how long it will still take.
+    A thread of its own prints it where the work reports nothing. With ``tell_in`` the same is in a file, for those who look at
+    the run from elsewhere.
 
     Args:
         console: where to draw.

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 
-from tutelage.launch import has_company
+from tutelage.launch import is_distributed
 from tutelage.models.paths import run_part
 
 __all__ = [
@@ -96,7 +96,7 @@ def choose_precision(
 
     On CUDA it is bfloat16 where the card has it in hardware, else float32 (``--fp16`` is the user's word, because its
     loss scaling changes training). Elsewhere a few products are timed, once per process: bfloat16 is taken unless it
-    takes more than ``FASTER`` times as long as float32.
+    takes more than ``FASTER`` times as long as float32. Several processes would each time for themselves, and compute in float32.
 
     Args:
         size: of the model; by default a typical one.
@@ -110,7 +110,7 @@ def choose_precision(
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(torch.bfloat16, "auto", f"{card} has it in hardware")
         reason = f"{card} has no bfloat16 in hardware"
-    elif has_company():
+    elif is_distributed():
         # Each process would time for itself, and they must agree.
         return Precision(torch.float32, torch.float32, "several processes; --bf16 asks for bfloat16")
     else:

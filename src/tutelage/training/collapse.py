@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["CollapseLimits", "first_facts", "signs_of_collapse"]
+from tutelage.errors import CollapsedError
+
+__all__ = ["CollapseLimits", "act_on_collapse", "first_facts", "signs_of_collapse"]
+
+logger = logging.getLogger(__name__)
 
 _TRUNCATED, _DISTINCT, _LOGP = "samples/truncated_fraction", "samples/distinct_2", "demonstrations/logp_per_token"
 _START = f"{_LOGP}_start"
@@ -55,3 +60,25 @@ def signs_of_collapse(facts: Mapping[str, float], first: Mapping[str, float], li
             f"{_LOGP} is {logp:.4g} (limit {limit:.4g}, {limits.logp:.0%} below the {start:.4g} of the start)"
         )
     return found
+
+
+def act_on_collapse(stage: int, signs: Sequence[str], action: str) -> bool:
+    """Warn, or end the run; True if it goes back to the best stage and ends.
+
+    Args:
+        stage: that begins with the collapsed policy.
+        signs: as ``signs_of_collapse`` gives them.
+        action: ``on_collapse``.
+
+    Raises:
+        CollapsedError: the run is to stop.
+    """
+    told = f"the policy has collapsed at the beginning of stage {stage}: {'; '.join(signs)}"
+    if action == "stop":
+        raise CollapsedError(
+            f"{told}.",
+            remedy="The last checkpoint is of that policy; --resume --on_collapse warn goes on. Else lower --learning_rate or "
+            "raise --beta, and start anew.",
+        )
+    logger.warning("%s%s", told, "; the run goes back to the best stage and ends" if action == "best" else "")
+    return action == "best"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from tutelage.errors import UserError
-from tutelage.files import why_not_stored
+from tutelage.files import storing, why_not_stored
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.adapters import ADAPTER_FILE, make_readable_by_both, named_by_peft
 from tutelage.models.generation import mend_generation_config, stop_at, with_eos
@@ -33,8 +34,10 @@ from tutelage.models.precision import MEMORY_SHARE, available_memory
 from tutelage.rewards.base import Reward
 from tutelage.rewards.ensemble import RewardEnsemble
 from tutelage.rewards.explicit import ExplicitReward
+from tutelage.training.checkpoints import writing_folder
+from tutelage.training.made import add_made
 
-__all__ = ["check_policy", "check_reward", "finish_export", "prepare_export"]
+__all__ = ["check_export", "check_policy", "check_reward", "finish_export", "prepare_export", "write_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +121,41 @@ def finish_export(folder: Path, policy: nn.Module, tokenizer: PreTrainedTokenize
             config.save_pretrained(folder)
 
 
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have files written, which get their names in a folder when all of them are whole; the folder's record names them.
+
+    Args:
+        write: gets an empty folder.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing_folder(folder) as writing:
+        write(writing)
+        names = [str(path.relative_to(writing)) for path in sorted(writing.rglob("*")) if path.is_file()]
+        add_made(folder, names)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(writing / name, folder / name)
+
+
 # --- after training ----------------------------------------------------------------------------------------------------
+
+
+def check_export(folder: Path, policy: nn.Module, reward: Reward | None) -> list[str]:
+    """Check what a run exported into a folder: its policy, and its reward if it learned one.
+
+    Returns:
+        what was compared, a sentence each.
+
+    Raises:
+        UserError: as ``check_policy``.
+    """
+    told = check_policy(folder if reward is None else folder / "policy", policy)
+    found = check_reward(folder / "reward", reward) if reward is not None else None
+    return [told, found] if found else [told]
 
 
 def check_policy(folder: Path, policy: nn.Module) -> str:

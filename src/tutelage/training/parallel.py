@@ -10,15 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader
 
 from tutelage.errors import UserError
 
-__all__ = ["ALONE", "Processes", "alone", "call_within", "takes_calls", "unshared", "zero_of"]
+__all__ = ["ALONE", "Processes", "call_within", "takes_calls", "zero_of"]
 
 T = TypeVar("T")
 
@@ -75,8 +72,7 @@ class Processes:
 
     def wait(self) -> None:
         """Until all are here."""
-        if self.count > 1:
-            self.gathered(None)
+        self.gathered(None)
 
     def on_main(self, call: Callable[[], T]) -> T:
         """What the first process finds, in all of them; the others wait.
@@ -130,36 +126,6 @@ def call_within(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     return model(tutelage_call=call)
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
-
-
-def unshared(loader: DataLoader, dataset: Any, batch_size: int, *, seed: int | None) -> DataLoader:
-    """A loader that gives every process the batches of all of them, in the order of one process.
-
-    Args:
-        loader: as transformers' trainer makes it: each process gets every ``count``-th batch.
-        dataset: the rows.
-        batch_size: rows of a batch of all processes.
-        seed: of the order (``data_seed``).
-    """
-    options: dict[str, Any] = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "pin_memory")}
-    inner: Any = loader.batch_sampler
-    if inner is None or not hasattr(dataset, "__len__"):
-        whole = DataLoader(dataset, batch_size=batch_size, **options)
-    else:
-        while hasattr(inner, "batch_sampler"):
-            inner = inner.batch_sampler
-        whole = DataLoader(dataset, batch_sampler=BatchSampler(inner.sampler, batch_size, inner.drop_last), **options)
-    return alone(whole, seed=seed)
-
-
-def alone(loader: DataLoader, *, seed: int | None) -> DataLoader:
-    """A loader as accelerate prepares it for one process."""
-    return prepare_data_loader(
-        loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=seed, dispatch_batches=False
-    )
-
-
 def zero_of(model: nn.Module) -> Tensor:
     """A loss of 0 that depends on every trained weight: for a process that has no row of a micro-batch."""
-    return cast(Tensor, sum(p.sum() * 0.0 for p in model.parameters() if p.requires_grad)) + torch.zeros(())
+    return cast(Tensor, sum(p.sum() * 0.0 for p in model.parameters() if p.requires_grad))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tutelage.errors import Terminated
-from tutelage.launch import has_company
+from tutelage.launch import is_distributed
 
 __all__ = ["is_asked", "leave_if_asked", "listening"]
 
@@ -48,5 +48,5 @@ def leave_if_asked(anywhere: Callable[[bool], bool] | None = None) -> None:
     Args:
         anywhere: whether something is so in any process. Several processes leave together, and thus only where this is given.
     """
-    if (_asked and not has_company()) if anywhere is None else anywhere(_asked):
+    if (_asked and not is_distributed()) if anywhere is None else anywhere(_asked):
         raise Terminated

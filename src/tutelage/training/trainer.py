@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -53,20 +52,21 @@ from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
 from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, step_of, writing_folder
 from tutelage.training.clock import record_time, recorded_time
-from tutelage.training.collapse import first_facts, signs_of_collapse
+from tutelage.training.collapse import act_on_collapse, first_facts, signs_of_collapse
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
-from tutelage.training.exporting import check_policy, check_reward, finish_export, prepare_export
+from tutelage.training.exporting import check_export, finish_export, prepare_export, write_whole
 from tutelage.training.flops import counted
 from tutelage.training.identity import RUN, Data, check_identity, identity_of, record_identity
 from tutelage.training.journal import Journal
 from tutelage.training.lengths import probed_lengths
+from tutelage.training.loaders import alone, rebuilt, unshared
 from tutelage.training.lock import locked
 from tutelage.training.made import add_made
 from tutelage.training.metrics import Costs, Means
 from tutelage.training.objective import Objective, Step
 from tutelage.training.optimization import check_optimization
-from tutelage.training.parallel import Processes, alone, call_within, takes_calls, unshared, zero_of
+from tutelage.training.parallel import Processes, call_within, takes_calls, zero_of
 from tutelage.training.publishing import upload
 from tutelage.training.resume import check_checkpoint, find_checkpoint
 from tutelage.training.retention import Retention
@@ -267,18 +267,7 @@ class DemonstrationTrainer(Trainer):
                 "streamed data allows only one pass.", remedy="Leave --policy_epochs at 1.", field="policy_epochs"
             )
         batches = self.stages.repeated(cast(Any, loader.batch_sampler), self.args.gradient_accumulation_steps)
-        kept = (
-            "collate_fn",
-            "num_workers",
-            "pin_memory",
-            "worker_init_fn",
-            "multiprocessing_context",
-            "prefetch_factor",
-            "persistent_workers",
-            "in_order",
-        )
-        options = {name: getattr(loader, name) for name in kept}
-        repeated = DataLoader(loader.dataset, batch_sampler=cast(Any, batches), **options)
+        repeated = rebuilt(loader, loader.dataset, batch_sampler=batches)
         if self.processes.count > 1:
             return alone(repeated, seed=self.args.data_seed)
         return self.accelerator.prepare(repeated)
@@ -456,22 +445,15 @@ class DemonstrationTrainer(Trainer):
 
         Files get their names when all of them are whole.
         """
-        self.processes.on_main(lambda: self._export(folder))
-
-    def _export(self, folder: Path) -> None:
         phase = self.stages.phase if self.stages else None
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with writing_folder(folder) as writing:
-            home = writing / "policy" if phase and phase.reward is not None else writing
-            self.save_model(str(home), _internal_call=True)  # a public call would push before the evaluation
+
+        def write(home: Path) -> None:
+            policy = home / "policy" if phase and phase.reward is not None else home
+            self.save_model(str(policy), _internal_call=True)  # a public call would push before the evaluation
             if phase:
-                phase.export(writing)
-            names = [str(path.relative_to(writing)) for path in sorted(writing.rglob("*")) if path.is_file()]
-            add_made(folder, names)
-            for name in names:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(writing / name, folder / name)
+                phase.export(home)
+
+        self.processes.on_main(partial(write_whole, folder, write))
 
     def check_export(self, folder: Path) -> list[str]:
         """Load back what ``export`` wrote into a folder, with the libraries that others will use, and compare.
@@ -482,14 +464,8 @@ class DemonstrationTrainer(Trainer):
         Raises:
             UserError: something loads as other than what was trained.
         """
-
-        def check() -> list[str]:
-            reward = self.stages.phase.reward if self.stages else None
-            told = check_policy(folder if reward is None else folder / "policy", self.policy)
-            found = check_reward(folder / "reward", reward) if reward is not None else None
-            return [told, found] if found else [told]
-
-        return self.processes.on_main(check)
+        reward = self.stages.phase.reward if self.stages else None
+        return self.processes.on_main(partial(check_export, folder, self.policy, reward))
 
     def _place(self) -> str:
         return f" of stage {self.stage}" if self.stages else ""
@@ -565,20 +541,9 @@ class DemonstrationTrainer(Trainer):
         """
         args = cast(Any, self.args)
         signs = signs_of_collapse(facts, first_facts(self.state.log_history), args.collapse_limits) if stage else []
-        if not signs:
-            return False
-        told = f"the policy has collapsed at the beginning of stage {stage}: {'; '.join(signs)}"
-        if args.on_collapse == "stop":
-            raise CollapsedError(
-                f"{told}.",
-                remedy="The last checkpoint is of that policy; --resume --on_collapse warn goes on. Else lower --learning_rate or "
-                "raise --beta, and start anew.",
-            )
-        logger.warning(
-            "%s%s", told, "; the run goes back to the best stage and ends" if args.on_collapse == "best" else ""
-        )
-        self.control.should_training_stop |= args.on_collapse == "best"
-        return args.on_collapse == "best"
+        ends = bool(signs) and act_on_collapse(stage, signs, args.on_collapse)
+        self.control.should_training_stop |= ends
+        return ends
 
     def _save_at_last_step(self) -> None:
         """A checkpoint of the last step that was taken: the process was asked to end while it prepared the next one."""
