@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_their_logs_are_those_of_one(both, name):
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith(("irft", "spin", "rft"))])
 def test_their_samples_are_those_of_one_and_written_once(both, name):
     names = [sorted(p.relative_to(f / name) for p in (f / name / "run").rglob("*") if p.is_file()) for f in both]
+    names = [[path for path in found if not path.name.startswith("rng_state")] for found in names]
     assert names[0] == names[1]
     files = [path for path in names[0] if path.name == "samples.jsonl"]
     assert files
@@ -84,6 +86,18 @@ def test_their_samples_are_those_of_one_and_written_once(both, name):
         assert [row["row"] for row in one] == [row["row"] for row in two]
         for row, other in zip(one, two, strict=True):
             assert [c["token_ids"] for c in row["completions"]] == [c["token_ids"] for c in other["completions"]]
+
+
+def check_who_writes(folder):
+    """The first process; but each its own random state, in a folder that each makes, and the folder of a scenario."""
+    first, second = (json.loads((folder / f"written-{rank}.json").read_text()) for rank in range(2))
+    assert any(path.endswith("manifest.json.tmp") for path in first)
+    allowed = re.compile(r"[^/]+|[^/]+(/run)?/\.writing/checkpoint-\d+(/rng_state_1\.pth)?")
+    assert [path for path in second if not allowed.fullmatch(path)] == []
+
+
+def test_only_the_first_process_writes(both):
+    check_who_writes(both[1])
 
 
 def test_an_empty_share_is_fine():
@@ -119,8 +133,9 @@ def test_a_run_goes_on_with_another_number_of_processes(data, capsys):
     """Begun by two, continued by one; and what one run says, it says once."""
     assert main(command(data, "whole", rows=4)) == 0
     said = capsys.readouterr().out
-    begun = started([*LAUNCH, "-m", "tutelage", *command(data, "both", rows=2)])
+    begun = started([*LAUNCH, SCRIPT, data, "command", *command(data, "both", rows=2)])
     assert begun.returncode == 0, why(begun)
+    check_who_writes(data)
     for line in ("report: ", "stage 1: sampling", "loading the export back"):
         assert begun.stdout.count(line) == said.count(line) > 0
     for name in ("checkpoint-4", "checkpoint-5"):

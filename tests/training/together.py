@@ -1,6 +1,7 @@
 """What the tests of several processes run in each of them; a launcher says which one this is.
 
     python together.py FOLDER SCENARIO [SCENARIO …]
+    python together.py FOLDER command ARGUMENT [ARGUMENT …]
 
 Without a launcher it is one process, whose batches have the rows of both. Weights and logs lie in FOLDER/SCENARIO.
 """
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rft_runs import make  # noqa: E402
 from training_runs import SGD, Training  # noqa: E402
+from tutelage.cli import main  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -41,6 +43,29 @@ def adapter(training):
     return {"peft_config": training.lora()}
 
 
+def kept(training):
+    """An adapter whose best stage is kept, stages behind a checkpoint are removed, and another task is watched."""
+    trainer = training.trainer(
+        "irft",
+        data=sums(training),
+        options={"eval_dataset": training.rows(5), **adapter(training)},
+        **{
+            **ROWS,
+            **STAGES,
+            **SGD,
+            "replay_stages": 0,
+            "num_train_epochs": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        },
+        load_best_stage_at_end=True,
+        keep_stages=1,
+        save_total_limit=1,
+    )
+    trainer.watch_retention(training.rows(24).select(range(21, 24)))
+    return trainer
+
+
 def sums(training):
     """So many that in the last step one process has no row of a micro-batch."""
     return training.rows(21)
@@ -51,10 +76,13 @@ SCENARIOS = {
     "sft-stream": lambda t: t.trainer(
         "sft", data=sums(t).to_iterable_dataset(), **ROWS, **SGD, max_steps=2, save_strategy="steps", save_steps=1
     ),
-    "sft-adapter": lambda t: t.trainer("sft", data=sums(t), options=adapter(t), **ROWS, **SGD),
+    "sft-adapter": lambda t: t.trainer(
+        "sft", data=sums(t), options=adapter(t), save_strategy="steps", save_steps=1, **ROWS, **SGD
+    ),
     "sft-sorted": lambda t: t.trainer("sft", data=sums(t), train_sampling_strategy="sequential", **ROWS, **SGD),
     "spin": lambda t: t.trainer("spin", data=sums(t), **ROWS, **SGD),
     "irft": lambda t: t.trainer("irft", data=sums(t), reference="initial", sft_weight=0.1, **ROWS, **STAGES, **SGD),
+    "irft-kept": kept,
     "irft-adapter": lambda t: t.trainer("irft", data=sums(t), options=adapter(t), **ROWS, **STAGES, **SGD),
     "rft-model": lambda t: make(t, data=sums(t), **{**ROWS, "gradient_accumulation_steps": 1}),
     "rft-features": lambda t: t.trainer("rft", data=sums(t), options=adapter(t), **ROWS, **FEATURES),
@@ -133,14 +161,45 @@ def disk_is_full(folder):
         time.sleep(1)
 
 
+# --- who writes ----------------------------------------------------------------------------------------------------------
+
+
+def watch_writes(folder):
+    """Paths below the folder that this process makes, writes, renames or removes from now on, in a list that grows."""
+    found = []
+    changes = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+
+    def look(event, values):
+        if event == "open":
+            path, mode, flags = values
+            changed = [path] if "w" in str(mode or "") or (flags or 0) & (os.O_WRONLY | os.O_RDWR) else []
+        else:
+            changed = values[:2] if event in changes else []
+        found.extend(
+            os.path.relpath(path, folder) for path in changed if isinstance(path, str | os.PathLike) and is_below(path)
+        )
+
+    def is_below(path):
+        return os.path.abspath(path).startswith(str(folder) + os.sep)
+
+    sys.addaudithook(look)
+    return found
+
+
 FAULTS = {"dies": dies, "not_finite": not_finite, "disk_is_full": disk_is_full}
 
 
 if __name__ == "__main__":
     home, *names = sys.argv[1:]
+    written = watch_writes(Path(home).absolute())
+    if names[0] == "command":
+        status = main(names[1:])
+        Path(home, f"written-{RANK}.json").write_text(json.dumps(written))
+        sys.exit(status)
     for name in names:
         if name in FAULTS:
             (Path(home) / name).mkdir(parents=True, exist_ok=True)
             FAULTS[name](Path(home) / name)
         else:
             run(Path(home), name)
+    Path(home, f"written-{RANK}.json").write_text(json.dumps(written))

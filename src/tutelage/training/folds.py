@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from tutelage.models.paths import require_exists
 from tutelage.models.weights import WeightSet, load_weights, save_weights
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.manifest import Manifest, move_aside
+from tutelage.training.parallel import ALONE, Processes
 from tutelage.training.store import FORMAT
 from tutelage.training.termination import leave_if_asked
 
@@ -173,6 +175,7 @@ class Folds:
         settings: how they are trained.
         layout, pad_token_id: as for ``completion_token_logps``.
         autocast: makes a context for mixed precision.
+        processes: each trains the same; the first reads and writes.
     """
 
     def __init__(
@@ -186,9 +189,10 @@ class Folds:
         layout: Layout = "auto",
         pad_token_id: int = 0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        processes: Processes = ALONE,
     ):
         self.policy, self.base, self.groups = policy, base, list(groups)
-        self.folder, self.settings, self.autocast = folder, settings, autocast
+        self.folder, self.settings, self.autocast, self.processes = folder, settings, autocast, processes
         self._options: dict[str, Any] = {"layout": layout, "pad_token_id": pad_token_id}
         self.of_group = fold_of_prompts(self.groups, settings.num_folds, settings.seed)
 
@@ -205,8 +209,7 @@ class Folds:
         """
         own = WeightSet(self.policy)
         path = self.folder / f"fold-{fold}.safetensors"
-        self._check()
-        if self._is_whole(path.name) and self._is_whole(path.with_suffix(".json").name):
+        if self.processes.on_main(lambda: self._has(path)):
             load_weights(own.parameters, path)
             return own
         with torch.no_grad():
@@ -215,11 +218,14 @@ class Folds:
         tokens = self._train(
             own, [g for g, f in zip(self.groups, self.of_group, strict=True) if f != fold], fold, on_step
         )
+        self.processes.on_main(partial(self._keep, path, own, tokens))
+        return own
+
+    def _keep(self, path: Path, weights: WeightSet, tokens: int) -> None:
         with storing(path):
             write_json(path.with_suffix(".json"), {"tokens": tokens})
-            save_weights(own.parameters, path)
+            save_weights(weights.parameters, path)
             self._manifest.note(path.with_suffix(".json").name, path.name)
-        return own
 
     def trained_tokens(self) -> int:
         """Completion tokens that all folds were trained on, in this process or an earlier one."""
@@ -228,6 +234,11 @@ class Folds:
     @property
     def _manifest(self) -> Manifest:
         return Manifest(self.folder)
+
+    def _has(self, path: Path) -> bool:
+        """Whether a fold's policy is there, of these demonstrations and settings."""
+        self._check()
+        return self._is_whole(path.name) and self._is_whole(path.with_suffix(".json").name)
 
     def _is_whole(self, name: str) -> bool:
         """Whether a file is there as it was written; one that is not is named and moved out of the way."""

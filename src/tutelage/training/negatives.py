@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tutelage.errors import UserError
@@ -133,17 +134,8 @@ class Negatives:
 
     def _kept(self, name: str, demonstrations: Sequence[Group], draw: Callable[[], list[Group]]) -> list[Group]:
         """The groups of a file of the run's, which is written first if it is not there."""
-        folder = self.store.make(self.store.folder / "negatives")
-        manifest, settings = Manifest(folder), {**self.store.settings, **self.settings}
-        if "settings" not in (noted := manifest.read()):
-            manifest.note(format=FORMAT, settings=settings)
-        elif noted["settings"] != settings:
-            raise UserError(
-                "the negatives were drawn from another start or base, or under other settings.",
-                remedy="Resume with the model and settings of the first run.",
-                file=str(manifest.path),
-            )
-        if not manifest.has(f"{name}.jsonl"):
+        folder = self.store.folder / "negatives"
+        if not self.store.processes.on_main(lambda: self._has(folder, f"{name}.jsonl")):
             with self.costs.timed("negatives"):
                 drawn = draw()
             self.store.write_file(folder / f"{name}.jsonl", drawn)
@@ -155,6 +147,20 @@ class Negatives:
                 file=str(folder / f"{name}.jsonl"),
             )
         return found
+
+    def _has(self, folder: Path, name: str) -> bool:
+        """Whether a file is there; what it depends on is noted, or held against what is noted. For one process."""
+        self.store.make(folder)
+        manifest, settings = Manifest(folder), {**self.store.settings, **self.settings}
+        if "settings" not in (noted := manifest.read()):
+            manifest.note(format=FORMAT, settings=settings)
+        elif noted["settings"] != settings:
+            raise UserError(
+                "the negatives were drawn from another start or base, or under other settings.",
+                remedy="Resume with the model and settings of the first run.",
+                file=str(manifest.path),
+            )
+        return manifest.has(name)
 
 
 def _what(group: Group) -> tuple[Any, ...]:

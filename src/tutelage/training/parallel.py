@@ -77,11 +77,14 @@ class Processes:
     def on_main(self, call: Callable[[], T]) -> T:
         """What the first process finds, in all of them; the others wait.
 
+        It begins when all are here: what one of them still reads, the first does not change meanwhile.
+
         Raises:
             UserError: the first process's, in all of them.
         """
         if self.count == 1:
             return call()
+        self.wait()
         value: Any = None
         error: BaseException | None = None
         if self.is_main:

@@ -178,6 +178,7 @@ def make_folds(
         layout=trainer.layout,
         pad_token_id=trainer.tokenization.pad_id,
         autocast=trainer.compute_loss_context_manager,
+        processes=trainer.processes,
     )
 
 

@@ -178,16 +178,15 @@ class StageStore:
     def make(self, folder: Path) -> Path:
         """A folder of the run's stages, which is made if it is not there. The run's own folder must be.
 
+        The one method that writes and is called by the first process alone.
+
         Raises:
             UserError: it cannot be made.
         """
-        self.processes.on_main(lambda: self._make(folder))
-        return folder
-
-    def _make(self, folder: Path) -> None:
         with storing(folder):
             self.folder.mkdir(exist_ok=True)  # no parents: an output folder that is gone is not made again
             folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def write_file(self, path: Path, groups: Iterable[Group]) -> None:
         """Groups in a file that belongs to no stage, at once; ``read_file`` reads it."""
@@ -222,7 +221,7 @@ class StageStore:
             return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
 
         def replace_them() -> None:
-            self._make(folder)
+            self.make(folder)
             manifest = Manifest(folder)
             manifest.forget(*manifest.files.keys() & set(names()))
             for name in names():
@@ -278,7 +277,7 @@ class StageStore:
 
     def _write(self, path: Path, write: Callable[[], None]) -> None:
         def replace_it() -> None:
-            self._make(path.parent)
+            self.make(path.parent)
             Manifest(path.parent).forget(path.name)
             with storing(path):
                 write()
@@ -320,7 +319,7 @@ class StageStore:
         groups = {group.row: group for group in kept}
 
         def begin() -> None:
-            self._make(folder)
+            self.make(folder)
             record.begin(self._records(groups.values()))
 
         on_main(begin)

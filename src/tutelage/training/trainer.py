@@ -399,7 +399,8 @@ class DemonstrationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
+        if self.args.should_save:  # transformers calls this in every process
+            finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', into a folder of another name, which is renamed when all of it is on the disk.
