@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)
@@ -21,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rft_runs import make  # noqa: E402
 from training_runs import SGD, Training  # noqa: E402
 from tutelage.cli import main  # noqa: E402
+from tutelage.models.sharding import gathered, is_sharded  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
+SHARDED = "TUTELAGE_TEST_SHARDED" in os.environ
 ROWS = {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
 STAGES = {"stages_per_epoch": 2, "num_samples": 3, "replay_stages": 1, "sampling_batch_size": 4}
 FEATURES = {
@@ -37,6 +41,20 @@ FEATURES = {
     "stages_per_epoch": 2,
     "num_samples": 2,
 }
+
+
+def shard_on_a_cpu():
+    """accelerate shards on accelerators alone; here it takes the same road on a CPU."""
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = init
 
 
 def adapter(training):
@@ -97,10 +115,13 @@ def run(folder, name):
     training.folder.mkdir(parents=True, exist_ok=True)
     trainer = SCENARIOS[name](training)
     trainer.train()
+    assert is_sharded(trainer.policy) == SHARDED
     trainer.export(training.folder / "export")
+    trainer.check_export(training.folder / "export")
     record = trainer.record(name=name)
+    policy = gathered(dict(trainer.policy.named_parameters()))
     if RANK == 0:
-        policy = {key: value.detach().clone() for key, value in trainer.policy.named_parameters()}
+        policy = {key: value.detach().clone() for key, value in policy.items()}
         save_file(policy, training.folder / "weights.safetensors")
         facts = {
             "history": trainer.state.log_history,
@@ -191,6 +212,8 @@ FAULTS = {"dies": dies, "not_finite": not_finite, "disk_is_full": disk_is_full}
 
 if __name__ == "__main__":
     home, *names = sys.argv[1:]
+    if SHARDED:
+        shard_on_a_cpu()
     written = watch_writes(Path(home).absolute())
     if names[0] == "command":
         status = main(names[1:])

@@ -44,6 +44,7 @@ from tutelage.training.reward_phase import RewardPhase
 from tutelage.training.reward_setup import make_learner, make_negatives, phase_settings, refusal
 from tutelage.training.selection import Candidates
 from tutelage.training.setup import make_rollout, make_stages, make_store
+from tutelage.training.sharding import refuse_sharded
 from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = ["ALGORITHM", "BestOfNObjective", "RFTConfig", "RFTObjective", "RFTTrainer"]
@@ -237,6 +238,7 @@ class RFTTrainer(DemonstrationTrainer):
             info=RFT,
             objective=_objective(args),
         )
+        refuse_sharded(self, "rft")
         if reward_peft_config is None and isinstance(self.policy, PeftModel):
             reward_peft_config = copy.deepcopy(self.policy.active_peft_config)
             reward_peft_config.base_model_name_or_path = None

@@ -252,7 +252,7 @@ def _final_evaluation(trainer: DemonstrationTrainer, record: RunRecord, progress
         return replace(record, retention=trainer.retained())
     answers = can_sample(trainer.policy)  # log-probs of a recurrent model can be had, answers cannot
     count = 2 * len(rows.groups) if answers else None  # sampled and greedy
-    with progress.phase("evaluating", count) as advance, trainer.compute_loss_context_manager():
+    with progress.phase("evaluating", count) as advance, trainer.passes():
 
         def on_progress(done: int) -> None:
             advance(done)

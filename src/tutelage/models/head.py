@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -58,8 +59,13 @@ class LMHead:
 
     @property
     def is_linear(self) -> bool:
-        """True for a plain linear layer without adapters."""
-        return type(self.module) is nn.Linear
+        """True for a plain linear layer without adapters, be it sharded (``fully_shard`` makes a class of its own of it).
+
+        Of a sharded head the blocks are rows of the whole weight, as every part is whole from the model's forward to its
+        backward; call it within them (``training.parallel.call_within``) or within ``models.sharding.unsharded``.
+        """
+        kind = type(self.module)
+        return kind is nn.Linear or (issubclass(kind, FSDPModule) and kind.__bases__[-1] is nn.Linear)
 
     def raw_logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V] output of the linear layer in the model's precision; ``transform`` turns it into logits."""

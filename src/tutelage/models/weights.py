@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tutelage.files import replacing
+from tutelage.models.sharding import as_shards, assign, is_sharded, shard_like, whole
 
 __all__ = [
     "WeightSet",
@@ -26,22 +29,25 @@ class WeightSet:
     """Another set of values for a model's trainable weights: π_0's, or those of a reward on the same frozen base.
 
     Holds only the trainable weights: a few megabytes with adapters, which share the frozen base; as much as the model
-    itself when all parameters are trained.
+    itself when all parameters are trained. Of a model that is sharded after the set was made, this process's part of them, from
+    the first exchange on.
 
     Attributes:
         parameters: the set's own parameters, for an optimizer; gradients of a backward pass within ``active`` land here.
     """
 
     def __init__(self, model: nn.Module):
-        self._slots = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._model, self._names, self._slots = model, list(trained), list(trained.values())
         self.parameters = [nn.Parameter(p.detach().clone()) for p in self._slots]
-        self._is_active = False
+        self._is_active = self._has_shards = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Context in which the model has this set's weights. Tensors are swapped, not copied.
 
-        Run the backward pass inside too, because autograd reads the weights then. Nesting has no further effect.
+        Run the backward pass inside too, because autograd reads the weights then. Nesting has no further effect. A sharded
+        model exchanges its shards, without a word between processes, and no gradients.
         """
         if self._is_active:
             yield
@@ -55,12 +61,28 @@ class WeightSet:
     def _exchange(self) -> None:
         self._is_active = not self._is_active
         torch.clear_autocast_cache()  # autocast knows a weight by its identity, not by its values
+        if is_sharded(self._model):
+            with as_shards(self._model), torch.no_grad():
+                self._exchange_shards()
+            return
         for slot, parameter in zip(self._slots, self.parameters, strict=True):
             slot.data, parameter.data = parameter.data, slot.data
             slot.grad, parameter.grad = parameter.grad, slot.grad
 
+    def _exchange_shards(self) -> None:
+        now = dict(self._model.named_parameters())
+        for name, parameter in zip(self._names, self.parameters, strict=True):
+            shard = cast(DTensor, now[name])
+            if not self._has_shards:
+                parameter.data = shard_like(parameter, shard).clone()
+            own = shard.to_local()
+            held = own.clone()
+            own.copy_(parameter)
+            parameter.data = held
+        self._has_shards = True
 
-def save_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
+
+def save_weights(parameters: Iterable[Tensor], path: Path) -> None:
     """Write weights in order, atomically; ``load_weights`` reads them."""
     with replacing(path) as temporary:
         save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
@@ -71,7 +93,7 @@ def load_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
     """Load weights that ``save_weights`` wrote, in the same order."""
     state = load_file(path)
     for index, parameter in enumerate(parameters):
-        parameter.copy_(state[str(index)])
+        assign(parameter, state[str(index)])
 
 
 def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
@@ -79,6 +101,8 @@ def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
 
     Every byte is hashed (SHA-256), with name, type and shape. Frozen weights, which training does not change, are hashed once per
     process: as long as 64 of a tensor's numbers are what they were, its earlier hash is taken.
+
+    Sharded weights are gathered, one after the other; then every process calls it.
 
     Costs a second per 1.5 GB of weights on a processor with SHA instructions, and for weights on a GPU the copy to the host besides.
 
@@ -101,13 +125,13 @@ _frozen = WeakTensorKeyDictionary()  # of each frozen weight: 64 of its numbers,
 
 def _hash(parameter: nn.Parameter) -> bytes:
     digest = hashlib.sha256()
-    for chunk in parameter.detach().flatten().view(torch.uint8).split(_CHUNK):
+    for chunk in whole(parameter.detach()).flatten().view(torch.uint8).split(_CHUNK):
         digest.update(chunk.cpu().numpy().data)
     return digest.digest()
 
 
 def _frozen_hash(parameter: nn.Parameter) -> bytes:
-    flat = parameter.detach().flatten()
+    flat = whole(parameter.detach()).flatten()
     probe = flat[:: max(1, flat.numel() // 64)][:64].contiguous().view(torch.uint8).cpu().numpy().tobytes()
     if parameter not in _frozen or _frozen[parameter][0] != probe:
         _frozen[parameter] = probe, _hash(parameter)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tutelage.models.sharding import gathered
 from tutelage.models.weights import load_weights, save_weights
 from tutelage.training.store import StageStore
 
@@ -43,7 +44,8 @@ class BestStage:
         for name in BEST_FILES:
             self.store.forget(stages, name)
         if best is None or value > self._facts(best)["value"]:
-            self.store.write_with(stages, _WEIGHTS, lambda path: save_weights(self._weights, path))
+            weights = list(gathered({str(i): p for i, p in enumerate(self._weights)}).values())
+            self.store.write_with(stages, _WEIGHTS, lambda path: save_weights(weights, path))
             self.store.write_facts(stages, _FACTS, {"stages": stages, "metric": self.metric, "value": value})
 
     def choose(self, stages: int, *, collapsed: bool = False) -> None:

@@ -10,6 +10,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tutelage.errors import Terminated
 from tutelage.training.checkpoints import RandomState
+from tutelage.training.sharding import begin_sharded
 from tutelage.training.termination import is_asked, leave_if_asked
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ __all__ = ["CostsInCheckpoints", "Guard", "StageEnd", "StopAtScore", "Terminatio
 
 
 class Guard(TrainerCallback):
-    """Stops before an optimizer step with a non-finite gradient, measures time, and reports progress."""
+    """Begins a sharded run, stops before an optimizer step with a non-finite gradient, measures time, reports progress."""
 
     def __init__(self, trainer: DemonstrationTrainer):
         self.trainer = trainer
@@ -29,6 +30,7 @@ class Guard(TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        begin_sharded(self.trainer.policy)
         self.trainer.progress.steps(state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -77,7 +79,7 @@ class StopAtScore(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         trainer, rows = self.trainer, self.trainer.evaluation_set
         assert rows is not None
-        with trainer.costs.timed("evaluation"), trainer.compute_loss_context_manager():
+        with trainer.costs.timed("evaluation"), trainer.passes():
             found = trainer.evaluation(rows).metrics()["score_sampled"]
         control.should_training_stop |= found >= self.score
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -144,8 +144,13 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 # --- after training ----------------------------------------------------------------------------------------------------
 
 
-def check_export(folder: Path, policy: nn.Module, reward: Reward | None) -> list[str]:
+def check_export(
+    folder: Path, policy: nn.Module, reward: Reward | None, weights: Mapping[str, Tensor] | None = None
+) -> list[str]:
     """Check what a run exported into a folder: its policy, and its reward if it learned one.
+
+    Args:
+        weights: as for ``check_policy``.
 
     Returns:
         what was compared, a sentence each.
@@ -153,16 +158,19 @@ def check_export(folder: Path, policy: nn.Module, reward: Reward | None) -> list
     Raises:
         UserError: as ``check_policy``.
     """
-    told = check_policy(folder if reward is None else folder / "policy", policy)
+    told = check_policy(folder if reward is None else folder / "policy", policy, weights)
     found = check_reward(folder / "reward", reward) if reward is not None else None
     return [told, found] if found else [told]
 
 
-def check_policy(folder: Path, policy: nn.Module) -> str:
+def check_policy(folder: Path, policy: nn.Module, weights: Mapping[str, Tensor] | None = None) -> str:
     """Load what was exported with transformers (with peft, if it is an adapter) and compare.
 
     The logits of a batch are compared. Where a second copy of the model does not fit into half of the free memory, where the
     base of an adapter is quantized, or was never on disk, it is the files' weights that are, one by one.
+
+    Args:
+        weights: of a policy that is sharded, whole (``training.sharding.whole_state``): what it computes with may be rounded.
 
     Returns:
         what was compared, in words.
@@ -174,7 +182,7 @@ def check_policy(folder: Path, policy: nn.Module) -> str:
     reason = _why_no_second_copy(policy)
     try:
         if reason:
-            _compare_files(folder, policy)
+            _compare_files(folder, policy, weights)
             return f"{folder}: the weights on disk are those that were trained, one by one ({reason})"
         options: dict[str, Any] = {
             "dtype": base.dtype,
@@ -190,7 +198,7 @@ def check_policy(folder: Path, policy: nn.Module) -> str:
         found = truth = again = None
     if found is None or truth is None:
         try:
-            _compare_files(folder, policy)
+            _compare_files(folder, policy, weights)
         except ValueError as error:
             raise _not_as_trained(folder, first_line(error)) from error
         return f"{folder}: the weights on disk are those that were trained, one by one ({_NO_ROOM})"
@@ -260,24 +268,26 @@ def _why_no_second_copy(policy: nn.Module) -> str | None:
     return None
 
 
-def _compare_files(folder: Path, policy: nn.Module) -> None:
+def _compare_files(folder: Path, policy: nn.Module, weights: Mapping[str, Tensor] | None) -> None:
     """Raise ``ValueError`` where a weight on disk is not the one in memory; no more than one is loaded at a time."""
     is_adapter = isinstance(policy, PeftModel)
-    live = get_peft_model_state_dict(policy) if is_adapter else cast(PreTrainedModel, policy).state_dict()
+    live = cast(Mapping[str, Tensor], policy.state_dict() if weights is None else weights)
+    if is_adapter:
+        live = get_peft_model_state_dict(policy, state_dict=live)
     files = [folder / ADAPTER_FILE] if is_adapter else sorted(folder.glob("model*.safetensors"))
     names = set()
     for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
                 (known,) = named_by_peft({name: torch.empty(0)})
                 names.add(known)
                 if known not in live:
                     raise ValueError(f"{known} is no weight of the model")
-                if not torch.equal(weights.get_tensor(name), live[known].detach().cpu()):
+                if not torch.equal(stored.get_tensor(name), live[known].detach().cpu()):
                     raise ValueError(f"{known} has other values")
-    stored = {live[name].data_ptr() for name in names}
+    written = {live[name].data_ptr() for name in names}
     missing = [
-        name for name, value in live.items() if name not in names and value.data_ptr() not in stored
+        name for name, value in live.items() if name not in names and value.data_ptr() not in written
     ]  # not tied
     parameters = {name for name, _ in policy.named_parameters()} if not is_adapter else set(live)
     if lost := [name for name in missing if name in parameters]:

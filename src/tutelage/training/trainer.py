@@ -32,7 +32,7 @@ from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
 from tutelage.files import storing, write_text
 from tutelage.groups import Group
-from tutelage.launch import check_launch
+from tutelage.launch import asks_for_fsdp, check_launch
 from tutelage.models.loading import (
     add_adapter,
     base_causal_lm,
@@ -45,10 +45,12 @@ from tutelage.models.loading import (
 from tutelage.models.memory import keep_freed_memory
 from tutelage.models.modes import without_dropout
 from tutelage.models.router import router_loss
+from tutelage.models.sharding import is_sharded, unsharded, whole
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
+from tutelage.training import sharding
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
 from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, step_of, writing_folder
 from tutelage.training.clock import record_time, recorded_time
@@ -171,6 +173,8 @@ class DemonstrationTrainer(Trainer):
             optimizers=optimizers,
         )
         check_launch(args.n_gpu)
+        if asks_for_fsdp():
+            sharding.prepare(self)
         # The loss comes averaged over the whole optimizer step (``num_items_in_batch``): transformers must not divide
         # it by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
@@ -184,7 +188,7 @@ class DemonstrationTrainer(Trainer):
             layout=self.layout,
             batch_size=args.per_device_eval_batch_size,
             pad_token_id=self.tokenization.pad_id,
-            autocast=self.compute_loss_context_manager,
+            autocast=self.passes,
             processes=self.processes,
         )
         held_out = {"verifier": args.verifier, "source": eval_source}
@@ -344,13 +348,19 @@ class DemonstrationTrainer(Trainer):
             self.policy.zero_grad(set_to_none=True)
         if self.accelerator.scaler is not None:
             return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None]))
         if not torch.isfinite(norm):
             raise self.non_finite("gradient", norm.item())
 
     def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
         """Mixed precision for every forward pass; transformers applies it only in the wrapped ``forward``."""
         return self.accelerator.autocast()
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Context for all that runs the policy besides the training step: whole weights, mixed precision. All processes enter it."""
+        with unsharded(self.policy), self.compute_loss_context_manager():
+            yield
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in transformers, but a micro-batch may be empty; it then has no gradient instead of a zero gradient.
@@ -361,7 +371,10 @@ class DemonstrationTrainer(Trainer):
             with nullcontext() if self.objective.uses_dropout else without_dropout(self.policy):
                 return super().training_step(model, inputs, num_items_in_batch)
         if self.processes.count > 1:  # the others wait for this one's gradient
-            self.accelerator.backward(call_within(model, lambda: zero_of(self.policy)))
+            zero = (
+                partial(sharding.zero_pass, pad_token_id=self.tokenization.pad_id) if self.is_fsdp_enabled else zero_of
+            )
+            self.accelerator.backward(call_within(model, partial(zero, self.policy)))
         elif self.accelerator.scaler is not None:  # fp16's gradient scaler needs to have seen a gradient
             self.accelerator.backward(zero_of(self.policy))
         return torch.zeros((), device=self.args.device)
@@ -388,19 +401,40 @@ class DemonstrationTrainer(Trainer):
 
     def check_weights(self) -> None:
         """Raise ``NonFiniteLossError`` if a trained weight is NaN or infinite."""
-        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
+        norm = whole(torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad]))
         if not torch.isfinite(norm):
             raise self.non_finite("norm of the weights", norm.item())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, except that non-finite weights are not saved, so the last checkpoint is always good."""
         self.check_weights()
-        super().save_model(output_dir, _internal_call)
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, sharding.whole_state(self.policy))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # transformers calls this in every process
             finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
+
+    # Of a sharded policy, checkpoints are the files of one process.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        sharding.save_optimizer(self, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharding.load_model(self.policy, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        sharding.load_optimizer(self, Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', into a folder of another name, which is renamed when all of it is on the disk.
@@ -447,10 +481,12 @@ class DemonstrationTrainer(Trainer):
         Files get their names when all of them are whole.
         """
         phase = self.stages.phase if self.stages else None
+        self.check_weights()
+        state = sharding.whole_state(self.policy)
 
         def write(home: Path) -> None:
             policy = home / "policy" if phase and phase.reward is not None else home
-            self.save_model(str(policy), _internal_call=True)  # a public call would push before the evaluation
+            self._save(str(policy), state)
             if phase:
                 phase.export(home)
 
@@ -466,7 +502,9 @@ class DemonstrationTrainer(Trainer):
             UserError: something loads as other than what was trained.
         """
         reward = self.stages.phase.reward if self.stages else None
-        return self.processes.on_main(partial(check_export, folder, self.policy, reward))
+        weights = sharding.whole_state(self.policy)
+        with unsharded(self.policy):
+            return self.processes.on_main(partial(check_export, folder, self.policy, reward, weights))
 
     def _place(self) -> str:
         return f" of stage {self.stage}" if self.stages else ""
@@ -487,6 +525,8 @@ class DemonstrationTrainer(Trainer):
                 that which the checkpoint is of.
         """
         folder = Path(str(self.args.output_dir))
+        if is_sharded(self.policy):
+            raise UserError("a sharded policy is trained once.", remedy="Make another trainer of its export.")
         with ExitStack() as until_the_end:
             begin = partial(self._begin, folder, resume_from_checkpoint, until_the_end)
             return self._train(self.processes.on_main(begin), *args, **kwargs)
@@ -617,7 +657,7 @@ class DemonstrationTrainer(Trainer):
         name = f"another task: {rows.source}"
         with (
             self.progress.phase(name, 2 * len(rows.groups) if answers else None) as advance,
-            self.compute_loss_context_manager(),
+            self.passes(),
         ):
             found = rows.evaluate(
                 self.policy, greedy=answers, seed=self.args.seed, on_progress=advance, **self._evaluation_options
@@ -639,7 +679,7 @@ class DemonstrationTrainer(Trainer):
         )
 
     def _remember_start(self, rows: EvaluationSet) -> None:
-        with self.compute_loss_context_manager():
+        with self.passes():
             rows.remember_reference(self.policy, layout=self.layout, batch_size=self.args.per_device_eval_batch_size)
 
     def evaluate(  # type: ignore[override]
@@ -672,7 +712,7 @@ class DemonstrationTrainer(Trainer):
         with (
             self.costs.timed("evaluation"),
             self.progress.phase("evaluating"),
-            self.compute_loss_context_manager(),
+            self.passes(),
         ):
             found = self.evaluation(rows)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
