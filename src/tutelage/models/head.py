@@ -61,8 +61,9 @@ class LMHead:
     def is_linear(self) -> bool:
         """True for a plain linear layer without adapters, be it sharded (``fully_shard`` makes a class of its own of it).
 
-        Of a sharded head the blocks are rows of the whole weight, as every part is whole from the model's forward to its
-        backward; call it within them (``training.parallel.call_within``) or within ``models.sharding.unsharded``.
+        Of a sharded head the blocks are rows of the whole weight: ``head_logps`` gathers it, because a head that is read and
+        not called has no hook that would, and torch frees it at the end of the backward pass. Call it within the model's
+        forward (``training.parallel.call_within``) or within ``models.sharding.unsharded``.
         """
         kind = type(self.module)
         return kind is nn.Linear or (issubclass(kind, FSDPModule) and kind.__bases__[-1] is nn.Linear)
@@ -133,6 +134,8 @@ def head_logps(head: LMHead, hidden_NH: Tensor, targets_N: Tensor, *, block_size
     """
     if head.is_linear:
         linear = cast(nn.Linear, head.module)
+        if isinstance(linear, FSDPModule):
+            linear.unshard()
         hidden_NH = in_computing_precision(hidden_NH)
         block_size = block_size or vocab_block_size(len(hidden_NH), hidden_NH.device.type)
         return cast(Tensor, _HeadLogps.apply(hidden_NH, linear.weight, linear.bias, targets_N, head, block_size))
