@@ -25,9 +25,10 @@ LAUNCH += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
-def started(command, **options):
+def started(command, more=(), **options):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in names} | {"OMP_NUM_THREADS": "1"}
+    environment |= dict(more)
     return subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=500, **options
     )

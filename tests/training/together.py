@@ -85,6 +85,32 @@ def kept(training):
     return trainer
 
 
+def tied(training):
+    """Embedding and head are one weight, layers are computed twice, the best stage is restored, another task is watched."""
+    trainer = training.trainer(
+        "irft",
+        model=training.model(tie_word_embeddings=True),
+        data=sums(training),
+        options={"eval_dataset": training.rows(5)},
+        gradient_checkpointing=True,
+        load_best_stage_at_end=True,
+        **{**ROWS, **STAGES, **SGD, "num_train_epochs": 2, "learning_rate": 0.5},
+    )
+    trainer.watch_retention(training.rows(24).select(range(21, 24)))
+    return trainer
+
+
+def halved(training):
+    """Computes in bfloat16; weights and the optimizer's state are in float32."""
+    return training.trainer("irft", data=sums(training), bf16=True, reference="initial", **ROWS, **STAGES, **SGD)
+
+
+def resumed(training):
+    """A run whose optimizer has a state; it goes on from the newest checkpoint in its folder."""
+    settings = {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    return training.trainer("irft", data=sums(training), **ROWS, **STAGES, **settings)
+
+
 def sums(training):
     """So many that in the last step one process has no row of a micro-batch."""
     return training.rows(21)
@@ -110,12 +136,15 @@ SCENARIOS = {
     ),
 }
 
+SHARDED_ALONE = {"irft-tied": tied, "irft-resumed": resumed, "irft-bf16": halved}
+"""What is tried of sharded policies besides."""
+
 
 def run(folder, name):
     training = Training(folder / name)
     training.folder.mkdir(parents=True, exist_ok=True)
-    trainer = SCENARIOS[name](training)
-    trainer.train()
+    trainer = (SCENARIOS | SHARDED_ALONE)[name](training)
+    trainer.train(resume_from_checkpoint=trainer.resume_point())
     assert is_sharded(trainer.policy) == SHARDED
     trainer.export(training.folder / "export")
     trainer.check_export(training.folder / "export")
@@ -129,6 +158,7 @@ def run(folder, name):
             "trained": record.trained_tokens,
             "sampled": record.sampled_tokens,
             "operations": record.flops,
+            "best": record.best_stage,
         }
         (training.folder / "facts.json").write_text(json.dumps(facts))
 

@@ -66,9 +66,10 @@ def prepare(trainer: DemonstrationTrainer) -> None:
         )
     _check_settings(trainer)
     if accelerator.mixed_precision == "bf16":
-        # accelerate's own would round the loss to bfloat16, and sum gradients over processes in it.
+        # accelerate's own would round the loss to bfloat16, sum gradients over processes in it, and cast what goes into a layer
+        # also where a probe computes in float32; autocast casts it.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     trainer.policy.to(trainer.args.device)
 

@@ -1,0 +1,123 @@
+"""A policy that is sharded over two processes trains as one process does, and its files are those of one process."""
+
+import json
+import os
+import re
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_processes import LAUNCH, SCRIPT, check_who_writes, started, why
+from together import run
+
+from tutelage.errors import UserError
+from tutelage.launch import check_launch
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "TUTELAGE_TEST_SHARDED": "1",
+}
+NAMES = ["sft", "spin", "irft", "irft-kept", "irft-adapter", "irft-tied", "evaluated"]
+RESUMED = "irft-resumed"
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+
+
+def newest_is(run, step):
+    """Make the checkpoint of a step a run's newest."""
+    for path in run.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The scenarios in one process, and sharded over two; then each goes on with what the other had written in two steps."""
+    one, two, on = (tmp_path_factory.mktemp(name) for name in ("one", "two", "on"))
+    for name in (*NAMES, RESUMED):
+        run(one, name)
+    shutil.copytree(one / RESUMED, two / RESUMED)
+    newest_is(two / RESUMED / "run", 2)
+    found = started([*LAUNCH, SCRIPT, two, *NAMES, RESUMED], FSDP)
+    assert found.returncode == 0, why(found)
+    shutil.copytree(two / RESUMED, on / RESUMED)
+    newest_is(on / RESUMED / "run", 3)
+    run(on, RESUMED)
+    return one, two, on
+
+
+def facts(folder, name):
+    return json.loads((folder / name / "facts.json").read_text())
+
+
+def assert_same(one, other, name, file):
+    one, two = (load_file(folder / name / file) for folder in (one, other))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*NAMES, RESUMED])
+def test_a_sharded_policy_learns_what_one_process_does(both, name):
+    one, two, _ = both
+    assert_same(one, two, name, "weights.safetensors")
+    ours, theirs = facts(one, name), facts(two, name)
+    assert (theirs["trained"], theirs["sampled"]) == (ours["trained"], ours["sampled"])
+    assert len(theirs["history"]) == len(ours["history"]) > 1
+    for row, other in zip(ours["history"], theirs["history"], strict=True):
+        assert row.keys() == other.keys()
+        for key in row:
+            if not key.startswith(("time/", "train_", "tokens_per_second", "rewards/accuracy")):
+                assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize("name", [name for name in (*NAMES, RESUMED) if name.startswith(("irft", "spin"))])
+def test_its_samples_are_those_of_one_process(both, name):
+    one, two, _ = both
+    files = sorted(path.relative_to(one / name) for path in (one / name / "run").rglob("samples.jsonl"))
+    assert files
+    for file in files:
+        ours, theirs = (
+            [json.loads(line) for line in (folder / name / file).read_text().splitlines()] for folder in (one, two)
+        )
+        assert [row["row"] for row in ours] == [row["row"] for row in theirs]
+        for row, other in zip(ours, theirs, strict=True):
+            assert [c["token_ids"] for c in row["completions"]] == [c["token_ids"] for c in other["completions"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_export_is_that_of_one_process(both, name):
+    one, two, _ = both
+    names = [sorted(path.name for path in (folder / name / "export").iterdir()) for folder in (one, two)]
+    assert names[0] == names[1]
+    (file,) = [name for name in names[0] if name.endswith("model.safetensors")]
+    assert_same(one, two, name, f"export/{file}")
+    with safe_open(one / name / "export" / file, "pt") as ours, safe_open(two / name / "export" / file, "pt") as theirs:
+        assert ours.keys() == theirs.keys()
+    config = "adapter_config.json" if "adapter" in file else "config.json"
+    ours, theirs = (json.loads((folder / name / "export" / config).read_text()) for folder in (one, two))
+    assert ours == theirs
+
+
+def test_its_best_stage_is_restored(both):
+    one, two, _ = both
+    ours, theirs = facts(one, "irft-tied")["best"], facts(two, "irft-tied")["best"]
+    assert ours["stages"] == theirs["stages"] < theirs["last_stages"]
+
+
+def test_a_run_goes_on_sharded_and_whole(both):
+    """Begun by one process, continued by two that shard it, and again by one; each optimizer state is read by the other."""
+    one, _, on = both
+    assert_same(one, on, RESUMED, "weights.safetensors")
+    assert facts(on, RESUMED)["history"][-1]["step"] == facts(one, RESUMED)["history"][-1]["step"] > 3
+
+
+def test_the_first_process_alone_writes(both):
+    check_who_writes(both[1])
