@@ -21,7 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.adapters import ADAPTER_FILE, named_by_peft
-from tutelage.models.loading import base_causal_lm
+from tutelage.models.loading import base_causal_lm, first_line
 from tutelage.models.sharding import assign, gathered, is_sharded, shard_like, whole
 from tutelage.scoring.logps import completion_token_logps
 from tutelage.training.parallel import call_within
@@ -65,6 +65,13 @@ def prepare(trainer: DemonstrationTrainer) -> None:
             remedy="Use DDP, or install a newer torch.",
         )
     _check_settings(trainer)
+    try:
+        accelerator.state.fsdp_plugin.set_auto_wrap_policy(trainer.policy)
+    except ValueError as error:  # it knows no layer of that name
+        raise UserError(
+            f"accelerate cannot shard {type(base_causal_lm(trainer.policy)).__name__}: {first_line(error)}",
+            remedy="Leave fsdp_transformer_layer_cls_to_wrap out: models name their layers.",
+        ) from error
     if accelerator.mixed_precision == "bf16":
         # accelerate's own would round the loss to bfloat16, sum gradients over processes in it, and cast what goes into a layer
         # also where a probe computes in float32; autocast casts it.
