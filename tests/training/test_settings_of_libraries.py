@@ -51,11 +51,29 @@ def test_an_optimizer_that_was_handed_in_is_not_made_again(training):
     assert trainer.optimizer is optimizer
 
 
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "WORLD_SIZE": "2",
+}
+
+
 @pytest.mark.parametrize(
     ("devices", "environment", "problem"),
     [
         (2, {}, "2 devices in one process"),
-        (1, {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "asked for FSDP"),
+        (1, {**SHARDED, "FSDP_VERSION": "1"}, "FSDP with fsdp_version '1'"),
+        (1, {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "FSDP with fsdp_version '1'"),
+        (1, {**SHARDED, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy 'SIZE_BASED_WRAP'"),
+        (1, {**SHARDED, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type"),
+        (1, {**SHARDED, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp_reshard_after_forward"),
+        (1, {**SHARDED, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
+        (1, {**SHARDED, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        (1, {**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "Use --gradient_checkpointing"),
+        (1, {**SHARDED, "FSDP_IGNORED_MODULES": "lm_head"}, "fsdp_ignored_modules 'lm_head'"),
+        (1, {**SHARDED, "WORLD_SIZE": "1"}, "FSDP shards a model over processes, and one was started"),
+        (1, {**SHARDED, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
         (1, {"ACCELERATE_USE_DEEPSPEED": "true"}, "asked for DeepSpeed"),
         (
             1,
@@ -71,7 +89,7 @@ def test_processes_that_are_not_there_are_no_processes(devices, environment, pro
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"WORLD_SIZE": "2", "MASTER_ADDR": "a"}, {"ACCELERATE_MIXED_PRECISION": "no"}, {"MASTER_ADDR": "x"}],
+    [{}, SHARDED, {"WORLD_SIZE": "2", "MASTER_ADDR": "a"}, {"ACCELERATE_MIXED_PRECISION": "no"}, {"MASTER_ADDR": "x"}],
 )
 def test_what_a_launcher_started_is_fine(environment):
     assert check_launch(1, environment) is None

@@ -94,7 +94,7 @@ def tied(training):
         options={"eval_dataset": training.rows(5)},
         gradient_checkpointing=True,
         load_best_stage_at_end=True,
-        **{**ROWS, **STAGES, **SGD, "num_train_epochs": 2, "learning_rate": 0.5},
+        **{**ROWS, **STAGES, **SGD, "num_train_epochs": 2, "learning_rate": 2.0},
     )
     trainer.watch_retention(training.rows(24).select(range(21, 24)))
     return trainer
@@ -108,6 +108,7 @@ def halved(training):
 def resumed(training):
     """A run whose optimizer has a state; it goes on from the newest checkpoint in its folder."""
     settings = {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"num_train_epochs": 2, "save_total_limit": 9}
     return training.trainer("irft", data=sums(training), **ROWS, **STAGES, **settings)
 
 
@@ -213,6 +214,39 @@ def disk_is_full(folder):
         time.sleep(1)
 
 
+def refused(folder):
+    """What does not work on a sharded policy."""
+    training = Training(folder)
+    attempts = {
+        "rft": lambda: training.trainer("rft", data=sums(training), reward="features", **ROWS),
+        "optim": lambda: training.trainer("sft", data=sums(training), optim="adafactor", **ROWS),
+        "load_best_model_at_end": lambda: training.trainer(
+            "sft",
+            data=sums(training),
+            options={"eval_dataset": training.rows(5)},
+            load_best_model_at_end=True,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            **ROWS,
+        ),
+        "layer": lambda: unknown_layer(training),
+        "twice": lambda: training.run("sft", data=sums(training), **ROWS).train(),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            (folder / f"{name}-{RANK}.txt").write_text(str(error))
+
+
+def unknown_layer(training):
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "OtherLayer"
+    try:
+        training.trainer("sft", data=sums(training), **ROWS)
+    finally:
+        del os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
+
+
 # --- who writes ----------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +272,7 @@ def watch_writes(folder):
     return found
 
 
-FAULTS = {"dies": dies, "not_finite": not_finite, "disk_is_full": disk_is_full}
+FAULTS = {"dies": dies, "not_finite": not_finite, "disk_is_full": disk_is_full, "refused": refused}
 
 
 if __name__ == "__main__":

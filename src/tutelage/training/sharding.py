@@ -22,7 +22,7 @@ from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.adapters import ADAPTER_FILE, named_by_peft
 from tutelage.models.loading import base_causal_lm, first_line
-from tutelage.models.sharding import assign, gathered, is_sharded, shard_like, whole
+from tutelage.models.sharding import assign, gathered, is_sharded, shard_like
 from tutelage.scoring.logps import completion_token_logps
 from tutelage.training.parallel import call_within
 
@@ -64,7 +64,7 @@ def prepare(trainer: DemonstrationTrainer) -> None:
             f"FSDP needs torch 2.13 or newer; this is {torch.__version__}.",
             remedy="Use DDP, or install a newer torch.",
         )
-    _check_settings(trainer)
+    check_settings(trainer)
     try:
         accelerator.state.fsdp_plugin.set_auto_wrap_policy(trainer.policy)
     except ValueError as error:  # it knows no layer of that name
@@ -81,7 +81,12 @@ def prepare(trainer: DemonstrationTrainer) -> None:
     trainer.policy.to(trainer.args.device)
 
 
-def _check_settings(trainer: DemonstrationTrainer) -> None:
+def check_settings(trainer: DemonstrationTrainer) -> None:
+    """Refuse, by name, settings that do not work on a sharded policy.
+
+    Raises:
+        UserError: names the first such field.
+    """
     args: Any = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
     refused = (

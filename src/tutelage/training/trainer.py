@@ -409,7 +409,8 @@ class DemonstrationTrainer(Trainer):
         """As in transformers, except that non-finite weights are not saved, so the last checkpoint is always good."""
         self.check_weights()
         if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
+            return
         self._save(output_dir, sharding.whole_state(self.policy))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -419,22 +420,25 @@ class DemonstrationTrainer(Trainer):
         if self.args.should_save:  # transformers calls this in every process
             finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
 
-    # Of a sharded policy, checkpoints are the files of one process.
+    # Of a sharded policy, the files of a checkpoint are those of one process.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        sharding.save_optimizer(self, Path(output_dir))
+        if self.is_fsdp_enabled:
+            sharding.save_optimizer(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        sharding.load_model(self.policy, Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled:
+            sharding.load_model(self.policy, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        sharding.load_optimizer(self, Path(checkpoint))
+        if self.is_fsdp_enabled and checkpoint is not None:
+            sharding.load_optimizer(self, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', into a folder of another name, which is renamed when all of it is on the disk.
