@@ -13,7 +13,7 @@ from together import run
 
 from training_runs import Training
 from tutelage.errors import UserError
-from tutelage.training.sharding import check_settings
+from tutelage.training.sharding import check_settings, require_room
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -73,6 +73,15 @@ def test_a_sharded_policy_learns_what_one_process_does(both, name):
         for key in row:
             if not key.startswith(("time/", "train_", "tokens_per_second", "rewards/accuracy")):
                 assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_process_holds_its_part_and_the_head_is_read_in_blocks(both, name):
+    one, two, _ = both
+    assert facts(one, name)["held"] == 1
+    assert facts(two, name)["held"] == pytest.approx(0.5, abs=0.01)
+    assert facts(two, name)["reads the head in blocks"]
+    assert facts(one, name)["reads the head in blocks"]
 
 
 @pytest.mark.parametrize("name", [name for name in (*NAMES, RESUMED) if name.startswith(("irft", "spin"))])
@@ -152,6 +161,7 @@ REFUSED = {
     "rft": "rft does not work on a model that is sharded",
     "optim": "--optim adafactor does not work on a model that is sharded",
     "load_best_model_at_end": "--load_best_model_at_end does not work on a model that is sharded",
+    "vllm": "--sampler vllm does not work on a model that is sharded",
     "layer": "accelerate cannot shard LlamaForCausalLM: Could not find the transformer layer class OtherLayer",
     "twice": "a sharded policy is trained once",
 }
@@ -174,6 +184,12 @@ def test_where_accelerate_does_not_shard_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("tutelage.training.trainer.asks_for_fsdp", lambda: True)
     with pytest.raises(UserError, match=r"accelerate does not shard on this device \(cpu\)"):
         Training(tmp_path).trainer("sft")
+
+
+def test_a_model_that_no_device_holds_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("tutelage.training.sharding.available_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="GiB of each device are free"):
+        require_room(Training(tmp_path).model(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

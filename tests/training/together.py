@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rft_runs import make  # noqa: E402
 from training_runs import SGD, Training  # noqa: E402
 from tutelage.cli import main  # noqa: E402
+from tutelage.models.head import LMHead  # noqa: E402
+from tutelage.models.loading import base_causal_lm  # noqa: E402
 from tutelage.models.sharding import gathered, is_sharded  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -159,6 +161,8 @@ def run(folder, name):
     trainer.export(training.folder / "export")
     trainer.check_export(training.folder / "export")
     record = trainer.record(name=name)
+    weights = list(trainer.policy.parameters())
+    held = sum((p.to_local() if SHARDED else p).numel() for p in weights) / sum(p.numel() for p in weights)
     policy = gathered(dict(trainer.policy.named_parameters()))
     if RANK == 0:
         policy = {key: value.detach().clone() for key, value in policy.items()}
@@ -169,6 +173,8 @@ def run(folder, name):
             "sampled": record.sampled_tokens,
             "operations": record.flops,
             "best": record.best_stage,
+            "held": held,
+            "reads the head in blocks": LMHead.of(base_causal_lm(trainer.policy)).is_linear,
         }
         (training.folder / "facts.json").write_text(json.dumps(facts))
 
@@ -237,6 +243,14 @@ def refused(folder):
             eval_strategy="epoch",
             save_strategy="epoch",
             **ROWS,
+        ),
+        "vllm": lambda: training.trainer(
+            "irft",
+            data=sums(training),
+            options=adapter(training),
+            sampler="vllm",
+            vllm_url="http://127.0.0.1:9",
+            **{**ROWS, **STAGES},
         ),
         "layer": lambda: unknown_layer(training),
         "twice": lambda: training.run("sft", data=sums(training), **ROWS).train(),

@@ -250,9 +250,10 @@ def _final_evaluation(trainer: DemonstrationTrainer, record: RunRecord, progress
     rows = trainer.evaluation_set
     if rows is None:
         return replace(record, retention=trainer.retained())
-    answers = can_sample(trainer.policy)  # log-probs of a recurrent model can be had, answers cannot
+    with trainer.passes():
+        answers = can_sample(trainer.policy)  # log-probs of a recurrent model can be had, answers cannot
     count = 2 * len(rows.groups) if answers else None  # sampled and greedy
-    with progress.phase("evaluating", count) as advance, trainer.passes():
+    with progress.phase("evaluating", count) as advance:
 
         def on_progress(done: int) -> None:
             advance(done)

@@ -111,7 +111,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             place = tensor.to_local().data_ptr()
             full = known.get(place) if place else None
             if full is None:
-                full = tensor.detach().full_tensor()
+                full = whole(tensor.detach())
                 full = full.cpu() if is_first else full.new_empty(0, device="cpu")
                 known[place] = full
             tensor = full

@@ -80,8 +80,8 @@ _OWN_EVALUATION = Refused(
     "Leave it out; --per_device_eval_batch_size bounds its memory.",
 )
 _SHARDED = Refused(
-    "shards the model over processes; so far each process holds it whole (DDP).",
-    "Leave it out, and start the processes with torchrun or accelerate launch --multi_gpu.",
+    "is not read here: how processes share a model, their launcher says.",
+    "Leave it out; for FSDP2 start with accelerate launch --config_file examples/accelerate/fsdp2_8.yaml.",
 )
 _FULL_EVAL = Refused(
     "has no effect: the evaluation computes in the precision of training.",

@@ -79,7 +79,7 @@ class StopAtScore(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         trainer, rows = self.trainer, self.trainer.evaluation_set
         assert rows is not None
-        with trainer.costs.timed("evaluation"), trainer.passes():
+        with trainer.costs.timed("evaluation"):
             found = trainer.evaluation(rows).metrics()["score_sampled"]
         control.should_training_stop |= found >= self.score
 

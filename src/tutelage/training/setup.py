@@ -14,6 +14,7 @@ from tutelage.sampling.vllm_server import VLLMServer, parse_urls
 from tutelage.training.best_stage import BestStage
 from tutelage.training.remote import SharedSampler
 from tutelage.training.rollout import Rollout
+from tutelage.training.sharding import refuse_sharded
 from tutelage.training.stage_config import StageConfig
 from tutelage.training.stages import Phase, Stages
 from tutelage.training.store import StageStore
@@ -116,6 +117,7 @@ def _make_sampler(trainer: DemonstrationTrainer, args: StageConfig) -> Sampler:
         return TransformersSampler(
             trainer.policy, batch_size=args.sampling_batch_size, pad_token_id=trainer.tokenization.pad_id
         )
+    refuse_sharded(trainer, "--sampler vllm")
     check_adapter(trainer.policy)
     processes = trainer.processes
     if processes.count == 1:

@@ -22,22 +22,25 @@ from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.adapters import ADAPTER_FILE, named_by_peft
 from tutelage.models.loading import base_causal_lm, first_line
+from tutelage.models.precision import available_memory
 from tutelage.models.sharding import assign, gathered, is_sharded, shard_like
 from tutelage.scoring.logps import completion_token_logps
-from tutelage.training.parallel import call_within
+from tutelage.training.parallel import call_within, zero_of
 
 if TYPE_CHECKING:
     from tutelage.training.trainer import DemonstrationTrainer
 
 __all__ = [
     "begin_sharded",
+    "check_settings",
     "load_model",
     "load_optimizer",
     "prepare",
     "refuse_sharded",
+    "require_room",
     "save_optimizer",
     "whole_state",
-    "zero_pass",
+    "zero_loss",
 ]
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -78,7 +81,24 @@ def prepare(trainer: DemonstrationTrainer) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+    require_room(trainer.policy, trainer.args.device)
     trainer.policy.to(trainer.args.device)
+    private: Any = trainer  # to transformers, which would write files that one process cannot read
+    private._save_optimizer_and_scheduler = lambda folder: save_optimizer(trainer, Path(folder))
+    private._load_from_checkpoint = lambda folder, model=None: load_model(trainer.policy, Path(folder))
+    private._load_optimizer_and_scheduler = lambda folder: load_optimizer(trainer, folder)
+
+
+def require_room(policy: nn.Module, device: torch.device) -> None:
+    """Refuse a model that a device does not hold: samples and log-probs need all of it, and so does what comes before training."""
+    size, room = sum(p.numel() * p.element_size() for p in policy.parameters()), available_memory(device)
+    if size > room:
+        raise UserError(
+            f"the model takes {size / 2**30:.0f} GiB, and {room / 2**30:.0f} GiB of each device are free: a policy that is sharded "
+            "over processes is whole in each while it samples and is scored.",
+            remedy="Use a smaller model; or an adapter on a base in 4 bits (--load_in_4bit), with DDP.",
+            field="model_name_or_path",
+        )
 
 
 def check_settings(trainer: DemonstrationTrainer) -> None:
@@ -135,8 +155,11 @@ def begin_sharded(policy: nn.Module) -> None:
 # --- a step ------------------------------------------------------------------------------------------------------------
 
 
-def zero_pass(policy: nn.Module, pad_token_id: int) -> Tensor:
-    """A loss of 0 for a process that has no row: a pass over three tokens, which gathers every layer as the others do."""
+def zero_loss(trainer: DemonstrationTrainer) -> Tensor:
+    """A loss of 0 for a process that has no row. Of a sharded policy, a pass over three tokens: every layer is gathered by all."""
+    policy, pad_token_id = trainer.policy, trainer.tokenization.pad_id
+    if not is_sharded(policy):
+        return zero_of(policy)
     row = Group((pad_token_id,) * 2, (Completion((pad_token_id,), Role.SAMPLE, True),))
     found = completion_token_logps(policy, [row], layout="padded", pad_token_id=pad_token_id)
     return found.logps_N.sum() * 0.0
@@ -180,9 +203,11 @@ def save_optimizer(trainer: DemonstrationTrainer, folder: Path) -> None:
         torch.save(cast(Any, trainer.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
 
 
-def load_optimizer(trainer: DemonstrationTrainer, folder: Path) -> None:
+def load_optimizer(trainer: DemonstrationTrainer, checkpoint: str | None) -> None:
     """Read what ``save_optimizer`` wrote, or one process: this process keeps its part of each weight's state."""
-    optimizer: Any = trainer.optimizer
+    if checkpoint is None:
+        return
+    folder, optimizer = Path(checkpoint), cast(Any, trainer.optimizer)
     state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():

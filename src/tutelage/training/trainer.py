@@ -371,10 +371,7 @@ class DemonstrationTrainer(Trainer):
             with nullcontext() if self.objective.uses_dropout else without_dropout(self.policy):
                 return super().training_step(model, inputs, num_items_in_batch)
         if self.processes.count > 1:  # the others wait for this one's gradient
-            zero = (
-                partial(sharding.zero_pass, pad_token_id=self.tokenization.pad_id) if self.is_fsdp_enabled else zero_of
-            )
-            self.accelerator.backward(call_within(model, partial(zero, self.policy)))
+            self.accelerator.backward(call_within(model, partial(sharding.zero_loss, self)))
         elif self.accelerator.scaler is not None:  # fp16's gradient scaler needs to have seen a gradient
             self.accelerator.backward(zero_of(self.policy))
         return torch.zeros((), device=self.args.device)
@@ -419,26 +416,6 @@ class DemonstrationTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # transformers calls this in every process
             finish_export(Path(str(output_dir or self.args.output_dir)), self.policy, self.exported_tokenizer)
-
-    # Of a sharded policy, the files of a checkpoint are those of one process.
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            sharding.save_optimizer(self, Path(output_dir))
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            sharding.load_model(self.policy, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled and checkpoint is not None:
-            sharding.load_optimizer(self, Path(checkpoint))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', into a folder of another name, which is renamed when all of it is on the disk.
@@ -716,7 +693,6 @@ class DemonstrationTrainer(Trainer):
         with (
             self.costs.timed("evaluation"),
             self.progress.phase("evaluating"),
-            self.passes(),
         ):
             found = self.evaluation(rows)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
@@ -742,20 +718,21 @@ class DemonstrationTrainer(Trainer):
         Sampled answers are held against the start, where its weights are known.
         """
         start = self.start.active(self.state.global_step)
-        found = rows.evaluate(
-            self.policy,
-            beta=self.objective.beta(self.stage),
-            seed=self.args.seed,
-            score_samples=start is not None,
-            reward=self.stages.phase.reward if self.stages else None,
-            **self._evaluation_options,
-            **options,
-        )
-        if start is None:
-            return found
-        with start:
-            batch_size = self.args.per_device_eval_batch_size
-            return rows.against_start(found, self.policy, layout=self.layout, batch_size=batch_size)
+        with self.passes():
+            found = rows.evaluate(
+                self.policy,
+                beta=self.objective.beta(self.stage),
+                seed=self.args.seed,
+                score_samples=start is not None,
+                reward=self.stages.phase.reward if self.stages else None,
+                **self._evaluation_options,
+                **options,
+            )
+            if start is None:
+                return found
+            with start:
+                batch_size = self.args.per_device_eval_batch_size
+                return rows.against_start(found, self.policy, layout=self.layout, batch_size=batch_size)
 
     @property
     def _evaluation_options(self) -> dict[str, Any]:
