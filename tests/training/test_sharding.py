@@ -13,6 +13,7 @@ from together import run
 
 from training_runs import Training
 from tutelage.errors import UserError
+from tutelage.testing.models import tiny_model
 from tutelage.training.sharding import check_settings, require_room
 
 FSDP = {
@@ -194,12 +195,15 @@ def test_a_model_that_no_device_holds_is_refused(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "model", "problem"),
-    [({"fp16": True}, {}, "--fp16"), ({}, {"is_quantized": True}, "a quantized model")],
+    [
+        ({"fp16": True}, torch.float32, "--fp16"),
+        ({"bf16": True}, torch.bfloat16, "--bf16 with trained weights in 16 bits"),
+        ({}, "quantized", "a quantized model"),
+    ],
 )
-def test_what_a_cpu_has_not_is_refused_too(settings, model, problem):
-    args = {"optim": "sgd", "fp16": False, "load_best_model_at_end": False, **settings}
-    policy = Training(None).model()
-    for name, value in model.items():
-        setattr(policy, name, value)
+def test_a_precision_that_does_not_work_is_refused(settings, model, problem):
+    args = {"optim": "sgd", "fp16": False, "bf16": False, "load_best_model_at_end": False, **settings}
+    policy = tiny_model(dtype=torch.float32 if model == "quantized" else model)
+    policy.is_quantized = model == "quantized"
     with pytest.raises(UserError, match=f"{problem} does not work on a model that is sharded"):
-        check_settings(SimpleNamespace(args=SimpleNamespace(**args), policy=policy))
+        check_settings(SimpleNamespace(args=SimpleNamespace(**args), policy=policy))  # type: ignore[arg-type]

@@ -93,7 +93,8 @@ def kept(training):
 
 
 def tied(training):
-    """Embedding and head are one weight, layers are computed twice, the best stage is restored, another task is watched."""
+    """Embedding and head are one weight, layers are computed twice, each micro-batch gives its gradients away, the best stage is
+    restored, another task is watched."""
     trainer = training.trainer(
         "irft",
         model=training.model(tie_word_embeddings=True),
@@ -101,6 +102,7 @@ def tied(training):
         options={"eval_dataset": training.rows(5)},
         gradient_checkpointing=True,
         load_best_stage_at_end=True,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
         **{**ROWS, **STAGES, **SGD, "num_train_epochs": 2, "learning_rate": 2.0},
     )
     trainer.watch_retention(training.rows(24).select(range(21, 24)))

@@ -43,7 +43,7 @@ __all__ = [
     "zero_loss",
 ]
 
-_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "rmsprop", "sgd")
 """Those that change each number by itself, so that a shard of a weight needs the same shard of its state."""
 
 
@@ -109,7 +109,15 @@ def check_settings(trainer: DemonstrationTrainer) -> None:
     """
     args: Any = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
+    trained = {p.dtype for p in trainer.policy.parameters() if p.requires_grad}
     refused = (
+        # accelerate would make them float32, once training has begun: the policy would be another than the start.
+        (
+            bool(args.bf16) and not trained <= {torch.float32},
+            "dtype",
+            "--bf16 with trained weights in 16 bits",
+            "Leave out --dtype, or --bf16 (--bf16=False)",
+        ),
         (optimizer not in _OPTIMIZERS, "optim", f"--optim {optimizer}", f"Use one of {', '.join(_OPTIMIZERS)}"),
         (bool(args.fp16), "fp16", "--fp16", "Use --bf16"),
         (
