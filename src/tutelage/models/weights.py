@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tutelage.files import replacing
+from tutelage.files import replacing_alone
 from tutelage.models.sharding import as_shards, assign, is_sharded, shard_like, whole
 
 __all__ = [
@@ -84,7 +84,7 @@ class WeightSet:
 
 def save_weights(parameters: Iterable[Tensor], path: Path) -> None:
     """Write weights in order, atomically; ``load_weights`` reads them."""
-    with replacing(path) as temporary:
+    with replacing_alone(path) as temporary:
         save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
 
 
