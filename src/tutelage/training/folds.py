@@ -285,12 +285,11 @@ class Folds:
             with weights.active(), without_dropout(self.policy), self.autocast():
                 tokens = completion_token_logps(self.policy, batch, **self._options)
                 loss = sft_loss(tokens.logps_of(Role.DEMONSTRATION)).mean()
-                if not torch.isfinite(loss):
-                    raise NonFiniteLossError(
-                        f"the loss of fold {fold} is {loss.item()} at step {step + 1}.",
-                        remedy="Lower --fold_learning_rate.",
-                    )
                 loss.backward()
+            if not math.isfinite(value := loss.item()):
+                raise NonFiniteLossError(
+                    f"the loss of fold {fold} is {value} at step {step + 1}.", remedy="Lower --fold_learning_rate."
+                )
             if settings.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(weights.parameters, settings.max_grad_norm)
             optimizer.step()
