@@ -14,6 +14,7 @@ from torch import Tensor
 from tutelage.errors import NonFiniteLossError
 from tutelage.groups import Group, Role, handed_over, pair_indices
 from tutelage.losses import RewardLossKind, reward_loss
+from tutelage.models.modes import adapters_under_autocast
 from tutelage.rewards.explicit import ExplicitReward
 
 __all__ = [
@@ -179,7 +180,7 @@ class RewardFitter:
         pairs = sum(len(group.pairs) for group in batch)
         preferences = self._preference_batch() if self.preferences else []
         self.optimizer.zero_grad()
-        with self.reward.active():
+        with self.reward.active(), adapters_under_autocast(self.reward.model, self.reward.autocast):
             for first_P, others_P, weights_P in self._rewards(batch):
                 losses_P = self.objective.of_pairs(first_P, others_P)
                 loss = (losses_P * weights_P).sum() / len(batch)

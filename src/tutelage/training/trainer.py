@@ -44,7 +44,7 @@ from tutelage.models.loading import (
     refuse_virtual_tokens,
 )
 from tutelage.models.memory import keep_freed_memory
-from tutelage.models.modes import without_dropout
+from tutelage.models.modes import adapters_under_autocast, without_dropout
 from tutelage.models.router import router_loss
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
@@ -355,7 +355,8 @@ class DemonstrationTrainer(Trainer):
         An optimizer skips weights without a gradient; zeros would still move them by momentum and weight decay.
         """
         if inputs:
-            with nullcontext() if self.objective.uses_dropout else without_dropout(self.policy):
+            dropout = nullcontext() if self.objective.uses_dropout else without_dropout(self.policy)
+            with dropout, adapters_under_autocast(self.policy, self.compute_loss_context_manager):
                 return super().training_step(model, inputs, num_items_in_batch)
         if self.processes.count > 1:  # the others wait for this one's gradient
             self.accelerator.backward(call_within(model, lambda: zero_of(self.policy)))
