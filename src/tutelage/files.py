@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import IO, Any
 from tutelage.errors import DamagedFileError, UserError
 
 __all__ = [
+    "WRITING",
     "append_json_lines",
     "difference",
     "json_text",
@@ -22,6 +24,7 @@ __all__ = [
     "read_json",
     "read_sealed",
     "replacing",
+    "replacing_alone",
     "size_and_hash",
     "storing",
     "sync",
@@ -30,8 +33,11 @@ __all__ = [
     "write_json_lines",
     "write_sealed",
     "write_text",
+    "writing_folder",
 ]
 
+WRITING = ".writing"
+"""Folder for files that are not whole yet."""
 _SEAL = "sha256"
 _NOT_STORED = (
     *("PytorchStreamWriter", "iostream error", "file write failed", "I/O error", "unexpected pos"),
@@ -92,6 +98,35 @@ def replacing(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+@contextmanager
+def writing_folder(home: Path) -> Iterator[Path]:
+    """An empty folder inside ``home``, for files that get their names when they are whole; it is removed at the end.
+
+    Raises:
+        UserError: the disk does not take what is written within.
+    """
+    folder = home / WRITING
+    with storing(home):
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+        folder.mkdir()  # no parents: an output folder that is gone is not made again
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replacing_alone(path: Path) -> Iterator[Path]:
+    """As ``replacing``, for a library that writes beside the name that it is given: the temporary one has a folder to itself.
+
+    safetensors does so, under names that nobody knows afterwards, and a kill leaves them there. Here the next writer of the
+    folder removes them.
+    """
+    with writing_folder(path.parent) as folder, storing(path):
+        yield folder / path.name
+        os.replace(folder / path.name, path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -312,3 +312,13 @@ def test_a_record_names_nothing_outside_its_folder(tmp_path, record):
     (out / "checkpoint-1" / "manifest.json").write_text('{"files": {"../../x": {}}}')
     (out / "made.json").write_text(record)
     assert not {path.resolve() for path in made_files(out)} & {tmp_path / "x"}
+
+
+def test_a_folder_is_tried_with_a_file_that_a_kill_does_not_leave(tmp_path, monkeypatch):
+    """While it is written it has no name any more; and what one left that was killed before that, the next one takes away."""
+    names = []
+    monkeypatch.setattr("tutelage.cli.output.os.fsync", lambda number: names.append(list(tmp_path.iterdir())))
+    (tmp_path / ".tutelage-probe").write_bytes(b"of a killed one")
+    try_folder(tmp_path)
+    assert names == [[]]
+    assert list(tmp_path.iterdir()) == []

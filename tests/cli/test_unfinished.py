@@ -76,7 +76,7 @@ def test_a_run_that_is_being_evaluated(stopped, capsys):
     (stopped / PROGRESS).write_text(json.dumps({"now": "evaluating 3/40", "updated": "then"}))
     told, _ = reported(stopped, capsys)
     assert "its training is over" in told
-    assert "while it was at: evaluating 3/40 (then)" in told
+    assert "it was stopped (what it was at, as of then: evaluating 3/40)" in told
 
 
 def test_where_no_run_has_begun(tmp_path):

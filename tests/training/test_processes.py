@@ -17,6 +17,7 @@ from together import SCENARIOS, run
 from training_runs import Training
 from tutelage.cli import main
 from tutelage.training.parallel import Processes
+from vllm_stand_in import serving
 
 SCRIPT = Path(__file__).with_name("together.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
@@ -43,10 +44,15 @@ def why(found):
 def both(tmp_path_factory):
     """All scenarios in one process, and in two: once for all tests, since most of the time goes into imports."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    for name in SCENARIOS:
-        run(one, name)
-    found = started([*LAUNCH, SCRIPT, two, *SCENARIOS])
-    assert found.returncode == 0, why(found)
+    with serving(Training(one).model()) as (server,), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUTELAGE_TEST_VLLM", server.url)
+        for name in SCENARIOS:
+            run(one, name)
+        handed = list(server.loaded)
+        found = started([*LAUNCH, SCRIPT, two, *SCENARIOS])
+        assert found.returncode == 0, why(found)
+        assert len(server.loaded) == 2 * len(handed) > 0, "weights are handed over once, and not by each process"
+        assert server.adapters == {}
     return one, two
 
 

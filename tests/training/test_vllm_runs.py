@@ -11,8 +11,6 @@ from training_runs import SGD, assert_same_weights, history
 from tutelage.errors import UserError
 from tutelage.sampling.dispatch import Patience
 from tutelage.testing.models import tiny_model
-from tutelage.training.parallel import Processes
-from tutelage.training.setup import make_rollout
 from vllm_stand_in import serving
 
 SETTINGS = {
@@ -183,14 +181,6 @@ def test_settings_that_cannot_be_meant(training, settings, field):
     with pytest.raises(UserError) as error:
         training.trainer("irft", **{**SETTINGS, "vllm_url": "http://127.0.0.1:9", **settings})
     assert error.value.field == field
-
-
-def test_several_processes_are_refused(training):
-    with serving(training.model()) as servers:
-        trainer = make(training, servers)
-        trainer.processes = Processes(0, 2)
-        with pytest.raises(UserError, match="2 processes cannot sample on vLLM servers"):
-            make_rollout(trainer, None, reference_is_initial=False)
 
 
 def test_the_sampler_is_what_the_run_is_and_its_address_is_not(training):

@@ -43,6 +43,11 @@ def adapter(training):
     return {"peft_config": training.lora()}
 
 
+def vllm():
+    """A server of the test's stands in for vLLM; its address is in the environment."""
+    return {"sampler": "vllm", "vllm_url": os.environ["TUTELAGE_TEST_VLLM"], "vllm_timeout": 60.0}
+
+
 def kept(training):
     """An adapter whose best stage is kept, stages behind a checkpoint are removed, and another task is watched."""
     trainer = training.trainer(
@@ -86,6 +91,10 @@ SCENARIOS = {
     "irft-adapter": lambda t: t.trainer("irft", data=sums(t), options=adapter(t), **ROWS, **STAGES, **SGD),
     "rft-model": lambda t: make(t, data=sums(t), **{**ROWS, "gradient_accumulation_steps": 1}),
     "rft-features": lambda t: t.trainer("rft", data=sums(t), options=adapter(t), **ROWS, **FEATURES),
+    "irft-vllm": lambda t: t.trainer("irft", data=sums(t), options=adapter(t), **ROWS, **STAGES, **SGD, **vllm()),
+    "rft-vllm": lambda t: t.trainer(
+        "rft", data=sums(t), options=adapter(t), **ROWS, **{**FEATURES, "keep_policy": "last"}, **vllm()
+    ),
     "evaluated": lambda t: t.trainer(
         "sft", data=sums(t), options={"eval_dataset": t.rows(5)}, eval_strategy="epoch", **ROWS, **SGD
     ),

@@ -157,9 +157,11 @@ def try_folder(folder: Path) -> None:
         UserError: it cannot be made or written.
     """
     made = _make(folder)
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / ".tutelage-probe"  # of one name, so that the next command removes what a killed one left
     try:
         with storing(folder), probe.open("wb") as file:
+            with suppress(OSError):  # some systems keep what is open; it goes at the end
+                probe.unlink()
             file.write(bytes(_PROBE))
             file.flush()
             os.fsync(file.fileno())

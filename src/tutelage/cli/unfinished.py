@@ -87,7 +87,7 @@ def _where(folder: Path, progress: Mapping[str, Any]) -> str:
     on = is_locked(folder)
     now = progress.get("now")
     if on is False:
-        was = f", while it was at: {now} ({progress.get('updated')})" if now else ""
+        was = f" (what it was at, as of {progress.get('updated')}: {now})" if now else ""
         return f"it was stopped{was}. Go on with --resume"
     steps, told = progress.get("steps"), ""
     if isinstance(steps, dict) and steps.get("total") and len(progress.get("phases") or []):

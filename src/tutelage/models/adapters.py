@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tutelage.files import replacing_alone
+
 __all__ = ["ADAPTER_FILE", "make_readable_by_both", "named_by_peft", "named_for_both_loaders"]
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -36,6 +38,5 @@ def make_readable_by_both(folder: Path) -> None:
     state = load_file(path)
     named = named_for_both_loaders(state)
     if named.keys() != state.keys():
-        temporary = path.with_name(f"{path.name}.tmp")
-        save_file(named, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
+        with replacing_alone(path) as temporary:
+            save_file(named, temporary, metadata={"format": "pt"})

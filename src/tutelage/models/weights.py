@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tutelage.files import replacing
+from tutelage.files import replacing_alone
 
 __all__ = [
     "WeightSet",
@@ -62,7 +62,7 @@ class WeightSet:
 
 def save_weights(parameters: Iterable[nn.Parameter], path: Path) -> None:
     """Write weights in order, atomically; ``load_weights`` reads them."""
-    with replacing(path) as temporary:
+    with replacing_alone(path) as temporary:
         save_file({str(index): p.detach().cpu().contiguous() for index, p in enumerate(parameters)}, temporary)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.data import Tokenization
 from tutelage.errors import UserError
-from tutelage.files import read_json, write_json
+from tutelage.files import read_json, replacing_alone, write_json
 from tutelage.groups import Group, Role
 from tutelage.models.loading import base_causal_lm, load_model, load_tokenizer
 from tutelage.models.paths import FEATURE_REWARD, first_line, run_part
@@ -256,9 +255,8 @@ class FeatureReward:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         numbers = {str(place): term.weights for place, term in enumerate(self._terms)}
-        temporary = folder / f"{_NUMBERS}.tmp"
-        save_file(numbers, temporary)
-        os.replace(temporary, folder / _NUMBERS)
+        with replacing_alone(folder / _NUMBERS) as temporary:
+            save_file(numbers, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         content = {

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,10 @@ import numpy as np
 import torch
 
 from tutelage.errors import DamagedFileError
-from tutelage.files import storing, sync
+from tutelage.files import sync
 from tutelage.training.manifest import MANIFEST, Manifest
 
-__all__ = ["WRITING", "RandomState", "checkpoint_problem", "checkpoints", "put_in_place", "step_of", "writing_folder"]
-
-WRITING = ".writing"
-"""Folder of a run in which files lie that are not whole yet."""
+__all__ = ["RandomState", "checkpoint_problem", "checkpoints", "put_in_place", "step_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +52,6 @@ def checkpoints(run: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """How many optimizer steps had been taken."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-@contextmanager
-def writing_folder(run: Path) -> Iterator[Path]:
-    """An empty folder inside the run's, for files that get their names when they are whole; it is removed at the end.
-
-    Raises:
-        UserError: the disk does not take what is written within.
-    """
-    folder = run / WRITING
-    with storing(run):
-        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-        folder.mkdir()  # no parents: an output folder that is gone is not made again
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(written: Path, checkpoint: Path) -> None:

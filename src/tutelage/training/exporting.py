@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tutelage.errors import UserError
-from tutelage.files import storing, why_not_stored
+from tutelage.files import storing, why_not_stored, writing_folder
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.adapters import ADAPTER_FILE, make_readable_by_both, named_by_peft
 from tutelage.models.generation import mend_generation_config, stop_at, with_eos
@@ -34,7 +34,6 @@ from tutelage.models.precision import MEMORY_SHARE, available_memory
 from tutelage.rewards.base import Reward
 from tutelage.rewards.ensemble import RewardEnsemble
 from tutelage.rewards.explicit import ExplicitReward
-from tutelage.training.checkpoints import writing_folder
 from tutelage.training.made import add_made
 
 __all__ = ["check_export", "check_policy", "check_reward", "finish_export", "prepare_export", "write_whole"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import DamagedFileError
-from tutelage.files import read_json, read_sealed, write_json
+from tutelage.files import WRITING, read_json, read_sealed, write_json
 from tutelage.training.manifest import MANIFEST
 
 __all__ = ["MADE", "add_made", "finish_made", "is_made", "is_unfinished", "made_files"]
@@ -19,6 +19,7 @@ MADE = "made.json"
 _OWN = (MADE, "lock.json", "run.json", "template-time.json")
 _OF_STAGES = (
     MANIFEST,
+    WRITING,
     "*.tmp",
     "samples.jsonl*",
     "replayed-*.jsonl",
@@ -125,7 +126,7 @@ def _made_in(home: Path) -> Iterator[Path]:
                 yield from path.rglob("*") if path.is_dir() else [path]
     for path in (home / "stages").rglob("member-*"):
         yield from path.rglob("*")
-    yield from (home / ".writing").rglob("*")
+    yield from (home / WRITING).rglob("*")
     for pattern in ("adapter-*", "policy-*"):  # of a killed run that sampled on vLLM
         for path in (home / "vllm").glob(pattern):
             yield from path.rglob("*")

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from tutelage.errors import DamagedFileError
-from tutelage.training.checkpoints import WRITING, checkpoint_problem, checkpoints, step_of
+from tutelage.files import WRITING
+from tutelage.training.checkpoints import checkpoint_problem, checkpoints, step_of
 from tutelage.training.manifest import move_aside
 from tutelage.training.stages import Stages
 

@@ -47,6 +47,11 @@ class PolicyScorer:
         self.policy, self.autocast, self.processes = policy, autocast, processes
         self._options: dict[str, Any] = {"layout": layout, "batch_size": batch_size, "pad_token_id": pad_token_id}
 
+    @property
+    def alone(self) -> PolicyScorer:
+        """The same for one process, which then scores all and waits for no other."""
+        return PolicyScorer(self.policy, autocast=self.autocast, **self._options)
+
     def token_logps(self, groups: Sequence[Group]) -> list[_Logps]:
         """Log-probs of all completion tokens (nats per token); an empty tuple for a prompt alone."""
         held = [group for group in groups if group.completions]
@@ -133,7 +138,8 @@ class Rollout:
             params: instead of those of the stages.
             weights: draw from the policy with these weights instead of its own.
         """
-        processes = self.scorer.processes
+        # A remote sampler draws for all processes at once.
+        processes = ALONE if isinstance(self.sampler, RemoteSampler) else self.scorer.processes
         mine = processes.share(groups)
         with weights.active() if weights else nullcontext(), self.scorer.autocast():
             if weights:
@@ -189,7 +195,7 @@ class Rollout:
     def _verify(self, groups: Sequence[Group], params: SamplingParams | None) -> None:
         """A remote sampler has to hold the weights that the policy has now."""
         if isinstance(self.sampler, RemoteSampler) and groups:
-            self.sampler.verify(groups, params or self.params, self.scorer.token_logps)
+            self.sampler.verify(groups, params or self.params, self.scorer.alone.token_logps)
 
     def finish(self) -> None:
         """No more samples will be drawn."""

@@ -12,6 +12,7 @@ from tutelage.sampling import Sampler, TransformersSampler
 from tutelage.sampling.vllm import VLLMSampler, check_adapter
 from tutelage.sampling.vllm_server import VLLMServer, parse_urls
 from tutelage.training.best_stage import BestStage
+from tutelage.training.remote import SharedSampler
 from tutelage.training.rollout import Rollout
 from tutelage.training.stage_config import StageConfig
 from tutelage.training.stages import Phase, Stages
@@ -115,13 +116,14 @@ def _make_sampler(trainer: DemonstrationTrainer, args: StageConfig) -> Sampler:
         return TransformersSampler(
             trainer.policy, batch_size=args.sampling_batch_size, pad_token_id=trainer.tokenization.pad_id
         )
-    if trainer.processes.count > 1:  # each would hand its weights over, and unload those of the others
-        raise UserError(
-            f"{trainer.processes.count} processes cannot sample on vLLM servers.",
-            remedy="Use one process, which several servers sample for, or --sampler transformers.",
-            field="sampler",
-        )
     check_adapter(trainer.policy)
+    processes = trainer.processes
+    if processes.count == 1:
+        return _vllm_sampler(args)
+    return SharedSampler(_vllm_sampler(args) if processes.is_main else None, processes)
+
+
+def _vllm_sampler(args: StageConfig) -> VLLMSampler:
     return VLLMSampler(
         [VLLMServer(url, timeout=args.vllm_timeout) for url in parse_urls(str(args.vllm_url))],
         _folder(args),

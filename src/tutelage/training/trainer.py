@@ -31,7 +31,7 @@ from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import CollapsedError, NonFiniteLossError, Terminated, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
 from tutelage.evaluation.probes import model_probes
-from tutelage.files import storing, write_text
+from tutelage.files import WRITING, storing, write_text, writing_folder
 from tutelage.groups import Group
 from tutelage.launch import check_launch
 from tutelage.models.loading import (
@@ -51,7 +51,7 @@ from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, R
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
-from tutelage.training.checkpoints import WRITING, RandomState, checkpoints, put_in_place, step_of, writing_folder
+from tutelage.training.checkpoints import RandomState, checkpoints, put_in_place, step_of
 from tutelage.training.clock import record_time, recorded_time
 from tutelage.training.collapse import act_on_collapse, first_facts, signs_of_collapse
 from tutelage.training.config import DemonstrationConfig
