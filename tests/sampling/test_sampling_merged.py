@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tutelage.errors import NonFiniteLossError
 from tutelage.groups import Group
 from tutelage.models import merging
 from tutelage.models.weights import WeightSet
@@ -166,6 +167,30 @@ def test_merging_that_changes_the_policy_is_found_and_not_used(monkeypatch, capl
     assert "beside" in caplog.text
     expected, _ = drawn(model, merge=False)
     assert [s.token_ids for s in found] == [s.token_ids for s in expected]
+
+
+def test_a_merged_weight_that_overflows_is_not_used(monkeypatch):
+    merge = merging.lora.Linear.merge
+
+    def overflowing(self, *args, **kwargs):
+        merge(self, *args, **kwargs)
+        self.get_base_layer().weight.data[0, 0] = torch.inf
+
+    monkeypatch.setattr(merging.lora.Linear, "merge", overflowing)
+    model = adapted()
+    found, merged = drawn(model)
+    assert not merged
+    expected, _ = drawn(model, merge=False)
+    assert found == expected
+
+
+def test_logits_that_are_not_finite_are_an_error_as_ever():
+    model = adapted()
+    with torch.no_grad():
+        lora_layers(model)[0].lora_B["default"].weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteLossError):
+        TransformersSampler(model).sample(PROMPTS, PARAMS)
+    assert not any(module.merged for module in lora_layers(model))
 
 
 def test_it_is_measured_anew_for_new_weights_alone(caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tutelage.errors import NonFiniteLossError
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.merging import MergedAdapters
 from tutelage.models.modes import exact_float32
@@ -131,7 +133,11 @@ class Merging:
         count, tokens = (_EXACT_PROBED, _EXACT_TOKENS) if exact else (_PROBED, _TOKENS)
         places = range(min(count, len(prompts)))
         length = min(tokens, params.max_completion_length)
-        drawn = draw(places, replace(params, temperature=1.0, top_k=0, top_p=1.0, max_completion_length=length))
+        plain_params = replace(params, temperature=1.0, top_k=0, top_p=1.0, max_completion_length=length)
+        try:
+            drawn = draw(places, plain_params)
+        except NonFiniteLossError:  # a sum may overflow in float16; what is wrong without merging, sampling will say
+            return math.nan, 0.0
         rows = [(prompts[place], sample.token_ids) for place, (sample,) in zip(places, drawn, strict=True)]
         sampled_N = torch.tensor([logp for (sample,) in drawn for logp in sample.token_logps])
 
