@@ -184,12 +184,15 @@ def test_a_merged_weight_that_overflows_is_not_used(monkeypatch):
     assert found == expected
 
 
-def test_logits_that_are_not_finite_are_an_error_as_ever():
-    model = adapted()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_not_finite_are_an_error_as_ever(dtype):
+    model = adapted(dtype)
+    sampler = TransformersSampler(model)
+    sampler.sample(PROMPTS, PARAMS)
     with torch.no_grad():
         lora_layers(model)[0].lora_B["default"].weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteLossError):
-        TransformersSampler(model).sample(PROMPTS, PARAMS)
+        sampler.sample(PROMPTS, PARAMS)
     assert not any(module.merged for module in lora_layers(model))
 
 
