@@ -44,13 +44,15 @@ from benchmarks.gpu_run import (
     measured,
     policy,
     random_groups,
+    said,
     take_turns,
     vocab_size,
 )
+from benchmarks.profiling import launches_per_step, operators_per_step, profiled
 from benchmarks.provenance import gpu, provenance
 from benchmarks.roofline import matmul_rate, nominal_peak, training_operations
 from benchmarks.workloads import adapter
-from tutelage.groups import Group, pair_indices
+from tutelage.groups import Group, handed_over, pair_indices
 from tutelage.losses import irft_loss
 from tutelage.models.loading import base_causal_lm
 from tutelage.sampling import SamplingParams, TransformersSampler
@@ -68,8 +70,8 @@ References = Sequence[Sequence[float]]  # of each group, the reference log-prob 
 
 def contrast(logps_C: Tensor, groups: Sequence[Group], references: References) -> Tensor:
     """IRFT's loss, the mean over pairs."""
-    reference_C = torch.tensor([logp for values in references for logp in values]).to(logps_C)
-    first, others = pair_indices(groups)
+    reference_C = handed_over(torch.tensor([logp for values in references for logp in values]), logps_C.device)
+    first, others = (handed_over(torch.tensor(places), logps_C.device) for places in pair_indices(groups))
     return irft_loss(logps_C[first], logps_C[others], reference_C[first], reference_C[others], beta=BETA).mean()
 
 
@@ -160,7 +162,9 @@ def training_step(run: Run, trained: str, *, full: bool, rate: float) -> None:
             if not gap <= LOSS_TOLERANCE:  # NaN is not
                 run.fail(f"{trained}: the loss of {side} differs from ours by {gap:.2g}")
         found = take_turns(run, {side: partial(step, side, sizes[side]) for side in sizes}, repeats=run.sizes.repeats)
-    what = f"{trained}, {run.sizes.step}"
+        what = f"{trained}, {run.sizes.step}"
+        with run.attempt(f"a profile of {what}", seconds=60):
+            run.top(what, profiled(partial(step, "tutelage", sizes["tutelage"])))
     peak = nominal_peak(run.device)
     for side, timing in found.items():
         run.row(
@@ -245,28 +249,43 @@ def preference_rows(group: Group, references: Sequence[float]) -> list[dict[str,
 
 @torch.no_grad()
 def sampling(run: Run) -> None:
-    """Our sampler and ``generate``, at temperature 1, with adapters under autocast as in training; nothing stops early."""
+    """Our sampler and ``generate``, at temperature 1, with adapters under autocast as in training; nothing stops early.
+
+    Ours merges the adapters into the layers, if it finds that this serves; beside it, the same with adapters as they are.
+    Launches of a token step, which bind small models, are counted by a profiler; on a CPU the operators.
+    """
     model = policy(run).eval()
     for shape in run.sizes.sampling:
-        if not run.has_time(f"sampling {shape}", 40 if run.on_cuda else 5):
+        if not run.has_time(f"sampling {shape}", 60 if run.on_cuda else 5):
             continue
         rows, length = shape.prompts * shape.completions, shape.completion_tokens
         sides = sampling_sides(run, model, shape)
-        for name, side in sides.items():  # short ones warm up; and both must draw what is counted
-            if side(4) != 4 * rows:
-                run.fail(f"sampling {shape}: {name} did not draw 4 tokens for each of {rows} rows")
+        short = min(32, length)
+        with said(run, "tutelage.sampling.merging"):
+            for name, side in sides.items():  # short ones warm up; and all must draw what is counted
+                if side(short) != short * rows:
+                    run.fail(f"sampling {shape}: {name} did not draw {short} tokens for each of {rows} rows")
         found = take_turns(run, {name: partial(side, length) for name, side in sides.items()}, repeats=3, warmups=0)
         for name, timing in found.items():
-            run.row("sampling", str(shape), name, timing, tokens_per_s=rows * length / timing.median)
+            counts: dict[str, float] = {"operators_per_token_step": operators_per_step(sides[name])}
+            if run.on_cuda:
+                counts["launches_per_token_step"] = launches_per_step(sides[name])
+            run.row("sampling", str(shape), name, timing, tokens_per_s=rows * length / timing.median, **counts)
+        with run.attempt(f"a profile of sampling {shape}", seconds=60):
+            run.top(f"sampling {shape}", profiled(partial(sides["tutelage"], short)))
 
 
 def sampling_sides(run: Run, model: nn.Module, shape: Shape) -> dict[str, Callable[[int], int]]:
     """Functions from the length of the completions to the number of tokens drawn."""
     prompts = [group.prompt_ids for group in random_groups(shape, vocab_size(model))]
     ids = torch.tensor(prompts, device=run.device)
-    sampler = TransformersSampler(model, batch_size=shape.prompts * shape.completions)
+    size = shape.prompts * shape.completions
+    samplers = {
+        "tutelage": TransformersSampler(model, batch_size=size),
+        "adapters beside": TransformersSampler(model, batch_size=size, merge_adapters=False),
+    }
 
-    def ours(length: int) -> int:
+    def ours(sampler: TransformersSampler, length: int) -> int:
         params = SamplingParams(max_completion_length=length)
         with autocast(run):
             drawn = sampler.sample(prompts, params, num_samples=shape.completions)
@@ -279,7 +298,7 @@ def sampling_sides(run: Run, model: nn.Module, shape: Shape) -> dict[str, Callab
             made = cast(Any, model).generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
         return made[:, ids.shape[1] :].numel()
 
-    return {"tutelage": ours, "generate": generate}
+    return {**{name: partial(ours, sampler) for name, sampler in samplers.items()}, "generate": generate}
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -321,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.fail(f"{name} broke off")
         free_memory(run)
         if options.json:
-            whole = found | {"rows": run.rows, "failures": run.failures}
+            whole = found | {"rows": run.rows, "profiles": run.profiles, "failures": run.failures}
             options.json.write_text(json.dumps(whole, indent=2, ensure_ascii=False), encoding="utf-8")
     run.console.print(table(run.rows))
     for failure in run.failures:
@@ -332,6 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """All rows that were measured; memory in GiB, and beside it how much of it was there before the step."""
     made = Table("part", "what", "side", "ms [min–max]", "tokens/s", "GiB (before)", "MFU (of a measured matmul)")
+    made.add_column("launches (operators) a token step")
     for row in rows:
         if "median_s" not in row:
             continue
@@ -346,6 +366,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "",
             f"{peak} ({before})" if row["peak_bytes"] else "",
             f"{mfu} ({of_matmul})" if "mfu" in row else "",
+            f"{row.get('launches_per_token_step', 0):.0f} ({row['operators_per_token_step']:.0f})"
+            if "operators_per_token_step" in row
+            else "",
         )
     return made
 

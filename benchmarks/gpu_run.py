@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import random
 import signal
 import statistics
@@ -18,6 +19,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.profiling import top
 from benchmarks.workloads import adapter
 from tutelage.groups import Completion, Group, Role
 from tutelage.models.loading import add_adapter, base_causal_lm, first_line, load_model
@@ -35,6 +37,7 @@ __all__ = [
     "policy",
     "random_groups",
     "random_llama",
+    "said",
     "take_turns",
     "vocab_size",
 ]
@@ -93,7 +96,7 @@ TINY = Sizes(
     check=Shape(4, 20, 3, 12),
     step=Shape(4, 16, 3, 8),
     attention=(Shape(2, 16, 3, 8),),
-    sampling=(Shape(2, 8, 2, 6),),
+    sampling=(Shape(8, 8, 2, 6),),
     matmul=128,
     repeats=2,
 )
@@ -121,6 +124,7 @@ class Run:
     deadline: float
     console: Console = field(default_factory=lambda: Console(width=None if sys.stdout.isatty() else 160))
     rows: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -151,6 +155,14 @@ class Run:
         self.rows.append({"part": part, "what": what, "side": side, **times, **memory, **numbers})
         self.say(f"{part}, {what}: {side} {1000 * timing.median:.2f} ms")
 
+    def top(self, what: str, events: Any) -> None:
+        """Record what a profiler found to take most of the time, ten lines of it."""
+        entries = top(events)
+        self.profiles.append({"what": what, "top": [entry._asdict() for entry in entries]})
+        self.say(f"profile, {what}:")
+        for entry in entries:
+            self.say(f"  {entry.share:6.1%} {entry.milliseconds:9.2f} ms {entry.count:6d} × {entry.name[:100]}")
+
     @contextlib.contextmanager
     def attempt(self, what: str, *, seconds: float) -> Iterator[None]:
         """Within, an error or running over ``seconds`` is reported and ends no more than the attempt."""
@@ -161,6 +173,21 @@ class Run:
             problem = f"{type(error).__name__}: {first_line(error)}"
             self.say(f"not measured: {what}: {problem}")
             self.rows.append({"part": "not measured", "what": what, "error": problem})
+
+
+@contextlib.contextmanager
+def said(run: Run, name: str) -> Iterator[None]:
+    """Within, what a logger says of its choices is said here too."""
+    logger, handler = logging.getLogger(name), logging.Handler(logging.INFO)
+    handler.emit = lambda record: run.say(record.getMessage())
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -227,7 +254,16 @@ def policy(run: Run, *, full: bool = False) -> nn.Module:
         model = cast(Any, load_model(run.model_path, dtype=dtype)).to(run.device)
     else:
         model = random_llama(run.device, run.sizes.model, dtype)
-    return (model if full else add_adapter(model, adapter())).train()
+    return (model if full else moved(add_adapter(model, adapter()))).train()
+
+
+@torch.no_grad()
+def moved(model: nn.Module) -> nn.Module:
+    """Adapters that change what the model computes, as after some training; new ones add zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=1e-3)
+    return model
 
 
 def random_llama(device: torch.device, fields: Mapping[str, int], dtype: torch.dtype, **more: Any) -> nn.Module:

@@ -213,6 +213,15 @@ def pair_indices(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
     return better, worse
 
 
+def handed_over(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device. A copy from the host does not wait until the device has done what it was given before.
+
+    CUDA takes what it copies from the host before the call returns; MPS does not.
+    """
+    waits = tensor.device.type != "cpu" or torch.device(device).type == "mps"
+    return tensor.to(device, non_blocking=not waits)
+
+
 def sum_per_completion(values_N: torch.Tensor, completion_ids: torch.Tensor, num_completions: int) -> torch.Tensor:
     """[C] sums over the tokens of each completion; differentiable.
 
@@ -221,7 +230,7 @@ def sum_per_completion(values_N: torch.Tensor, completion_ids: torch.Tensor, num
         completion_ids: [N] which completion each token belongs to, from 0.
         num_completions: C.
     """
-    return values_N.new_zeros(num_completions).index_add(0, completion_ids.to(values_N.device), values_N)
+    return values_N.new_zeros(num_completions).index_add(0, handed_over(completion_ids, values_N.device), values_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +265,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         tensors = {
-            name: value.to(device)
+            name: handed_over(value, device)
             for name in self.__dataclass_fields__
             if isinstance(value := getattr(self, name), torch.Tensor)
         }

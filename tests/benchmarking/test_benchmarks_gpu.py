@@ -20,19 +20,29 @@ def test_every_side_is_timed(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert gpu.main([*TINY, "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert {"machine", "versions", "commit", "command", "model", "rows", "failures"} == found.keys()
+    assert {"machine", "versions", "commit", "command", "model", "rows", "profiles", "failures"} == found.keys()
     assert {"device", "platform", "nominal_peak"} <= found["machine"].keys()
     sides = [(row["part"], row["side"]) for row in found["rows"]]
     training = [("training", side) for side in ("tutelage", "plain", "TRL")]
-    others = [("sampling", "tutelage"), ("sampling", "generate"), ("attention", "SDPA")]
-    assert sides == [*training, *training, *others]
+    sampling = [("sampling", side) for side in ("tutelage", "adapters beside", "generate")]
+    assert sides == [*training, *training, *sampling, ("attention", "SDPA")]
     assert all(row["tokens_per_s"] > 0 for row in found["rows"] if row["part"] != "attention")
     assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in found["rows"])
     steps = found["rows"][:6]
     assert all(row["mfu_of_matmul"] > 0 and row["prompts_per_micro_batch"] >= 1 for row in steps)
+    merged, beside, _ = (row["operators_per_token_step"] for row in found["rows"][6:9])
+    assert 0 < merged < beside
+    assert len(found["profiles"]) == 3  # two kinds of steps, and sampling
+    for profile in found["profiles"]:
+        shares = [entry["share"] for entry in profile["top"]]
+        assert len(shares) == 10
+        assert shares == sorted(shares, reverse=True)
+        assert 0 < sum(shares) <= 1
     assert found["failures"] == []
     shown = capsys.readouterr().out
     assert "generate" in shown
+    assert "merged into 14 layers" in shown
+    assert "profile, adapters, 4 × (16 + 3 × 8):" in shown
     assert "FAILED" not in shown
 
 
@@ -62,8 +72,8 @@ def test_a_sampler_that_stops_early_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "TransformersSampler", Early)
     path = tmp_path / "gpu.json"
     assert gpu.main([*TINY, "--parts", "sampling", "--json", str(path)]) == 1
-    (failure,) = json.loads(path.read_text())["failures"]
-    assert "tutelage did not draw 4 tokens for each of 4 rows" in failure
+    failure, _ = json.loads(path.read_text())["failures"]  # ours with merged adapters, and beside them
+    assert "tutelage did not draw 6 tokens for each of 16 rows" in failure
 
 
 def test_a_part_that_breaks_off_fails_and_the_others_run(tmp_path, monkeypatch, capsys):

@@ -331,7 +331,10 @@ def test_block_size(device_type, tokens):
     assert (size + 256) * max(1, tokens) > elements
 
 
-def test_head_logps_reads_blocks_of_the_stated_size(monkeypatch):
+@pytest.mark.parametrize(
+    ("vocabulary", "expected"), [(1000, [256, 256, 256, 232]), (256, [256]), (257, [256, 1]), (100, [100]), (1, [1])]
+)
+def test_head_logps_reads_blocks_of_the_stated_size(monkeypatch, vocabulary, expected):
     monkeypatch.setattr("tutelage.models.head._CPU_ELEMENTS", 10_240 * 3)
     widths = []
 
@@ -343,6 +346,13 @@ def test_head_logps_reads_blocks_of_the_stated_size(monkeypatch):
             return result
 
     with Widths(), torch.no_grad():
-        head = LMHead(torch.nn.Linear(4, 1000, bias=False), 1.0, None)
-        head_logps(head, torch.randn(64, 4), torch.randint(1000, (64,)))
-    assert widths == [256, 256, 256, 232]
+        head, hidden, targets = (
+            torch.nn.Linear(4, vocabulary, bias=False),
+            torch.randn(64, 4),
+            torch.arange(64) % vocabulary,
+        )
+        found = head_logps(LMHead(head, 1.0, None), hidden, targets)
+        read = widths[:]
+        expected_logps = head(hidden).log_softmax(-1)[range(64), targets]
+    assert read == expected
+    torch.testing.assert_close(found, expected_logps)

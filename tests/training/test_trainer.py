@@ -4,6 +4,7 @@ import copy
 import math
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -607,6 +608,26 @@ def test_nan_and_infinity_stop_training_and_the_last_checkpoint_stays(training, 
     resumed = training.trainer(algorithm, **settings)
     resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-{good}")
     assert resumed.state.global_step == 4
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_a_loss_that_is_not_finite_moves_no_weight_whichever_micro_batch_it_is_of(training, micro_batch):
+    snapshots = Snapshots()
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = training.trainer("sft", options={"callbacks": [snapshots]}, **settings)
+    loss, calls = trainer.objective.loss, []
+
+    def spoiled(tokens, step):
+        calls.append(len(calls))
+        return loss(tokens, step) + (torch.inf if calls[-1] == 2 + micro_batch else 0.0)
+
+    trainer.objective = SimpleNamespace(
+        uses_dropout=True, beta=trainer.objective.beta, counts=trainer.objective.counts, loss=spoiled
+    )
+    with pytest.raises(NonFiniteLossError, match="the loss is inf at step 2;"):
+        trainer.train()
+    assert_same_weights(trainer.model, snapshots.models[1])
+    assert distance(snapshots.models[1], snapshots.models[0]) > 0
 
 
 def test_a_clipped_infinite_gradient_is_found_too(training):

@@ -109,14 +109,14 @@ class IRFTObjective:
         """The contrast, averaged over pairs, and the SFT term, averaged over demonstration tokens."""
         beta = self.beta(step.stage)
         policy_C, reference_C = tokens.sums(), tokens.known_sums("reference_logps")
-        better, worse = pair_indices(tokens.groups)
+        better, worse = map(tokens.index, pair_indices(tokens.groups))
         policy_P, policy_samples_P = policy_C[better], policy_C[worse]
         reference_P, reference_samples_P = reference_C[better], reference_C[worse]
         losses_P = irft_loss(policy_P, policy_samples_P, reference_P, reference_samples_P, beta=beta, kind=self.kind)
         loss = losses_P.sum() / max(1, step.counts["pairs"])
         if self.sft_weight:
-            demonstrations = tokens.of(Role.DEMONSTRATION)
-            loss = loss + self.sft_weight * sft_loss(policy_C[demonstrations]).sum() / max(
+            demonstration_logps = tokens.sums_of(Role.DEMONSTRATION)
+            loss = loss + self.sft_weight * sft_loss(demonstration_logps).sum() / max(
                 1, step.counts["demonstration_tokens"]
             )
         rewards_P = implicit_reward(policy_P, reference_P, beta=beta)

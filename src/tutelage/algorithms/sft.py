@@ -65,7 +65,7 @@ class SFTObjective:
 
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The mean loss per token."""
-        step.track("logps/demonstrations", tokens.sums()[tokens.of(Role.DEMONSTRATION)])
+        step.track("logps/demonstrations", tokens.sums_of(Role.DEMONSTRATION))
         return self.token_loss(tokens.logps_of(Role.DEMONSTRATION)).sum() / max(1, step.counts["tokens"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import ismethod
 from types import MethodType
 from typing import Any, cast
@@ -110,13 +110,19 @@ def in_float32(base: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def adapters_under_autocast(model: nn.Module) -> Iterator[None]:
+def adapters_under_autocast(
+    model: nn.Module, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Iterator[None]:
     """Context in which adapters do not cast their input if autocast chooses the precision.
 
     Otherwise peft casts it to the adapter's float32 and autocast casts it back: two needless copies of every
-    activation.
+    activation. A backward pass belongs inside too, where it computes activations anew.
+
+    Args:
+        autocast: of what will run in it, if that is not on yet.
     """
-    active = torch.is_autocast_enabled(base_causal_lm(model).device.type)
+    with autocast():
+        active = torch.is_autocast_enabled(base_causal_lm(model).device.type)
     with disable_input_dtype_casting(model, active=active):
         yield
 

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import NonFiniteLossError
-from tutelage.groups import Group, Role, pair_indices
+from tutelage.groups import Group, Role, handed_over, pair_indices
 from tutelage.losses import RewardLossKind, reward_loss
+from tutelage.models.modes import adapters_under_autocast
 from tutelage.rewards.explicit import ExplicitReward
 
 __all__ = [
     "RewardFitter",
     "RewardObjective",
 ]
+
+_FACTS = ("loss", "accuracy", "demonstrations", "samples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +134,7 @@ class RewardFitter:
                 break
         self.optimizer.zero_grad()  # nothing is kept that the policy phase has no use for
         total = sum(facts["pairs"] for facts in seen)
-        means = {
-            name: sum(facts[name] * facts["pairs"] for facts in seen) / max(1.0, total)
-            for name in ("loss", "accuracy", "demonstrations", "samples")
-        }
+        means = {name: sum(facts[name] * facts["pairs"] for facts in seen) / max(1.0, total) for name in _FACTS}
         return {**means, "steps": float(len(seen)), "saturated": float(saturated)}
 
     def _accuracy_of_late(self, seen: list[dict[str, float]]) -> float:
@@ -166,37 +166,45 @@ class RewardFitter:
         return [self.preferences[index % len(self.preferences)] for index in range(first, first + self.batch_size)]
 
     def _step(self, batch: list[Group], phase: int, unpaired: list[Group]) -> dict[str, float]:
-        """One optimizer step; its metrics cover only demonstrations and samples."""
-        sums = dict.fromkeys(("loss", "accuracy", "demonstrations", "samples"), 0.0)
+        """One optimizer step; its metrics cover only demonstrations and samples.
+
+        All numbers that are read come from the device at once, before the optimizer moves a weight.
+        """
+        sums: list[Tensor] = []
+        losses: list[Tensor] = []
+
+        def backward(loss: Tensor) -> None:
+            losses.append(loss.detach())
+            loss.backward()
+
         pairs = sum(len(group.pairs) for group in batch)
         preferences = self._preference_batch() if self.preferences else []
         self.optimizer.zero_grad()
-        with self.reward.active():
+        with self.reward.active(), adapters_under_autocast(self.reward.model, self.reward.autocast):
             for first_P, others_P, weights_P in self._rewards(batch):
                 losses_P = self.objective.of_pairs(first_P, others_P)
                 loss = (losses_P * weights_P).sum() / len(batch)
-                self._backward(self.objective.demonstration_weight * loss, phase)
-                sums["loss"] += losses_P.detach().sum().item()
-                sums["accuracy"] += ((first_P - others_P).detach().sign() + 1).sum().item() / 2
-                sums["demonstrations"] += first_P.detach().sum().item()
-                sums["samples"] += others_P.detach().sum().item()
+                backward(self.objective.demonstration_weight * loss)
+                won_P = ((first_P - others_P).sign() + 1) / 2
+                sums += [values.detach().sum() for values in (losses_P, won_P, first_P, others_P)]
             for first_P, others_P in self._rewards_across(batch, unpaired):
                 loss = self.objective.of_pairs(first_P, others_P).sum() / len(batch)
-                self._backward(self.objective.demonstration_weight * loss, phase)
+                backward(self.objective.demonstration_weight * loss)
             for first_P, others_P, weights_P in self._rewards(preferences):
                 losses_P = self.objective.of_pairs(first_P, others_P)
                 loss = (losses_P * weights_P).sum() / len(preferences)
-                self._backward(self.objective.preference_weight * loss, phase)
+                backward(self.objective.preference_weight * loss)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.reward.parameters if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise _non_finite("gradient", norm.item(), phase)
+        read = torch.stack([value.float() for value in (*losses, norm, *sums)]).tolist()
+        checked, totals = read[: len(losses) + 1], read[len(losses) + 1 :]
+        for place, value in enumerate(checked):
+            if not math.isfinite(value):
+                raise _non_finite("loss" if place < len(losses) else "gradient", value, phase)
         if self.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.reward.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
-        return {name: value / pairs for name, value in sums.items()} | {
-            "pairs": float(pairs),
-            "groups": float(len(batch)),
-        }
+        means = {name: sum(totals[place::4]) / pairs for place, name in enumerate(_FACTS)}
+        return means | {"pairs": float(pairs), "groups": float(len(batch))}
 
     def _rewards(self, groups: Sequence[Group]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rewards of both sides of all pairs, by micro-batch, and weights that give every group equal total weight."""
@@ -206,9 +214,13 @@ class RewardFitter:
             with self.reward.autocast():
                 rewards_C = self.reward.rewards(batch)
             self.tokens_done += sum(len(c.token_ids) for group in batch for c in group.completions)
-            first, others = pair_indices(batch)
-            weights = [1 / len(group.pairs) for group in batch for _ in group.pairs]
-            yield rewards_C[first], rewards_C[others], torch.tensor(weights).to(rewards_C)
+            first, others = (
+                handed_over(torch.tensor(places, dtype=torch.long), rewards_C.device) for places in pair_indices(batch)
+            )
+            weights = torch.tensor(
+                [1 / len(group.pairs) for group in batch for _ in group.pairs], dtype=rewards_C.dtype
+            )
+            yield rewards_C[first], rewards_C[others], handed_over(weights, rewards_C.device)
 
     def _rewards_across(self, batch: Sequence[Group], unpaired: Sequence[Group]) -> Iterator[tuple[Tensor, Tensor]]:
         """Rewards of demonstrations and of samples of other prompts, in pairs that both ended or both did not."""
@@ -227,11 +239,6 @@ class RewardFitter:
                 rewards_C = self.reward.rewards(both)
             self.tokens_done += sum(len(c.token_ids) for group in both for c in group.completions)
             yield rewards_C[0::2], rewards_C[1::2]
-
-    def _backward(self, loss: Tensor, phase: int) -> None:
-        if not torch.isfinite(loss):
-            raise _non_finite("loss", loss.item(), phase)
-        loss.backward()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, and how many steps it made on how many completion tokens."""

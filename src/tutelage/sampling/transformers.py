@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,6 +20,7 @@ from tutelage.models.modes import adapters_under_autocast, evaluation_mode
 from tutelage.models.regimes import require_one_rope
 from tutelage.sampling.base import Sample, SamplingParams, uniforms
 from tutelage.sampling.decoding import Decoding, OneLength
+from tutelage.sampling.merging import Merging
 from tutelage.sampling.probe import probe_sampling
 
 __all__ = ["TransformersSampler", "draw_tokens"]
@@ -38,17 +40,19 @@ class TransformersSampler:
         model: sampled with its current weights at each call, in evaluation mode.
         batch_size: sequences decoded in parallel. Affects speed and memory, not the samples.
         pad_token_id: pads prompts on the left; no sample depends on it.
+        merge_adapters: decode with LoRA merged into a copy of the weights below it, where that serves (``Merging``).
 
     Raises:
         UserError: no way to decode gives the model's own log-probs (``probe_sampling``), or a rope changes within the
             lengths that ``sample`` is asked for.
     """
 
-    def __init__(self, model: nn.Module, *, batch_size: int = 64, pad_token_id: int = 0):
+    def __init__(self, model: nn.Module, *, batch_size: int = 64, pad_token_id: int = 0, merge_adapters: bool = True):
         probe_sampling(model)
         if base_causal_lm(model).device.type == "cpu":
             keep_freed_memory()
         self.model, self.batch_size, self.pad_token_id = model, batch_size, pad_token_id
+        self._merging = Merging(model) if merge_adapters else None
 
     def take_weights(self, policy: nn.Module) -> None:
         """Nothing to do: the model is sampled from as it stands."""
@@ -76,16 +80,27 @@ class TransformersSampler:
             self.model, longest, what="prompt and completion may have", remedy="Lower --max_completion_length"
         )
         way = probe_sampling(self.model, longest).way
-        with evaluation_mode(self.model), adapters_under_autocast(self.model):
+
+        def draw(places: Sequence[int], params: SamplingParams, draws: Sequence[int]) -> list[list[Sample]]:
+            batch = _Batch.of([prompts[place] for place in places], [rows[place] for place in places], draws)
+            return self._decode(batch, params, stage, way)
+
+        def one_each(places: Sequence[int], params: SamplingParams) -> list[list[Sample]]:
+            found: dict[int, list[Sample]] = {}
+            for some in self._batches([len(prompts[place]) for place in places], 1, way):
+                together = [places[index] for index in some]
+                found |= zip(together, draw(together, params, [0]), strict=True)
+            return [found[place] for place in places]
+
+        with (
+            evaluation_mode(self.model),
+            adapters_under_autocast(self.model),
+            self._merging.where_it_serves(prompts, params, one_each) if self._merging else nullcontext(),
+        ):
             for places in self._batches([len(prompt) for prompt in prompts], num_samples, way):
-                draws = range(num_samples)
                 for first in range(0, num_samples, self.batch_size):
-                    batch = _Batch.of(
-                        [prompts[place] for place in places],
-                        [rows[place] for place in places],
-                        draws[first : first + self.batch_size],
-                    )
-                    for place, drawn in zip(places, self._decode(batch, params, stage, way), strict=True):
+                    draws = range(num_samples)[first : first + self.batch_size]
+                    for place, drawn in zip(places, draw(places, params, draws), strict=True):
                         samples[place] += drawn
                 if on_finished:
                     for place in places:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tutelage.groups import Batch
+from tutelage.groups import Batch, handed_over
 from tutelage.models.attention import attention_by_products, attention_kind
 from tutelage.models.head import LMHead, head_logps
 from tutelage.models.loading import base_causal_lm, model_body
@@ -29,7 +29,7 @@ def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None
     """
     base = base_causal_lm(model)
     hidden_NH = predictor_hidden_states(base, batch)
-    return head_logps(LMHead.of(base), hidden_NH, batch.targets.to(hidden_NH.device), block_size=block_size)
+    return head_logps(LMHead.of(base), hidden_NH, handed_over(batch.targets, hidden_NH.device), block_size=block_size)
 
 
 def predictor_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
@@ -37,7 +37,8 @@ def predictor_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
     batch = batch.to(base.device)
     with attention_by_products(base, batch.input_ids.shape[1]):
         hidden_BLH = hidden_states(base, batch)
-    return hidden_BLH[batch.predictor_rows.to(hidden_BLH.device), batch.predictor_columns.to(hidden_BLH.device)]
+    rows_N, columns_N = (handed_over(t, hidden_BLH.device) for t in (batch.predictor_rows, batch.predictor_columns))
+    return hidden_BLH[rows_N, columns_N]
 
 
 def hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tutelage.groups import Group, Role, sum_per_completion
+from tutelage.groups import Completion, Group, Role, handed_over, sum_per_completion
 from tutelage.models.attention import attention_by_products
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode
@@ -67,25 +67,44 @@ class TokenLogps:
     def known(self, name: str) -> Tensor:
         """[N] what ``Completion.token_values`` calls ``name``, without gradient; KeyError if it is not known of all."""
         numbers = chain.from_iterable(c.token_values[name] for group in self.groups for c in group.completions)
-        return torch.tensor(list(numbers)).to(self.logps_N)
+        return self._beside(list(numbers))
 
     def known_sums(self, name: str) -> Tensor:
         """[C] the same, summed over the tokens of each completion."""
-        return torch.tensor([total for group in self.groups for total in group.sums(name)]).to(self.logps_N)
+        return self._beside([total for group in self.groups for total in group.sums(name)])
 
     def values(self, name: str) -> Tensor:
         """[C] what ``Completion.values`` calls ``name``; KeyError if it is not known of all."""
-        return torch.tensor([value for group in self.groups for value in group.values(name)]).to(self.logps_N)
+        return self._beside([value for group in self.groups for value in group.values(name)])
 
     def logps_of(self, *roles: Role) -> Tensor:
         """[n] the log-probs of the tokens of completions that have these roles."""
-        inside = torch.tensor(self.of(*roles), device=self.completion_ids.device)
-        return self.logps_N[torch.isin(self.completion_ids, inside)]
+        places, start = list[int](), 0
+        for completion in self._completions:
+            end = start + len(completion.token_ids)
+            if completion.role in roles:
+                places += range(start, end)
+            start = end
+        return self.logps_N[self.index(places)]
+
+    def sums_of(self, *roles: Role) -> Tensor:
+        """[n] the log-probs of the completions that have these roles (nats per sequence)."""
+        return self.sums()[self.index(self.of(*roles))]
+
+    def index(self, places: Sequence[int]) -> Tensor:
+        """[n] indices on the device of the log-probs, where a list would wait until the device has come to its end."""
+        return handed_over(torch.tensor(places, dtype=torch.long), self.logps_N.device)
+
+    def _beside(self, numbers: Sequence[float]) -> Tensor:
+        return handed_over(torch.tensor(numbers, dtype=self.logps_N.dtype), self.logps_N.device)
 
     def of(self, *roles: Role) -> list[int]:
         """Which of the C completions have these roles."""
-        completions = (completion for group in self.groups for completion in group.completions)
-        return [place for place, completion in enumerate(completions) if completion.role in roles]
+        return [place for place, completion in enumerate(self._completions) if completion.role in roles]
+
+    @property
+    def _completions(self) -> Iterator[Completion]:
+        return (completion for group in self.groups for completion in group.completions)
 
 
 def completion_token_logps(
@@ -119,7 +138,7 @@ def completion_token_logps(
         groups = [group.seen_by_teacher() for group in groups]
     batch = collate_in_layout(model, groups, layout, pad_token_id)
     logps_N = token_logps(model, batch, block_size=block_size)
-    return TokenLogps(groups, logps_N, batch.completion_ids.to(logps_N.device))
+    return TokenLogps(groups, logps_N, handed_over(batch.completion_ids, logps_N.device))
 
 
 def completion_logps(model: nn.Module, groups: Sequence[Group], **options: Any) -> Tensor:

@@ -65,6 +65,15 @@ class DemonstrationConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Has no effect: each algorithm knows which columns it needs."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Leave losses that are not finite out of what is logged. There are none, because they end the run; looking "
+                "for them waits for the device after each micro-batch."
+            )
+        },
+    )
     max_prompt_length: Annotated[int, whole(1)] = field(
         default=512,
         metadata={

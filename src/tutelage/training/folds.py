@@ -26,7 +26,7 @@ from tutelage.files import read_json, storing, write_json
 from tutelage.groups import Group, Role
 from tutelage.losses import sft_loss
 from tutelage.models.loading import load_model
-from tutelage.models.modes import without_dropout
+from tutelage.models.modes import adapters_under_autocast, without_dropout
 from tutelage.models.paths import require_exists
 from tutelage.models.weights import WeightSet, load_weights, save_weights
 from tutelage.scoring.logps import Layout, completion_token_logps
@@ -282,15 +282,19 @@ class Folds:
             while len(queue) < settings.batch_size:
                 queue += order.sample(list(groups), len(groups))
             batch, queue = queue[: settings.batch_size], queue[settings.batch_size :]
-            with weights.active(), without_dropout(self.policy), self.autocast():
+            with (
+                weights.active(),
+                without_dropout(self.policy),
+                self.autocast(),
+                adapters_under_autocast(self.policy),
+            ):
                 tokens = completion_token_logps(self.policy, batch, **self._options)
                 loss = sft_loss(tokens.logps_of(Role.DEMONSTRATION)).mean()
-                if not torch.isfinite(loss):
-                    raise NonFiniteLossError(
-                        f"the loss of fold {fold} is {loss.item()} at step {step + 1}.",
-                        remedy="Lower --fold_learning_rate.",
-                    )
                 loss.backward()
+            if not math.isfinite(value := loss.item()):
+                raise NonFiniteLossError(
+                    f"the loss of fold {fold} is {value} at step {step + 1}.", remedy="Lower --fold_learning_rate."
+                )
             if settings.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(weights.parameters, settings.max_grad_norm)
             optimizer.step()

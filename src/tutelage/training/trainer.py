@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -43,7 +44,7 @@ from tutelage.models.loading import (
     refuse_virtual_tokens,
 )
 from tutelage.models.memory import keep_freed_memory
-from tutelage.models.modes import without_dropout
+from tutelage.models.modes import adapters_under_autocast, without_dropout
 from tutelage.models.router import router_loss
 from tutelage.models.sharding import is_sharded, unsharded, whole
 from tutelage.progress import Progress, Silent
@@ -156,7 +157,7 @@ class DemonstrationTrainer(Trainer):
         if self.processes.count > 1:
             takes_calls(policy)
         self.means, self.costs = Means(self.processes.gathered), Costs()
-        self._bad_loss: float | None = None
+        self._losses: list[Tensor] = []  # of the micro-batches of a step, on their device
         self.other_data: dict[str, Data] = {}
         self.random_state: RandomState | None = None
         self._logged = 0
@@ -305,6 +306,7 @@ class DemonstrationTrainer(Trainer):
         ordered = iter(groups)
         self.costs.policy_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
         self.step_is_empty = not groups
+        self._losses.clear()
         own = [self.processes.share(list(islice(ordered, len(batch)))) for batch in batches]
         return own, self.objective.counts(groups)
 
@@ -315,11 +317,7 @@ class DemonstrationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: dict[str, int] | None = None,  # type: ignore[override]
     ):
-        """The loss of one micro-batch of groups.
-
-        Raises:
-            NonFiniteLossError: it is NaN or infinite; raised before any weight moves.
-        """
+        """The loss of one micro-batch of groups. That it is finite is looked at in ``check_step``, before any weight moves."""
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
 
         def share() -> Tensor:
@@ -328,29 +326,28 @@ class DemonstrationTrainer(Trainer):
             )
             return self.objective.loss(tokens, Step(counts, self.stage, self.means.add))
 
-        if self.processes.count == 1:
-            loss = share()
-            if not torch.isfinite(loss):
-                raise self.non_finite("loss", loss.item())
-        else:
-            # The wrapper averages gradients over processes; the shares of a step are to be added.
-            loss = call_within(model, share) * self.processes.count
-            if not torch.isfinite(loss):
-                self._bad_loss = loss.item()  # all processes stop before the optimizer's step: see `check_step`
+        # A wrapper averages gradients over processes; the shares of a step are to be added.
+        loss = share() if self.processes.count == 1 else call_within(model, share) * self.processes.count
+        self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
 
     def check_step(self) -> None:
-        """Before the optimizer's step: raise ``NonFiniteLossError`` in all processes where a loss or gradient is not finite."""
-        bad = [value for value in self.processes.gathered(self._bad_loss) if value is not None]
-        if bad:
-            raise self.non_finite("loss", bad[0])
+        """Before the optimizer's step: raise ``NonFiniteLossError`` in all processes where a loss or gradient is not finite.
+
+        It is the one place in a step that waits for the device, because nothing that is not finite may reach a weight.
+        """
         if self.step_is_empty and self.processes.count > 1:
             self.policy.zero_grad(set_to_none=True)
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None]))
+        *losses, norm = torch.stack([value.to(self.args.device) for value in (*self._losses, norm)]).tolist()
+        self._losses.clear()
+        bad = [value for values in self.processes.gathered(losses) for value in values if not math.isfinite(value)]
+        if bad:
+            raise self.non_finite("loss", bad[0])
         if self.accelerator.scaler is not None:
             return  # fp16 finds its loss scale by overflowing, and the scaler leaves such a step out by itself
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None]))
-        if not torch.isfinite(norm):
-            raise self.non_finite("gradient", norm.item())
+        if not math.isfinite(norm):
+            raise self.non_finite("gradient", norm)
 
     def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
         """Mixed precision for every forward pass; transformers applies it only in the wrapped ``forward``."""
@@ -368,7 +365,8 @@ class DemonstrationTrainer(Trainer):
         An optimizer skips weights without a gradient; zeros would still move them by momentum and weight decay.
         """
         if inputs:
-            with nullcontext() if self.objective.uses_dropout else without_dropout(self.policy):
+            dropout = nullcontext() if self.objective.uses_dropout else without_dropout(self.policy)
+            with dropout, adapters_under_autocast(self.policy, self.compute_loss_context_manager):
                 return super().training_step(model, inputs, num_items_in_batch)
         if self.processes.count > 1:  # the others wait for this one's gradient
             self.accelerator.backward(call_within(model, partial(sharding.zero_loss, self)))
