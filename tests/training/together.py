@@ -66,7 +66,7 @@ def adapter(training):
 
 def vllm():
     """A server of the test's stands in for vLLM; its address is in the environment."""
-    return {"sampler": "vllm", "vllm_url": os.environ["TUTELAGE_TEST_VLLM"], "vllm_timeout": 60.0}
+    return {"sampler": "vllm", "vllm_url": os.environ["TUTELAGE_TEST_VLLM"], "max_completion_length": 4}
 
 
 def kept(training):
@@ -141,9 +141,16 @@ SCENARIOS = {
     "irft-adapter": lambda t: t.trainer("irft", data=sums(t), options=adapter(t), **ROWS, **STAGES, **SGD),
     "rft-model": lambda t: make(t, data=sums(t), **{**ROWS, "gradient_accumulation_steps": 1}),
     "rft-features": lambda t: t.trainer("rft", data=sums(t), options=adapter(t), **ROWS, **FEATURES),
-    "irft-vllm": lambda t: t.trainer("irft", data=sums(t), options=adapter(t), **ROWS, **STAGES, **SGD, **vllm()),
+    "irft-vllm": lambda t: t.trainer(
+        "irft", data=t.rows(9), options=adapter(t), **ROWS, **{**STAGES, "num_samples": 1}, **SGD, **vllm()
+    ),
     "rft-vllm": lambda t: t.trainer(
-        "rft", data=sums(t), options=adapter(t), **ROWS, **{**FEATURES, "keep_policy": "last"}, **vllm()
+        "rft",
+        data=t.rows(11),
+        options=adapter(t),
+        **ROWS,
+        **{**FEATURES, "keep_policy": "last", "validation_rows": 3, "stages_per_epoch": 1},
+        **vllm(),
     ),
     "evaluated": lambda t: t.trainer(
         "sft", data=sums(t), options={"eval_dataset": t.rows(5)}, eval_strategy="epoch", **ROWS, **SGD
