@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from tutelage.groups import Completion, Group, Role
 
-__all__ = ["RemoteSampler", "Sample", "Sampler", "SamplingParams", "stream_seed", "uniforms"]
+__all__ = ["RemoteSampler", "Sample", "Sampler", "SamplingParams", "in_order", "stream_seed", "uniforms"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,21 @@ class RemoteSampler(Sampler, Protocol):
     def release(self) -> None:
         """No more samples will be drawn: remove what was handed over."""
         ...
+
+
+def in_order(
+    stream: Generator[tuple[int, list[Sample]], None, None],
+    count: int,
+    on_finished: Callable[[int, list[Sample]], None] | None = None,
+) -> list[list[Sample]]:
+    """What ``RemoteSampler.stream`` gives for ``count`` prompts, as ``Sampler.sample`` returns it."""
+    found: list[list[Sample]] = [[] for _ in range(count)]
+    with closing(stream):
+        for place, samples in stream:
+            found[place] = samples
+            if on_finished:
+                on_finished(place, samples)
+    return found
 
 
 def uniforms(seed: int, stage: int, rows: np.ndarray, draws: np.ndarray, position: int) -> np.ndarray:

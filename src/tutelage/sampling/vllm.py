@@ -24,7 +24,7 @@ from tutelage.files import storing
 from tutelage.groups import Group
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.weights import fingerprint
-from tutelage.sampling.base import Sample, SamplingParams, stream_seed
+from tutelage.sampling.base import Sample, SamplingParams, in_order, stream_seed
 from tutelage.sampling.dispatch import Dispatcher, Patience
 from tutelage.sampling.freshness import compare
 from tutelage.sampling.vllm_server import ServerFault, VLLMServer, completion_request, prompt_logps_of, sample_of
@@ -351,13 +351,8 @@ class VLLMSampler:
         Raises:
             UserError: as ``stream``.
         """
-        found: list[list[Sample]] = [[] for _ in prompts]
-        with closing(self.stream(prompts, params, num_samples=num_samples, rows=rows, stage=stage)) as stream:
-            for place, samples in stream:
-                found[place] = samples
-                if on_finished:
-                    on_finished(place, samples)
-        return found
+        stream = self.stream(prompts, params, num_samples=num_samples, rows=rows, stage=stage)
+        return in_order(stream, len(prompts), on_finished)
 
     def stream(
         self,

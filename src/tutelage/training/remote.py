@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from typing import TypeVar
 
 from torch import nn
 
 from tutelage.groups import Group
 from tutelage.sampling import RemoteSampler, Sample, SamplingParams
+from tutelage.sampling.base import in_order
 from tutelage.training.parallel import Processes
 
 __all__ = ["SharedSampler"]
@@ -60,13 +60,8 @@ class SharedSampler:
         on_finished: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """See ``Sampler.sample``."""
-        found: list[list[Sample]] = [[] for _ in prompts]
-        with closing(self.stream(prompts, params, num_samples=num_samples, rows=rows, stage=stage)) as stream:
-            for place, samples in stream:
-                found[place] = samples
-                if on_finished:
-                    on_finished(place, samples)
-        return found
+        stream = self.stream(prompts, params, num_samples=num_samples, rows=rows, stage=stage)
+        return in_order(stream, len(prompts), on_finished)
 
     def stream(
         self,
