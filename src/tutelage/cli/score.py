@@ -16,6 +16,7 @@ from tutelage.cli.parser import (
     new_file,
     weight_arguments,
 )
+from tutelage.data.choices import holds_choices, read_choices
 from tutelage.data.columns import check_demonstrations, peek
 from tutelage.errors import UserError
 from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD, require_model, run_part
@@ -31,7 +32,8 @@ def main(args: Sequence[str], console: Console) -> None:
     """Score completions with a learned reward, or with the implicit reward of a trained policy.
 
     The data are demonstrations, preference pairs, or samples written by `tutelage sample` or a training stage. Samples
-    are scored by their recorded tokens.
+    are scored by their recorded tokens. Pairs with a column `subset`, and rows with lists of chosen and rejected answers,
+    are counted as RewardBench and RewardBench 2 do.
     """
     options = _options(args)
     output = new_file(options.output)
@@ -51,7 +53,10 @@ def _check_rows(options: argparse.Namespace) -> None:
     if path.is_file() and path.parent.name.startswith(_STAGE) and (path.parent / MANIFEST).exists():
         Manifest(path.parent).require(path.name, "Resume its run, which makes it again, or score a copy elsewhere.")
     rows = peek(options.dataset_name)
-    if rows is not None and "completions" not in rows.column_names:  # what `tutelage sample` and stages write has it
+    if rows is not None and not columns_of(options).named and holds_choices(rows):
+        for _ in read_choices(rows, source=options.dataset_name):
+            pass
+    elif rows is not None and "completions" not in rows.column_names:  # what `tutelage sample` and stages write has it
         check_demonstrations(options.dataset_name, split=options.split, columns=columns_of(options))
 
 

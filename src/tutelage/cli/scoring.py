@@ -17,7 +17,9 @@ from tutelage.cli.common import computing, load_data, load_policy, load_tokeniza
 from tutelage.cli.explain import Explanation, explanations, show_explanations
 from tutelage.cli.progress import TerminalProgress
 from tutelage.cli.rewards import computing_reward, first_member, load_reward, score_in_parts
+from tutelage.cli.subsets import SUBSET, Subsets, show_subsets
 from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
+from tutelage.data.choices import choice_groups, holds_choices
 from tutelage.data.records import group_from_record
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import Interval, bootstrap_mean, mean_interval
@@ -49,7 +51,9 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
         output: file to write.
     """
     tokenization = load_tokenization(options, first_member(name) if options.reward else name)
-    groups = _groups(load_data(options), tokenization, options.dataset_name, _vocabulary(options, name, tokenization))
+    dataset = load_data(options)
+    groups = _groups(dataset, tokenization, options.dataset_name, _vocabulary(options, name, tokenization))
+    subsets = _subsets(groups, dataset, options.dataset_name)
     reward: Reward | None = None
     told: list[list[Explanation]] | None = None
     with TerminalProgress(console, "score") as progress:
@@ -70,7 +74,9 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
     scored = [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
     summary = [*_summary(scored), *_pessimism(reward, scored)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [_line(group, tokenization) for group in scored]
+    lines: list[dict[str, Any]] = [_line(group, tokenization) for group in scored]
+    if subsets:
+        lines = [line | {SUBSET: subsets.name(group)} for line, group in zip(lines, scored, strict=True)]
     if told:
         for line, of_line in zip(lines, told, strict=True):
             for answer, spoken in zip(line["completions"], of_line, strict=True):
@@ -81,6 +87,8 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
     say(console, f"{len(scored)} rows: {output}")
     for line in summary:
         say(console, line)
+    if subsets:
+        show_subsets(subsets.scores(scored), console)
 
 
 # --- what is scored ----------------------------------------------------------------------------------------------------
@@ -98,10 +106,18 @@ def _vocabulary(options: argparse.Namespace, name: str, tokenization: Tokenizati
 def _groups(dataset: Any, tokenization: Tokenization, source: str, vocabulary: int) -> list[Group]:
     """Every prompt with the completions that its row holds."""
     columns = set(dataset.column_names)
+    if not tokenization.columns.named and holds_choices(dataset):
+        return list(choice_groups(dataset, tokenization, source=source))
     if "completions" not in columns:
         rows = tokenize_dataset(dataset, tokenization, source=source)
         return [preference_group_from_row(row) or group_from_row(row) for row in rows]  # type: ignore[arg-type]
     return [_recorded(row, number, tokenization, source, vocabulary) for number, row in enumerate(dataset, start=1)]
+
+
+def _subsets(groups: Sequence[Group], dataset: Any, source: str) -> Subsets | None:
+    """Which subsets the rows belong to, where they hold right and wrong answers and the data name subsets."""
+    told = any(group.of(Role.PREFERRED) and group.of(Role.REJECTED) for group in groups)
+    return Subsets(groups, dataset, source) if told and SUBSET in dataset.column_names else None
 
 
 def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, source: str, vocabulary: int) -> Group:
@@ -200,7 +216,7 @@ def _summary(groups: Sequence[Group]) -> Iterator[str]:
         best = bootstrap_mean([max(rewards) for rewards in samples])
         yield f"mean reward, best of {max(map(len, samples))}: {_shown(best)}"
     pairs = zip(by_role[Role.PREFERRED], by_role[Role.REJECTED], strict=True)
-    wins = [(preferred > rejected) + (preferred == rejected) / 2 for (preferred,), (rejected,) in pairs]
+    wins = [fmean((a > b) + (a == b) / 2 for a in preferred for b in rejected) for preferred, rejected in pairs]
     if wins:
         yield f"accuracy, preferred over rejected: {_shown(mean_interval(wins))}; a tie counts half"
 
