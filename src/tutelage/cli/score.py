@@ -39,7 +39,8 @@ def main(args: Sequence[str], console: Console) -> None:
     output = new_file(options.output)
     name = run_part(options.reward, "reward") if options.reward else options.policy
     _take_lengths(options, Path(name))
-    _check_rows(options)
+    for data in filter(None, (options.dataset_name, options.against)):
+        _check_file(data, options)
     # Imported now that the arguments are good: it takes seconds.
     from tutelage.cli.libraries import quiet_libraries
     from tutelage.cli.scoring import score
@@ -48,16 +49,16 @@ def main(args: Sequence[str], console: Console) -> None:
     score(options, name, output, console)
 
 
-def _check_rows(options: argparse.Namespace) -> None:
-    path = Path(options.dataset_name)
+def _check_file(name: str, options: argparse.Namespace) -> None:
+    path = Path(name)
     if path.is_file() and path.parent.name.startswith(_STAGE) and (path.parent / MANIFEST).exists():
         Manifest(path.parent).require(path.name, "Resume its run, which makes it again, or score a copy elsewhere.")
-    rows = peek(options.dataset_name)
+    rows = peek(name)
     if rows is not None and not columns_of(options).named and holds_choices(rows):
-        for _ in read_choices(rows, source=options.dataset_name):
+        for _ in read_choices(rows, source=name):
             pass
     elif rows is not None and "completions" not in rows.column_names:  # what `tutelage sample` and stages write has it
-        check_demonstrations(options.dataset_name, split=options.split, columns=columns_of(options))
+        check_demonstrations(name, split=options.split, columns=columns_of(options))
 
 
 def _options(args: Sequence[str]) -> argparse.Namespace:
@@ -91,6 +92,10 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
             type=whole(1),
             help=f"Maximum {length} length of a dataset, in tokens. By default what the reward was trained with, else {unless}.",
         )
+    parser.add_argument(
+        "--against",
+        help="Other answers to the same rows, a file as --dataset_name takes it: tells the win rate, raw and at equal length.",
+    )
     parser.add_argument("--batch_size", type=whole(1), default=16, help="Rows per forward pass.")
     parser.add_argument("--output", required=True, help="The .jsonl file to write. It must not exist yet.")
     options = parser.parse_args(args)

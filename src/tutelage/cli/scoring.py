@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tutelage.cli.against import joined, parted, show_win_rate
 from tutelage.cli.common import computing, load_data, load_policy, load_tokenization
 from tutelage.cli.explain import Explanation, explanations, show_explanations
 from tutelage.cli.progress import TerminalProgress
@@ -20,6 +21,7 @@ from tutelage.cli.rewards import computing_reward, first_member, load_reward, sc
 from tutelage.cli.subsets import SUBSET, Subsets, show_subsets
 from tutelage.data import Tokenization, group_from_row, preference_group_from_row, tokenize_dataset
 from tutelage.data.choices import choice_groups, holds_choices
+from tutelage.data.loading import load_dataset
 from tutelage.data.records import group_from_record
 from tutelage.errors import UserError
 from tutelage.evaluation.statistics import Interval, bootstrap_mean, mean_interval
@@ -51,9 +53,45 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
         output: file to write.
     """
     tokenization = load_tokenization(options, first_member(name) if options.reward else name)
+    vocabulary = _vocabulary(options, name, tokenization)
     dataset = load_data(options)
-    groups = _groups(dataset, tokenization, options.dataset_name, _vocabulary(options, name, tokenization))
+    groups = _groups(dataset, tokenization, options.dataset_name, vocabulary)
     subsets = _subsets(groups, dataset, options.dataset_name)
+    together = groups
+    if options.against:
+        others = _groups(load_dataset(options.against), tokenization, options.against, vocabulary)
+        together = joined(groups, others, options.against)
+    reward, rewards, told = _rewards_of(options, name, together, tokenization, console)
+    values = iter(rewards)
+    together = [group.with_values("reward", [next(values) for _ in group.completions]) for group in together]
+    scored, others = parted(together, groups)
+    summary = [*_summary(scored), *_pessimism(reward, together)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = [_line(group, tokenization) for group in scored]
+    if subsets:
+        lines = [line | {SUBSET: subsets.name(group)} for line, group in zip(lines, scored, strict=True)]
+    for line, other in zip(lines, others, strict=True) if options.against else ():
+        line["against"] = _line(other, tokenization)["completions"]
+    if told:
+        for line, of_line in zip(lines, told, strict=True):
+            for answer, spoken in zip(line["completions"] + line.get("against", []), of_line, strict=True):
+                answer["explanation"] = [asdict(said) for said in spoken]
+    write_json_lines(output, lines)
+    if told:
+        show_explanations(lines, console)
+    say(console, f"{len(scored)} rows: {output}")
+    for line in summary:
+        say(console, line)
+    if subsets:
+        show_subsets(subsets.scores(scored), console)
+    if options.against:
+        show_win_rate(scored, others, console)
+
+
+def _rewards_of(
+    options: argparse.Namespace, name: str, groups: Sequence[Group], tokenization: Tokenization, console: Console
+) -> tuple[Reward | None, list[float], list[list[Explanation]] | None]:
+    """The reward (None for an implied one), its values of all completions, and what spoke for and against them if asked."""
     reward: Reward | None = None
     told: list[list[Explanation]] | None = None
     with TerminalProgress(console, "score") as progress:
@@ -70,25 +108,7 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
                 rewards_C = _implied_rewards(options, name, groups, tokenization, progress)
     if not rewards_C.isfinite().all():
         raise UserError("the rewards are NaN or infinite.", remedy="Check its weights.", file=name)
-    rewards = iter(rewards_C.tolist())
-    scored = [group.with_values("reward", [next(rewards) for _ in group.completions]) for group in groups]
-    summary = [*_summary(scored), *_pessimism(reward, scored)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[dict[str, Any]] = [_line(group, tokenization) for group in scored]
-    if subsets:
-        lines = [line | {SUBSET: subsets.name(group)} for line, group in zip(lines, scored, strict=True)]
-    if told:
-        for line, of_line in zip(lines, told, strict=True):
-            for answer, spoken in zip(line["completions"], of_line, strict=True):
-                answer["explanation"] = [asdict(said) for said in spoken]
-    write_json_lines(output, lines)
-    if told:
-        show_explanations(lines, console)
-    say(console, f"{len(scored)} rows: {output}")
-    for line in summary:
-        say(console, line)
-    if subsets:
-        show_subsets(subsets.scores(scored), console)
+    return reward, rewards_C.tolist(), told
 
 
 # --- what is scored ----------------------------------------------------------------------------------------------------
