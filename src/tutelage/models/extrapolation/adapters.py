@@ -302,7 +302,12 @@ class JoinedAdapters(_Adapters):
         """Tell the tally how far the two adapters are apart in a module."""
         tally.squared_distance += self._squared_update(module, [(self._start, self._start_config, -1.0)])
         ours, theirs = (self._modules[weights].get(module, {}) for weights in (self._aligned, self._start))
-        tally.differs |= ours.keys() != theirs.keys() or any(
+        scales = {
+            scaling(config, module, self._rank(weights, module) or 1)
+            for config, weights in ((self._config, self._aligned), (self._start_config, self._start))
+        }
+        tally.differs |= len(scales) > 1 or ours.keys() != theirs.keys()
+        tally.differs |= ours.keys() == theirs.keys() and any(
             not torch.equal(self._aligned.read(ours[part]), self._start.read(theirs[part])) for part in ours
         )
 

@@ -63,6 +63,7 @@ _DTYPES = ("dtype", "torch_dtype")
 _HAVE_NO_EFFECT = (
     *("_name_or_path", "transformers_version", "_commit_hash", "use_cache", "return_dict", "output_attentions"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "router_aux_loss_coef", "initializer_range"),
+    *("id2label", "label2id", "problem_type", "task_specific_params"),
     *("output_hidden_states", "output_router_logits", "chunk_size_feed_forward", "is_encoder_decoder", *_DTYPES),
 )
 
@@ -113,8 +114,8 @@ def require_same_config(aligned: PreTrainedConfig, start: PreTrainedConfig, fold
 def _differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], place: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name in _HAVE_NO_EFFECT or "dropout" in name or name.endswith("_pdrop"):
+    for name in sorted(ours.keys() | theirs.keys(), key=str):
+        if name in _HAVE_NO_EFFECT or "dropout" in str(name) or str(name).endswith("_pdrop"):
             continue
         pair = ours.get(name), theirs.get(name)
         if isinstance(pair[0], Mapping) and isinstance(pair[1], Mapping):
