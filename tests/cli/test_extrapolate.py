@@ -214,7 +214,7 @@ def test_alpha_is_chosen_by_a_reward(command, made, tmp_path, reward, monkeypatc
     assert record["alpha"] == (-0.5, 0, 1)[means.index(max(means))]
 
 
-def test_kl_length_and_adapter(command, made, tmp_path):
+def test_an_adapter_on_the_start(command, made, tmp_path):
     out = tmp_path / "out"
     code, shown = command(*models(made, "adapter"), *choosing(made, "-0.5,1"), "--output_dir", out)
     assert code == 0, shown
@@ -222,8 +222,6 @@ def test_kl_length_and_adapter(command, made, tmp_path):
     state, source = (load_file(path / "adapter_model.safetensors") for path in (out, made / "adapter"))
     for name, value in source.items():
         torch.testing.assert_close(state[name], value * (1 + record["alpha"]) if "lora_B" in name else value)
-    kl = [each["measures"]["kl"]["mean"] for each in record["selection"]["candidates"]]
-    assert kl[0] < kl[1] < kl[2], "farther off with α"
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made / "start"), out)
 
 

@@ -86,7 +86,7 @@ def test_a_file_is_what_safetensors_reads(tmp_path):
         "h": torch.randn(3).half(),
     }
     layout = {name: StoredTensor("", value.dtype, tuple(value.shape)) for name, value in values.items()}
-    write_tensors(tmp_path / "x.safetensors", layout, values.__getitem__, {"format": "pt"})
+    write_tensors(tmp_path / "x.safetensors", layout, lambda name: [values[name]], {"format": "pt"})
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == values.keys()
     for name, value in values.items():
@@ -100,7 +100,12 @@ def test_a_file_is_what_safetensors_reads(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neox"])
-def test_logits_are_those_of_weights_extrapolated_by_hand(tmp_path, architecture):
+@pytest.mark.parametrize("at_once", [None, 100])
+def test_logits_are_those_of_weights_extrapolated_by_hand(tmp_path, architecture, at_once, monkeypatch):
+    if at_once:
+        monkeypatch.setattr(
+            "tutelage.models.stored._AT_ONCE", at_once
+        )  # several parts per tensor, the last one smaller
     start, aligned = tiny_model(architecture), moved(tiny_model(architecture), 1)
     folders = save(start, tmp_path / "start"), save(aligned, tmp_path / "aligned", max_shard_size="20KB")
     made = find_extrapolation(*map(str, folders))

@@ -17,12 +17,9 @@ from tutelage.ranges import SEED, number, whole
 
 __all__ = ["main"]
 
-PAGE, RECORD, CARD = "extrapolation.html", "extrapolation.json", "README.md"
-
 _OUTPUTS = (
-    PAGE,
-    RECORD,
-    CARD,
+    "extrapolation.*",
+    "README.md",
     "config.json",
     "generation_config.json",
     "model*.safetensors*",

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from tutelage.card import code, markdown
 from tutelage.cli.common import computing, load_data, load_policy, load_tokenization
-from tutelage.cli.extrapolate import CARD, PAGE, RECORD
 from tutelage.cli.output import OutputFolder
 from tutelage.cli.progress import TerminalProgress
 from tutelage.cli.rewards import reward_of_policy
@@ -41,6 +40,7 @@ from tutelage.training.made import finish_made
 
 __all__ = ["best_alpha", "extrapolate"]
 
+RECORD, PAGE, CARD = "extrapolation.json", "extrapolation.html", "README.md"
 _LAST = ("adapter_config.json", "config.json")  # by these a folder is known to hold a model
 _SAME = "θ₁ + α(θ₁ − θ₀), computed in float32 (ExPO, arXiv 2404.16792)"
 

@@ -1,11 +1,11 @@
-"""Weights on disk, read and written a tensor at a time: a model of any size takes the memory of its largest tensor."""
+"""Weights on disk, read and written a part of a tensor at a time: a model of any size takes little memory."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,17 @@ class StoredWeights:
         """The tensor of a name that is in ``tensors``, as it is stored, on the CPU."""
         return self._open[self.tensors[name].file].get_tensor(name)
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """A tensor by rows, some millions of numbers at a time; tensors of one shape come in the same parts."""
+        tensor = self.tensors[name]
+        if not tensor.shape or math.prod(tensor.shape) <= _AT_ONCE:
+            yield self.read(name)
+            return
+        rows = max(1, _AT_ONCE // max(1, math.prod(tensor.shape[1:])))
+        opened = self._open[tensor.file].get_slice(name)
+        for begin in range(0, tensor.shape[0], rows):
+            yield opened[begin : begin + rows]
+
     def error(self, problem: str, remedy: str, *, file: str | None = None) -> UserError:
         """An error about these weights."""
         return UserError(
@@ -185,15 +196,15 @@ def is_adapter(folder: Path) -> bool:
 def write_tensors(
     path: Path,
     layout: Mapping[str, StoredTensor],
-    tensor: Callable[[str], Tensor],
+    parts: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file with one tensor in memory at a time.
+    """Write a safetensors file with one part of a tensor in memory at a time.
 
     Args:
         path: of the file, which must not be there.
         layout: type and shape of each tensor by its name; ``file`` is not read.
-        tensor: gives the tensor of a name, of that type and shape. It is asked once for each.
+        parts: gives the tensor of a name in that type, whole or by rows. It is asked once for each.
         metadata: of the file.
 
     Raises:
@@ -212,10 +223,12 @@ def write_tensors(
     with storing(path), path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            value = tensor(name)
-            assert (value.dtype, tuple(value.shape)) == (layout[name].dtype, layout[name].shape), name
-            for part in _bytes(value):
-                file.write(part)
+            begin = file.tell()
+            for part in parts(name):
+                assert part.dtype is layout[name].dtype, name
+                for chunk in _bytes(part):
+                    file.write(chunk)
+            assert file.tell() - begin == layout[name].bytes, name
         file.flush()
         os.fsync(file.fileno())
 
@@ -227,3 +240,4 @@ def _bytes(value: Tensor) -> Iterator[memoryview]:
 
 
 _CHUNK = 2**26  # bytes that are written at once
+_AT_ONCE = 2**23  # numbers of a tensor that are read at once

@@ -116,16 +116,16 @@ class _Adapters:
             name: StoredTensor(ADAPTER_FILE, self._dtype or part.dtype, part.shape) for name, part in parts.items()
         }
 
-        def value(name: str) -> Tensor:
+        def tensor(name: str) -> list[Tensor]:
             found = parts[name].make(layout[name].dtype, tally)
             if not torch.isfinite(found).all():
                 raise self._aligned.error(
                     f"{name} leaves the range of {found.dtype} at alpha = {alpha:g}.",
                     "Take a smaller alpha, or --dtype float32.",
                 )
-            return found
+            return [found]
 
-        write_tensors(folder / ADAPTER_FILE, layout, value, self._aligned.metadata[ADAPTER_FILE] or {"format": "pt"})
+        write_tensors(folder / ADAPTER_FILE, layout, tensor, self._aligned.metadata[ADAPTER_FILE] or {"format": "pt"})
         if not tally.differs:
             raise self._aligned.error(
                 "its weights are those of the start: there is no way to go on along.", "Give two different models."
@@ -188,14 +188,17 @@ class ScaledAdapter(_Adapters):
 
     def __init__(self, start: Path, aligned: Path, *, dtype: torch.dtype | None = None):
         super().__init__(aligned, dtype)
-        self._folder, self._base = start, StoredWeights(start, field="start") if self._whole else None
-        for name in self._whole if self._base else ():
-            if of_base(name) not in self._base.tensors:
-                raise self._base.error(
-                    f"holds no {of_base(name)}, which the adapter has whole (modules_to_save): it is tied there, or has another "
-                    "name.",
-                    "Merge both into their bases (merge_and_unload, save_pretrained) and give the whole models.",
-                )
+        self._folder = start
+        self._base: StoredWeights | None = None
+        if self._whole:
+            self._base = base = StoredWeights(start, field="start")
+            for name in sorted(self._whole):
+                if of_base(name) not in base.tensors:
+                    raise base.error(
+                        f"holds no {of_base(name)}, which the adapter has whole (modules_to_save): it is tied there, or has "
+                        "another name.",
+                        "Merge both into their bases (merge_and_unload, save_pretrained) and give the whole models.",
+                    )
 
     @property
     def files(self) -> tuple[list[Path], list[Path]]:

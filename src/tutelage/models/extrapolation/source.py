@@ -112,16 +112,16 @@ def require_same_config(aligned: PreTrainedConfig, start: PreTrainedConfig, fold
 
 
 def _differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], place: str = ""
+    ours: Mapping[Any, Any], theirs: Mapping[Any, Any], place: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     for name in sorted(ours.keys() | theirs.keys(), key=str):
         if name in _HAVE_NO_EFFECT or "dropout" in str(name) or str(name).endswith("_pdrop"):
             continue
-        pair = ours.get(name), theirs.get(name)
-        if isinstance(pair[0], Mapping) and isinstance(pair[1], Mapping):
-            yield from _differences(*pair, f"{place}{name}.")
-        elif pair[0] != pair[1]:
-            yield f"{place}{name}", *pair
+        one, other = ours.get(name), theirs.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{place}{name}.")
+        elif one != other:
+            yield f"{place}{name}", one, other
 
 
 def shown(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,13 +45,11 @@ class WholeModels:
     def __init__(
         self, start: Path, aligned: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
     ):
-        configs = [
-            read_config(folder, field=field, trust_remote_code=trust_remote_code)
-            for folder, field in ((start, "start"), (aligned, "aligned"))
-        ]
-        require_same_ties(*(tied_names(config, trust_remote_code=trust_remote_code) for config in configs), start)
-        require_same_config(configs[1], configs[0], start)
-        ties = tied_names(configs[1], trust_remote_code=trust_remote_code)
+        theirs = read_config(start, field="start", trust_remote_code=trust_remote_code)
+        ours = read_config(aligned, field="aligned", trust_remote_code=trust_remote_code)
+        ties = tied_names(ours, trust_remote_code=trust_remote_code)
+        require_same_ties(tied_names(theirs, trust_remote_code=trust_remote_code), ties, start)
+        require_same_config(ours, theirs, start)
         self._start, self._aligned = StoredWeights(start, field="start"), StoredWeights(aligned, field="aligned")
         self._dtype = dtype
         self._names = matched(self._start, self._aligned, ties)
@@ -76,8 +74,8 @@ class WholeModels:
                 if tensor.file == file
             }
             size += sum(tensor.bytes for tensor in layout.values())
-            value = partial(self._value, alpha=alpha, tally=tally)
-            write_tensors(folder / file, layout, value, self._aligned.metadata[file])
+            parts = partial(self._parts, alpha=alpha, tally=tally)
+            write_tensors(folder / file, layout, parts, self._aligned.metadata[file])
         if self._aligned.sharded:
             index = read_json(self._aligned.folder / INDEX)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
@@ -103,25 +101,27 @@ class WholeModels:
         # Of several, a loader takes the narrow one for all: the first that is not float32.
         return None if as_aligned else str(min(stored, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
 
-    def _value(self, name: str, *, alpha: float, tally: Tally) -> Tensor:
-        aligned, start = self._aligned.read(name), self._start.read(self._names[name])
-        if aligned.dtype not in FLOATS:
-            if not torch.equal(aligned, start):
-                raise self._start.error(
-                    f"{name}, which holds no weights but {aligned.dtype}, differs from the aligned model's.",
-                    "Give the model that the training of the aligned one started from.",
+    def _parts(self, name: str, *, alpha: float, tally: Tally) -> Iterator[Tensor]:
+        dtype = self._stored_in(name, alpha)
+        for aligned, start in zip(self._aligned.parts(name), self._start.parts(self._names[name]), strict=True):
+            if aligned.dtype not in FLOATS:
+                if not torch.equal(aligned, start):
+                    raise self._start.error(
+                        f"{name}, which holds no weights but {aligned.dtype}, differs from the aligned model's.",
+                        "Give the model that the training of the aligned one started from.",
+                    )
+                yield aligned
+                continue
+            require_finite(aligned, name, self._aligned)
+            require_finite(start, name, self._start)
+            found = extrapolated(aligned, start, alpha, dtype)
+            if not torch.isfinite(found).all():
+                raise self._aligned.error(
+                    f"{name} leaves the range of {dtype} at alpha = {alpha:g}.",
+                    "Take a smaller alpha, or --dtype float32.",
                 )
-            return aligned
-        require_finite(aligned, name, self._aligned)
-        require_finite(start, name, self._start)
-        found = extrapolated(aligned, start, alpha, self._stored_in(name, alpha))
-        if not torch.isfinite(found).all():
-            raise self._aligned.error(
-                f"{name} leaves the range of {found.dtype} at alpha = {alpha:g}.",
-                "Take a smaller alpha, or --dtype float32.",
-            )
-        tally.add(aligned, start, alpha, found)
-        return found
+            tally.add(aligned, start, alpha, found)
+            yield found
 
 
 def require_same_ties(start: Sequence[tuple[str, ...]], aligned: Sequence[tuple[str, ...]], folder: Path) -> None:
