@@ -476,3 +476,17 @@ def test_what_a_folder_is(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find_extrapolation(str(tmp_path / "none"), str(tmp_path / "none"))
     assert Path(tmp_path).exists()
+
+
+def test_hub_names_fetch_safetensors_and_no_pickles(two, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(two / name.split("/")[1])
+
+    monkeypatch.setattr("tutelage.models.extrapolation.source.snapshot_download", fetch)
+    write(find_extrapolation("someone/start", "someone/aligned"), tmp_path / "out", 0.5)
+    assert [name for name, _, _ in asked] == ["someone/start", "someone/aligned"]
+    assert "model*.safetensors" in asked[0][2]
+    assert not any(pattern.endswith((".bin", ".pt", "*.safetensors*")) or pattern == "*" for pattern in asked[0][2])

@@ -12,7 +12,7 @@ __all__ = ["Tally", "computed_in", "extrapolated", "squared_norm"]
 
 
 def extrapolated(aligned: Tensor, start: Tensor, alpha: float, dtype: torch.dtype | None = None) -> Tensor:
-    """θ₁ + α(θ₁ − θ₀), equation 1 of ExPO, for one weight.
+    """θ₁ + α(θ₁ − θ₀), the formula of ExPO, for one weight.
 
     In float32, or in float64 where either weight is. Where both agree, the result is θ₁ itself. α = 0 gives θ₁ and α = −1 gives
     θ₀, bit for bit unless ``dtype`` rounds them.

@@ -56,7 +56,7 @@ def find_extrapolation(
 
 def _base(folder: Path, field: str, trust_remote_code: bool) -> Path:
     config = require_base(str(folder), field=field, trust_remote_code=trust_remote_code)
-    return local_folder(str(config.base_model_name_or_path), field=field)
+    return local_folder(str(config.base_model_name_or_path), field=field, revision=config.revision)
 
 
 def _require_same_model(one: Path, other: Path, name: str, problem: str) -> None:

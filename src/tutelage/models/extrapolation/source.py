@@ -68,8 +68,12 @@ _HAVE_NO_EFFECT = (
 )
 
 
-def local_folder(name_or_path: str, *, field: str) -> Path:
+def local_folder(name_or_path: str, *, field: str, revision: str | None = None) -> Path:
     """Where the files of a model are; of a hub name they are fetched first. In the folder of a run, its policy.
+
+    Args:
+        field: the setting that names it, for errors.
+        revision: of a hub name.
 
     Raises:
         UserError: there is no such model.
@@ -79,7 +83,7 @@ def local_folder(name_or_path: str, *, field: str) -> Path:
     if folder.exists():
         return folder
     with loading(f"the model '{name_or_path}'", "Give a hub name or a folder.", field=field):
-        return Path(snapshot_download(name_or_path, allow_patterns=[*_FOR_LOADERS, *_WEIGHTS]))
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=[*_FOR_LOADERS, *_WEIGHTS]))
 
 
 def read_config(folder: Path, *, field: str, trust_remote_code: bool) -> PreTrainedConfig:
