@@ -395,6 +395,7 @@ def test_the_page_escapes_and_says_what_was_gained():
     assert "0.200 more than the aligned model" in page
     assert "too good by what choosing on these rows adds" in page
     assert "6.5" in page
+    assert "none that was tried does better" in extrapolation_page(found, chosen=0.0, by="score", title="", meta="")
 
 
 def test_the_curve_has_the_length_beside_it():

@@ -445,6 +445,7 @@ def test_models_that_do_not_belong_together(base, two, tmp_path):
     for number, ((start, other), said) in enumerate(cases.items()):
         with pytest.raises(UserError, match=said):
             write(find_extrapolation(str(start), str(other)), tmp_path / f"out{number}", 0.5)
+    assert find_extrapolation(str(base), str(aligned)).files[0] == [base / "model.safetensors"]
     shutil.copytree(base, tmp_path / "moved")
     find_extrapolation(str(tmp_path / "moved"), str(aligned))  # the same weights in another place
 

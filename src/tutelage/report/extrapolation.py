@@ -54,7 +54,7 @@ def extrapolation_table(found: Sequence[Extrapolated], chosen: float) -> Table:
     for each in found:
         numbers = (signed(each.measures[name].mean, 3) if name in each.measures else "–" for name in shown)
         mark = " ←" if each.alpha == chosen else ""
-        table.add_row(f"{each.alpha:g}{mark}", *numbers, _number(each.length, 1), _number(each.truncated, 3))
+        table.add_row(f"{_alpha(each)}{mark}", *numbers, _number(each.length, 1), _number(each.truncated, 3))
     return table
 
 
@@ -64,7 +64,9 @@ def selection_said(found: Sequence[Extrapolated], chosen: float, by: str) -> str
     text = (
         f"α = {chosen:g} has the highest {MEASURES[by][0]} on the validation rows: {signed(best.measures[by].mean, 3)}"
     )
-    if best.gain is not None and chosen != 0:
+    if chosen == 0:
+        text += ", which is the aligned model: none that was tried does better"
+    elif best.gain is not None:
         gain = best.gain
         text += f", {signed(gain.mean, 3)} more than the aligned model (95% interval {signed(gain.low, 3)} to {signed(gain.high, 3)}"
         text += ", too good by what choosing on these rows adds)"
@@ -124,7 +126,11 @@ def _row(each: Extrapolated, shown: Sequence[str], chosen: float) -> str:
     cells = "".join(f"<td>{_interval(each.measures.get(name))}</td>" for name in shown)
     cells += f"<td>{_interval(each.gain)}</td><td>{_number(each.length, 1)}</td><td>{_number(each.truncated, 3)}</td>"
     mark = " (written)" if each.alpha == chosen else ""
-    return f'<tr><th scope="row">{each.alpha:g}{mark}</th>{cells}</tr>'
+    return f'<tr><th scope="row">{_alpha(each)}{mark}</th>{cells}</tr>'
+
+
+def _alpha(found: Extrapolated) -> str:
+    return f"{found.alpha:g}".replace("-", "−")
 
 
 def _interval(found: Interval | None) -> str:

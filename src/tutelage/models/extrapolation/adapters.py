@@ -202,7 +202,10 @@ class ScaledAdapter(_Adapters):
 
     @property
     def files(self) -> tuple[list[Path], list[Path]]:
-        names = weight_files(self._folder, field="start")
+        try:
+            names = weight_files(self._folder, field="start")
+        except UserError:  # pickled: nothing of the base is read, and a hash of it is all that is lost
+            names = []
         return [self._folder / name for name in names], [self._aligned.folder / ADAPTER_FILE]
 
     def _parts(self, alpha: float) -> dict[str, _Part]:
