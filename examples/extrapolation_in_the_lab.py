@@ -134,11 +134,17 @@ def shown(lines: Sequence[Mapping[str, Any]], world: str) -> list[Table]:
     for policy, way in (("start", ""), *((policy, way) for policy in TRAINED for way in ("trained", "random"))):
         rows = [line for line in lines if line["policy"] == policy and line["direction"] == way]
         table = Table(title=f"{world}, {len(seeds)} seeds: {policy} {way}", title_justify="left")
-        for heading in ("α", *SHOWN):
+        for heading in ("α", *SHOWN, "score over that at α = 0", "higher in"):
             table.add_column(heading, justify="right", no_wrap=True)
+        plain = [line["test"]["score"] for line in rows if line["alpha"] == 0]
         for alpha in dict.fromkeys(line["alpha"] for line in rows):
             at = [line["test"] for line in rows if line["alpha"] == alpha]
-            table.add_row("–" if alpha is None else f"{alpha:g}", *(told([each[key] for each in at]) for key in SHOWN))
+            gains = np.subtract([each["score"] for each in at], plain) if alpha else None
+            table.add_row(
+                "–" if alpha is None else f"{alpha:g}",
+                *(told([each[key] for each in at]) for key in SHOWN),
+                *(("", "") if gains is None else (told(gains), f"{(gains > 0).sum()} of {len(gains)}")),
+            )
         tables.append(table)
     table = Table(title="α chosen by score on validation rows; score on test rows", title_justify="left")
     for heading in ("policy", "direction", "α, by seed", "score at α = 0", "score at the chosen α", "difference"):

@@ -37,4 +37,5 @@ def test_alpha_is_chosen_on_validation_rows_and_told_on_test_rows():
         console.print(table)
     text = console.export_text()
     assert text.count("4 4") == 4
-    assert text.count("0.125 ± 0.000") == 4
+    assert text.count("0.125 ± 0.000") == 8
+    assert text.count("2 of 2") == 4
