@@ -64,7 +64,7 @@ _HAVE_NO_EFFECT = (
     *("_name_or_path", "transformers_version", "_commit_hash", "use_cache", "return_dict", "output_attentions"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "router_aux_loss_coef", "initializer_range"),
     *("id2label", "label2id", "problem_type", "task_specific_params"),
-    *("output_hidden_states", "output_router_logits", "chunk_size_feed_forward", "is_encoder_decoder", *_DTYPES),
+    *("output_hidden_states", "output_router_logits", "chunk_size_feed_forward", *_DTYPES),
 )
 
 
