@@ -105,6 +105,18 @@ COMMANDS = {
     "evaluate": ["--model_name_or_path", "NONE", "--dataset_name", "NONE", "--output_dir", "OUT"],
     "clean": ["NONE", "--model_name_or_path", "NONE", "--output_dir", "OUT", "--drop", "0.1"],
     "data": ["NONE", "--model_name_or_path", "NONE"],
+    "extrapolate": [
+        "--start",
+        "NONE",
+        "--aligned",
+        "NONE",
+        "--output_dir",
+        "OUT",
+        "--alphas",
+        "1,2",
+        "--dataset_name",
+        "NONE",
+    ],
 }
 OPTIONS = {
     "sample": ["batch_size", "num_samples", "temperature", "top_k", "top_p", "seed", "max_completion_length"],
@@ -112,6 +124,7 @@ OPTIONS = {
     "evaluate": ["batch_size", "sampling_batch_size", "beta", "eval_samples", "rows", "seed"],
     "clean": ["batch_size", "sampling_batch_size", "fold_epochs", "fold_learning_rate", "num_folds", "lora_r", "show", "seed"],
     "data": ["max_prompt_length", "max_completion_length"],
+    "extrapolate": ["batch_size", "sampling_batch_size", "eval_samples", "rows", "seed", "max_completion_length"],
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from html import escape
 from tutelage.results import RunRecord, told_of_probes
 from tutelage.visible import visible
 
-__all__ = ["markdown", "model_card"]
+__all__ = ["code", "markdown", "model_card"]
 
 
 def markdown(text: object) -> str:
@@ -26,7 +26,8 @@ def markdown(text: object) -> str:
     return shown.replace("www.", "www&#46;")
 
 
-def _code(text: object) -> str:
+def code(text: object) -> str:
+    """A name as Markdown that shows it as it is, as code."""
     shown = markdown(text)
     return f"`{shown}`" if shown == str(text) else f"<code>{shown}</code>"
 
@@ -42,8 +43,8 @@ def model_card(record: RunRecord) -> str:
         "",
         f"# {markdown(record.name)}",
         "",
-        f"Trained with **{markdown(record.algorithm)}** by tutelage, starting from {_code(record.model)}, on "
-        f"{_code(record.dataset)} "
+        f"Trained with **{markdown(record.algorithm)}** by tutelage, starting from {code(record.model)}, on "
+        f"{code(record.dataset)} "
         f"(seed {record.seed}{'' if epochs is None else f', {epochs:g} passes over the demonstrations'}).",
         "",
         *([record.card, ""] if record.card else []),

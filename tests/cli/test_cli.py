@@ -383,6 +383,7 @@ def test_usage(tutelage):
         "sample",
         "score",
         "evaluate",
+        "extrapolate",
         "report",
         "data",
         "clean",
@@ -392,7 +393,9 @@ def test_usage(tutelage):
     assert tutelage("--help")[1] == shown
 
 
-@pytest.mark.parametrize("command", ["sample", "score", "evaluate", "report", "data", "clean", "vllm-command"])
+@pytest.mark.parametrize(
+    "command", ["sample", "score", "evaluate", "extrapolate", "report", "data", "clean", "vllm-command"]
+)
 def test_help_of_other_commands(command, tutelage):
     code, shown, _ = tutelage(command, "--help")
     assert code == 0

@@ -170,6 +170,7 @@ def commands(model, data, out):
             out / "s.jsonl",
         ),
         "clean": ("clean", data, *lm, "--output_dir", out, "--drop", 0.5),
+        "extrapolate": ("extrapolate", "--start", model, "--aligned", model, "--alpha", 1, "--output_dir", out),
         "lab": ("lab", "run", "smoke", "--output_dir", out),
         "quickstart": ("quickstart", *lm, "--output_dir", out),
     }
@@ -179,7 +180,9 @@ IMPOSSIBLE = {"a file for a parent": "file/out", "a place where nothing can be m
 
 
 @pytest.mark.parametrize("place", IMPOSSIBLE)
-@pytest.mark.parametrize("command", ["sft", "rft", "evaluate", "sample", "score", "clean", "lab", "quickstart"])
+@pytest.mark.parametrize(
+    "command", ["sft", "rft", "evaluate", "sample", "score", "clean", "extrapolate", "lab", "quickstart"]
+)
 def test_an_impossible_output_is_one_error_before_the_work(
     refused, model, finished, tmp_path, monkeypatch, command, place
 ):

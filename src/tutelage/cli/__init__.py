@@ -23,6 +23,7 @@ tutelage: alignment from demonstrations alone.
   tutelage sample                  sample completions for the prompts of a dataset, to JSONL
   tutelage score                   score the completions of a dataset, or samples, with a reward, to JSONL
   tutelage evaluate                evaluate trained models against their start and their controls
+  tutelage extrapolate             go on from a trained model, away from its start, to a new model
   tutelage report RUN [RUN …]      one page that compares runs
   tutelage data DATA               what the model will see of a dataset
   tutelage clean DATA              rank demonstrations, and write the better ones
@@ -39,6 +40,7 @@ _COMMANDS = {
     "sample": "sample",
     "score": "score",
     "evaluate": "evaluate",
+    "extrapolate": "extrapolate",
     "report": "report",
     "data": "data",
     "clean": "clean",

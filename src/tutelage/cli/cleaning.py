@@ -18,7 +18,7 @@ from torch import nn
 
 from tutelage.cli.common import computing, load_data, load_policy, load_tokenization, on_device, precision_of
 from tutelage.cli.progress import TerminalProgress
-from tutelage.cli.rewards import first_member, load_reward
+from tutelage.cli.rewards import reward_of_policy
 from tutelage.data import Tokenization
 from tutelage.data.readers import extension, read_file
 from tutelage.data.tokenized import TokenizedRow, tokenized_rows
@@ -27,11 +27,9 @@ from tutelage.evaluation.cleaning import Ranked, number_dropped, rank_rows
 from tutelage.evaluation.policy import can_sample
 from tutelage.files import write_json_lines, write_text
 from tutelage.groups import Group
-from tutelage.models.loading import add_adapter, load_tokenizer
-from tutelage.models.paths import run_part
+from tutelage.models.loading import add_adapter
 from tutelage.progress import Progress
 from tutelage.report.cleaning import WorstRow, cleaning_page, worst_table
-from tutelage.rewards import Reward
 from tutelage.rewards.base import scores_by_group
 from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 from tutelage.scoring.logps import cached_logps
@@ -206,7 +204,7 @@ class _ByReward(_Answering):
         with progress.phase("loading the model and the reward"):
             self.policy = load_policy(options, options.model_name_or_path, tokenization)
             TransformersSampler(self.policy)  # else it would be found out after loading
-            self.reward = _reward(options, tokenization)
+            self.reward = reward_of_policy(options, tokenization, logp_model=options.model_name_or_path)
         self._samples: list[Sample] = []
 
     def values(self) -> list[float]:
@@ -228,19 +226,6 @@ def _lora(rank: int) -> LoraConfig:
     return LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-
-
-def _reward(options: argparse.Namespace, tokenization: Tokenization) -> Reward:
-    name = run_part(options.reward, "reward")
-    tokenizer = load_tokenizer(first_member(name), trust_remote_code=options.trust_remote_code)
-    if tokenizer.get_vocab() != tokenization.tokenizer.get_vocab():
-        raise UserError(
-            "its tokenizer is not the model's: a reward reads the model's tokens.",
-            remedy="Give a reward that was learned for this model.",
-            file=options.reward,
-            field="reward",
-        )
-    return load_reward(options, name, tokenization, logp_model=options.model_name_or_path)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------------

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from tutelage.cli.common import computing, load_policy, on_device, precision_of
 from tutelage.data import Tokenization
+from tutelage.errors import UserError
 from tutelage.groups import Group
-from tutelage.models.loading import check_vocabulary
-from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD
+from tutelage.models.loading import check_vocabulary, load_tokenizer
+from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD, run_part
 from tutelage.progress import Progress
 from tutelage.rewards import ExplicitReward, FeatureReward, Reward
 from tutelage.rewards.ensemble import RewardEnsemble, read_ensemble
 from tutelage.rewards.feature_reward import saved_facts
 
-__all__ = ["computing_reward", "first_member", "load_reward", "score_in_parts"]
+__all__ = ["computing_reward", "first_member", "load_reward", "reward_of_policy", "score_in_parts"]
 
 
 def first_member(name: str) -> str:
@@ -61,6 +62,30 @@ def load_reward(
     policy = logp_model or (str(beside) if beside.is_dir() else None)
     found = [_load_one(options, str(member), tokenization, base_model, policy) for member in members]
     return RewardEnsemble(found, combine)
+
+
+def reward_of_policy(
+    options: argparse.Namespace, tokenization: Tokenization, *, logp_model: str | None = None
+) -> Reward:
+    """The reward that ``options.reward`` names, for answers of a policy.
+
+    Args:
+        tokenization: the policy's.
+        logp_model: as for ``load_reward``.
+
+    Raises:
+        UserError: as ``load_reward``; the reward reads other tokens than the policy writes.
+    """
+    name = run_part(options.reward, "reward")
+    tokenizer = load_tokenizer(first_member(name), trust_remote_code=options.trust_remote_code)
+    if tokenizer.get_vocab() != tokenization.tokenizer.get_vocab():
+        raise UserError(
+            "its tokenizer is not the model's: a reward reads the model's tokens.",
+            remedy="Give a reward that was learned for this model.",
+            file=options.reward,
+            field="reward",
+        )
+    return load_reward(options, name, tokenization, logp_model=logp_model)
 
 
 def _load_one(

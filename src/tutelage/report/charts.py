@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tutelage.report.runs import candidates, has_verifier_score
-from tutelage.results import Curve, RewardQualityRecord, RunRecord
+from tutelage.results import Curve, Interval, RewardQualityRecord, RunRecord
 
 __all__ = [
     "NUM_COLORS",
@@ -31,6 +31,7 @@ __all__ = [
     "dash",
     "draw",
     "other_curves",
+    "over_alpha",
     "stage_times",
 ]
 
@@ -192,6 +193,37 @@ def best_of_n(quality: RewardQualityRecord, index: int) -> str:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("n answers to pick from")
     axes.legend(fontsize=7.5, frameon=False, labelcolor=_INK, loc="best")
+    return _svg(figure)
+
+
+def over_alpha(
+    alphas: Sequence[float], values: Sequence[Interval], lengths: Sequence[float | None], chosen: float
+) -> str:
+    """SVG of a measure with its 95% interval as a model is extrapolated; the mean length of the answers is dashed, on the right axis.
+
+    Args:
+        alphas: in order; a vertical line marks 0, the aligned model.
+        values, lengths: one for each; no length is drawn where none is known.
+        chosen: the α with a ring.
+    """
+    figure, axes = _frame()
+    color = _color(0)
+    axes.axvline(0, color=_RULE, linewidth=1.0, zorder=1)
+    axes.fill_between(
+        alphas, [each.low for each in values], [each.high for each in values], color=color, alpha=0.15, linewidth=0
+    )
+    axes.plot(alphas, [each.mean for each in values], color=color, linewidth=1.5, marker="o", markersize=3.5)
+    if chosen in alphas:
+        height = values[alphas.index(chosen)].mean
+        axes.plot(chosen, height, "o", markersize=9, markerfacecolor="none", markeredgecolor=color)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.set_xlabel("α")
+    if any(length is not None for length in lengths):
+        right = axes.twinx()
+        _style(right)
+        shown = [_finite(length) for length in lengths]
+        right.plot(alphas, shown, color=_INK, linestyle=_DASHES[1], linewidth=1.2, marker="s", markersize=2.5)
+        right.set_ylabel("mean length, tokens, dashed", color=_INK, fontsize=8.5)
     return _svg(figure)
 
 

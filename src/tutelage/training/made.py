@@ -16,7 +16,8 @@ __all__ = ["MADE", "add_made", "finish_made", "is_made", "is_unfinished", "made_
 MADE = "made.json"
 """File in an output folder that names the files which were written there, as they are about to be."""
 
-_OWN = (MADE, "lock.json", "run.json", "template-time.json")
+_HALF = MADE + ".tmp"  # what a kill may leave of a record that was being written
+_OWN = (_HALF, MADE, "lock.json", "run.json", "template-time.json")
 _OF_STAGES = (
     MANIFEST,
     WRITING,
@@ -77,10 +78,13 @@ def is_made(folder: Path, name: str) -> bool:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether the folder holds nothing but what a killed command wrote that may be run again."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if not (folder / MADE).exists():  # killed while it began
+        return all(path in (folder / _HALF, folder / "lock.json") for path in files)
     if not _json(folder / MADE).get("unfinished"):
         return False
     made = set(made_files(folder))
-    return all(path in made for path in folder.rglob("*") if path.is_file())
+    return all(path in made for path in files)
 
 
 def made_files(folder: Path) -> list[Path]:
