@@ -238,6 +238,11 @@ class DemonstrationTrainer(Trainer):
         """Hand in what adds to each step's demonstrations their log-probs under an earlier policy; before training, without stages."""
         self.earlier = earlier
 
+    @property
+    def knows_earlier(self) -> bool:
+        """Whether the objective is told of an earlier policy, which takes passes besides those of the steps."""
+        return self.earlier is not None or self._anchor is not None
+
     def anchor_to_start(self, kind: DivergenceKind, *, asked_by: str) -> None:
         """From now on the objective gets the divergence from the start's next-token distribution at each token; before training.
 
