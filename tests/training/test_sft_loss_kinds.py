@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import TrainerCallback
 
 from training_runs import SETTINGS, SGD, Training, assert_same_weights, distance, history
@@ -106,8 +107,6 @@ def test_where_they_are_sft_or_dft(training):
 @pytest.mark.parametrize("adapter", ["new", "continued"])
 def test_with_an_adapter_the_start_is_the_run_s(training, settings, adapter):
     """A new adapter changes nothing; one that was trained before does, and the start is the policy with it."""
-    from peft import get_peft_model
-
     model, options = training.model(), {"peft_config": training.lora()}
     if adapter == "continued":
         model, options = get_peft_model(model, training.lora(init_lora_weights=False)), {}
@@ -118,12 +117,12 @@ def test_with_an_adapter_the_start_is_the_run_s(training, settings, adapter):
     trainer.train()
     first = next(row for row in trainer.state.log_history if "loss" in row)
     if settings["loss_kind"] == "asft":
-        assert first["tokens/divergence_from_start"] == pytest.approx(0.0, abs=1e-6)
+        assert first["tokens/divergence_from_start"] == pytest.approx(0.0, abs=1e-5)
         assert history(trainer, "tokens/divergence_from_start")[-1] > 1e-4
     elif settings["loss_kind"] == "psft":
-        assert first["loss"] == pytest.approx(-1.0, abs=1e-6)
+        assert first["loss"] == pytest.approx(-1.0, abs=1e-5)
     else:
-        assert first["demonstrations/weight"] == pytest.approx(1.0, abs=1e-6)
+        assert first["demonstrations/weight"] == pytest.approx(1.0, abs=1e-5)
         known = [trainer.earlier._known[group.row, len(group.prompt_ids)] for group in groups]
         assert known == pytest.approx(before.tolist(), abs=1e-3)
 
@@ -247,8 +246,10 @@ def test_streams_are_refused_where_they_would_be_read_twice(training):
     assert stream.state.global_step == 2
 
 
-def test_from_the_command_line(training, capsys, settings):
+@pytest.mark.parametrize("name", ["asft, reverse", "psft", "iw"])
+def test_from_the_command_line(training, capsys, name):
     """A dry run tells of the passes, and leaves nothing; a run is no control."""
+    settings = {"loss_kind": name.split(",")[0], **RIVALS[name]}
     training.model().save_pretrained(training.folder / "base")
     training.tokenizer.save_pretrained(training.folder / "base")
     lines = [json.dumps(row) + "\n" for row in training.rows(8)]
