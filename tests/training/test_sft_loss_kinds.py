@@ -12,10 +12,13 @@ from tutelage.algorithms.registry import find
 from tutelage.algorithms.sft_losses import LOSS_KINDS
 from tutelage.cli import main
 from tutelage.errors import UserError
+from tutelage.groups import Completion, Group, Role
 from tutelage.report.runs import is_method
 from tutelage.results import load_results
+from tutelage.scoring.divergence import teacher_states
 from tutelage.scoring.logps import completion_token_logps
 from tutelage.training.earlier import OLD_LOGPS
+from tutelage.training.objective import Step
 
 RIVALS = {
     "asft": {"anchor_weight": 2.0},
@@ -125,6 +128,22 @@ def test_with_an_adapter_the_start_is_the_run_s(training, settings, adapter):
         assert first["demonstrations/weight"] == pytest.approx(1.0, abs=1e-5)
         known = [trainer.earlier._known[group.row, len(group.prompt_ids)] for group in groups]
         assert known == pytest.approx(before.tolist(), abs=1e-3)
+
+
+def test_what_stands_beside_a_demonstration_counts_nothing(training, settings):
+    trainer = training.trainer("sft", **settings)
+    row = trainer.train_dataset[0]
+    ids = tuple(row["demonstration_ids"])
+    known = {"token_values": {"old_logps": (-5.0,) * len(ids)}, "values": {"start_logp": -20.0}}
+    alone = Group(tuple(row["prompt_ids"]), (Completion(ids, Role.DEMONSTRATION, True, **known),))
+    beside = Group(alone.prompt_ids, (Completion((9, 9), Role.SAMPLE, False), *alone.completions))
+    losses = []
+    for group in (alone, beside):
+        start = teacher_states(training.model(initializer_range=0.5), [group], kind="forward_kl")
+        tokens = completion_token_logps(trainer.policy, [group], teacher=start)
+        step = Step(trainer.objective.counts([group]), -1, lambda name, values: None)
+        losses.append(trainer.objective.loss(tokens, step).item())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 # --- the engine ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from tutelage.algorithms.registry import Algorithm
 from tutelage.algorithms.sft_losses import CURVES, LOSS_KINDS, LossKind
 from tutelage.errors import UserError
-from tutelage.groups import Group
+from tutelage.groups import Group, Role
 from tutelage.progress import Progress
 from tutelage.ranges import number, whole
 from tutelage.results import AlgorithmInfo
@@ -114,6 +114,7 @@ class SFTObjective:
 
     def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
         """The mean loss per token."""
+        tokens = tokens.only(Role.DEMONSTRATION)
         step.track("logps/demonstrations", tokens.sums())
         return self.kind.losses(tokens, self.args, step.track).sum() / max(1, step.counts["tokens"])
 

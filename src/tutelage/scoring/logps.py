@@ -85,13 +85,28 @@ class TokenLogps:
 
     def logps_of(self, *roles: Role) -> Tensor:
         """[n] the log-probs of the tokens of completions that have these roles."""
+        return self.logps_N[self.index(self._places_of(roles))]
+
+    def only(self, *roles: Role) -> TokenLogps:
+        """The same of the completions alone that have these roles."""
+        if all(completion.role in roles for completion in self._completions):
+            return self
+        groups = [group.select(group.places(*roles)) for group in self.groups]
+        kept = (completion for group in groups for completion in group.completions)
+        ids = [place for place, completion in enumerate(kept) for _ in completion.token_ids]
+        places = self.index(self._places_of(roles))
+        divergence_N = None if self.divergence_N is None else self.divergence_N[places]
+        return TokenLogps(groups, self.logps_N[places], self.index(ids), divergence_N)
+
+    def _places_of(self, roles: Sequence[Role]) -> list[int]:
+        """Which of the N tokens are of completions that have these roles."""
         places, start = list[int](), 0
         for completion in self._completions:
             end = start + len(completion.token_ids)
             if completion.role in roles:
                 places += range(start, end)
             start = end
-        return self.logps_N[self.index(places)]
+        return places
 
     def sums_of(self, *roles: Role) -> Tensor:
         """[n] the log-probs of the completions that have these roles (nats per sequence)."""
