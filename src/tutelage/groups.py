@@ -56,7 +56,8 @@ class Completion:
             ``sampler_logps`` (log-prob under the distribution it was drawn from), ``old_logps`` (under the policy
             that drew it, at temperature 1) and ``reference_logps``, all in nats.
         values: what is known of the whole completion, by name. The engine's names are ``reward`` (what the reward
-            gave it) and ``scaled_reward`` (as the policy phase of RFT sees it).
+            gave it), ``scaled_reward`` (as the policy phase of RFT sees it) and ``start_logp`` (its log-prob under the
+            policy that the run started with, nats).
     """
 
     token_ids: tuple[int, ...]

@@ -7,6 +7,7 @@ finite arguments.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "LossKind",
     "RewardLossKind",
+    "asft_loss",
     "dft_loss",
     "group_normalized_advantages",
     "implicit_reward",
@@ -24,7 +26,9 @@ __all__ = [
     "kl_loss",
     "leave_one_out_advantages",
     "policy_gradient_loss",
+    "psft_loss",
     "reward_loss",
+    "sequence_weights",
     "sft_loss",
 ]
 
@@ -65,6 +69,75 @@ def dft_loss(token_logps: Tensor) -> Tensor:
     tensor([0.3466, 0.3466])
     """
     return -token_logps.detach().exp() * token_logps
+
+
+def asft_loss(token_logps: Tensor, divergences: Tensor, *, weight: float) -> Tensor:
+    """Anchored fine-tuning: the loss of DFT plus a divergence from the start, −sg(p) log p + λ D.
+
+    D compares the whole next-token distributions of policy and start (Zhu et al. 2025, "Anchored Supervised Fine-Tuning",
+    arXiv 2509.23753). At λ = 0 it is ``dft_loss``.
+
+    Args:
+        token_logps: [N] log-prob of each token of the demonstrations (nats per token), with gradient.
+        divergences: [N] divergence between policy and start where each token is predicted (nats), with gradient.
+        weight: λ ≥ 0.
+
+    Returns:
+        [N] loss of each token (nats); no measure of progress, as DFT's.
+
+    >>> asft_loss(torch.tensor([0.5]).log(), torch.tensor([0.2]), weight=0.1)
+    tensor([0.3666])
+    """
+    _require_same_shape(token_logps=token_logps, divergences=divergences)
+    return dft_loss(token_logps) + weight * divergences
+
+
+def psft_loss(token_logps: Tensor, old_token_logps: Tensor, *, clip_range: float) -> Tensor:
+    """Proximal fine-tuning: PPO's clipped surrogate with an advantage of 1 for each demonstrated token, −min(ρ, 1 + ε).
+
+    With ρ = π(y_t | x, y_<t) / π_old(y_t | x, y_<t) (Zhu et al. 2025, "Proximal Supervised Fine-Tuning", arXiv 2508.17784).
+    The paper writes −min(ρ, clip(ρ, 1 − ε, 1 + ε)); as the advantage is positive, the lower bound never binds. At ρ = 1 the
+    gradient is SFT's, −∇log π; a token that gained more than ε since π_old has none.
+
+    Args:
+        token_logps: [N] log-prob of each token of the demonstrations (nats per token), with gradient.
+        old_token_logps: [N] the same under π_old; no gradient is expected through them.
+        clip_range: ε > 0.
+
+    Returns:
+        [N] loss of each token, between −(1 + ε) and 0.
+
+    >>> psft_loss(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.25]).log(), clip_range=0.28)
+    tensor([-1.0000, -1.2800])
+    """
+    _require_same_shape(token_logps=token_logps, old_token_logps=old_token_logps)
+    return -(token_logps - old_token_logps).clamp(max=math.log1p(clip_range)).exp()
+
+
+def sequence_weights(
+    logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, temperature: float = 1.0, limit: float = 16.0
+) -> Tensor:
+    """Importance weights of demonstrations: w = min(c, exp(τ/|y| (log π(y|x) − log π_0(y|x)))), without gradient.
+
+    The weights of importance-weighted SFT, whose loss of a demonstration is −w log π(y|x) (Qin and Springenberg 2025,
+    "Supervised Fine Tuning on Curated Data is Reinforcement Learning", arXiv 2507.12856), as the authors' code computes them:
+    with the mean over tokens in place of the sum. Where π = π_0 they are 1, and the loss is SFT's.
+
+    Args:
+        logps, reference_logps: [D] log-probs of the demonstrations under π and π_0 (nats per sequence).
+        lengths: [D] their tokens, at least 1.
+        temperature: τ ≥ 0; at 0 every weight is 1.
+        limit: c, the largest weight.
+
+    Returns:
+        [D] weights between 0 and c; no gradient goes through them.
+
+    >>> sequence_weights(torch.tensor([-2.0, -9.0]), torch.tensor([-4.0, -1.0]), torch.tensor([2, 4]))
+    tensor([2.7183, 0.1353])
+    """
+    _require_same_shape(logps=logps, reference_logps=reference_logps, lengths=lengths)
+    log_weights = temperature * (logps - reference_logps).detach() / lengths
+    return log_weights.clamp(max=math.log(limit)).exp()
 
 
 def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:

@@ -63,7 +63,7 @@ def test_dft_trains_as_a_loop_written_out(training):
 
 
 def test_a_loss_kind_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="'loss_kind': must be one of nll, dft, not 'ipo'"):
+    with pytest.raises(UserError, match="'loss_kind': must be one of nll, dft, asft, psft, iw, not 'ipo'"):
         find("sft").config(output_dir=str(tmp_path), loss_kind="ipo", **SETTINGS)
 
 

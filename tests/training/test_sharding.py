@@ -22,7 +22,7 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "TUTELAGE_TEST_SHARDED": "1",
 }
-NAMES = ["sft", "spin", "irft", "irft-adapter", "irft-tied"]
+NAMES = ["sft", "sft-psft", "sft-iw", "spin", "irft", "irft-adapter", "irft-tied"]
 RESUMED, HALVED = "irft-resumed", "irft-bf16"
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
@@ -160,6 +160,7 @@ def test_the_first_process_alone_writes(both):
 
 REFUSED = {
     "rft": "rft does not work on a model that is sharded",
+    "asft": "--loss_kind asft does not work on a model that is sharded",
     "optim": "--optim adafactor does not work on a model that is sharded",
     "load_best_model_at_end": "--load_best_model_at_end does not work on a model that is sharded",
     "vllm": "--sampler vllm does not work on a model that is sharded",

@@ -135,6 +135,11 @@ SCENARIOS = {
         "sft", data=sums(t), options=adapter(t), save_strategy="steps", save_steps=1, **ROWS, **SGD
     ),
     "sft-sorted": lambda t: t.trainer("sft", data=sums(t), train_sampling_strategy="sequential", **ROWS, **SGD),
+    "sft-asft": lambda t: t.trainer(
+        "sft", data=sums(t), options=adapter(t), loss_kind="asft", **ROWS, **{**SGD, "learning_rate": 0.5}
+    ),
+    "sft-psft": lambda t: t.trainer("sft", data=sums(t), loss_kind="psft", old_policy_steps=2, **ROWS, **SGD),
+    "sft-iw": lambda t: t.trainer("sft", data=sums(t), loss_kind="iw", **ROWS, **SGD),
     "spin": lambda t: t.trainer("spin", data=sums(t), **ROWS, **SGD),
     "irft": lambda t: t.trainer("irft", data=sums(t), reference="initial", sft_weight=0.1, **ROWS, **STAGES, **SGD),
     "irft-kept": kept,
@@ -243,6 +248,7 @@ def refused(folder):
     training = Training(folder)
     attempts = {
         "rft": lambda: training.trainer("rft", data=sums(training), reward="features", **ROWS),
+        "asft": lambda: training.trainer("sft", data=sums(training), loss_kind="asft", **ROWS),
         "optim": lambda: training.trainer("sft", data=sums(training), optim="adafactor", **ROWS),
         "load_best_model_at_end": lambda: training.trainer(
             "sft",

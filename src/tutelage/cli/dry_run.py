@@ -98,7 +98,12 @@ def _of_time(work: Work, pace: Pace) -> Iterator[str]:
     tokens = work.rows * work.row_tokens
     training = tokens * pace.step
     if not work.stages:
-        yield f"time: an epoch about {duration(training)} at most (an estimate from a few rows, evaluations not counted)"
+        earlier = tokens * pace.score if work.knows_earlier else 0.0
+        parts = f"{duration(earlier)} of it for log-probs under an earlier policy; " if work.knows_earlier else ""
+        yield (
+            f"time: an epoch about {duration(training + earlier)} at most ({parts}an estimate from a few rows, evaluations not "
+            "counted)"
+        )
         return
     sampling = work.sample_tokens * pace.sample
     scoring = work.sampled_rows * work.row_tokens * pace.score

@@ -15,11 +15,38 @@ from tutelage.models.head import LMHead
 from tutelage.models.head_divergence import DivergenceKind, head_divergence
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode
-from tutelage.scoring.forward import predictor_hidden_states
+from tutelage.scoring.forward import TeacherStates, predictor_hidden_states
 from tutelage.scoring.layout import collate_in_layout
 from tutelage.scoring.logps import Layout
 
-__all__ = ["completion_divergence"]
+__all__ = ["completion_divergence", "teacher_states"]
+
+
+@torch.no_grad()
+def teacher_states(
+    teacher: nn.Module,
+    groups: Sequence[Group],
+    *,
+    kind: DivergenceKind,
+    mixture: float = 0.5,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    layout: Layout = "auto",
+    pad_token_id: int = 0,
+) -> TeacherStates:
+    """What a teacher says of the completion tokens of some groups, without gradient and without dropout.
+
+    Args:
+        teacher: a causal language model; the student itself, with other weights in ``context``, is one too.
+        groups: prompts as the teacher sees them, with the completions.
+        kind, mixture: how the student will be compared with it; see ``head_divergence``.
+        context: makes the context that the pass runs in: ``weights.active`` of a ``WeightSet``, or ``model.disable_adapter``
+            of peft. The head is taken as it is there.
+        layout, pad_token_id: as for ``completion_token_logps``.
+    """
+    with evaluation_mode(teacher), context():
+        base = base_causal_lm(teacher)
+        hidden_NH = predictor_hidden_states(base, collate_in_layout(teacher, groups, layout, pad_token_id))
+        return TeacherStates(hidden_NH, LMHead.of(base).detached(), kind, mixture)
 
 
 def completion_divergence(
@@ -62,18 +89,23 @@ def completion_divergence(
     teacher = model if teacher is None else teacher
     base, teacher_base = base_causal_lm(model), base_causal_lm(teacher)
     _check_same_vocabulary(base, teacher_base)
-    with torch.no_grad(), evaluation_mode(teacher), teacher_context():
-        batch = collate_in_layout(teacher, teacher_groups, layout, pad_token_id)
-        teacher_hidden_NH = predictor_hidden_states(teacher_base, batch)
-        teacher_head = LMHead.of(teacher_base).detached()
+    seen = teacher_states(
+        teacher,
+        teacher_groups,
+        kind=kind,
+        mixture=mixture,
+        context=teacher_context,
+        layout=layout,
+        pad_token_id=pad_token_id,
+    )
     batch = collate_in_layout(model, groups, layout, pad_token_id)
     return head_divergence(
         LMHead.of(base),
         predictor_hidden_states(base, batch),
-        teacher_hidden_NH,
+        seen.hidden_NH,
         kind=kind,
         mixture=mixture,
-        teacher_head=teacher_head,
+        teacher_head=seen.head,
         block_size=block_size,
     )
 

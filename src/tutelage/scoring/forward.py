@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,34 @@ from transformers import PreTrainedModel
 from tutelage.groups import Batch, handed_over
 from tutelage.models.attention import attention_by_products, attention_kind
 from tutelage.models.head import LMHead, head_logps
+from tutelage.models.head_divergence import DivergenceKind, head_divergence
 from tutelage.models.loading import base_causal_lm, model_body
 from tutelage.models.modes import adapters_under_autocast
 
-__all__ = ["hidden_states", "layer_hidden_states", "predictor_hidden_states", "token_logps"]
+__all__ = [
+    "TeacherStates",
+    "hidden_states",
+    "layer_hidden_states",
+    "predictor_hidden_states",
+    "token_logps",
+    "token_logps_and_divergences",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherStates:
+    """What a teacher says of the completion tokens of a batch: enough for its next-token distributions.
+
+    Attributes:
+        hidden_NH: its last hidden states that predict the tokens, without gradient.
+        head: its head, without gradient.
+        kind, mixture: how the student is compared with it; see ``head_divergence``.
+    """
+
+    hidden_NH: Tensor
+    head: LMHead
+    kind: DivergenceKind
+    mixture: float = 0.5
 
 
 def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None) -> Tensor:
@@ -27,9 +52,36 @@ def token_logps(model: nn.Module, batch: Batch, *, block_size: int | None = None
     Returns:
         [N] float32 (nats per token), in the order of ``batch.targets``; differentiable.
     """
+    return token_logps_and_divergences(model, batch, None, block_size=block_size)[0]
+
+
+def token_logps_and_divergences(
+    model: nn.Module, batch: Batch, teacher: TeacherStates | None, *, block_size: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same, with the divergence from a teacher at each token, from one pass through the model's body.
+
+    Args:
+        teacher: of the same completions, in order; None for no divergences.
+
+    Returns:
+        [N] log-probs, and [N] divergences (nats per token) or None; differentiable.
+    """
     base = base_causal_lm(model)
     hidden_NH = predictor_hidden_states(base, batch)
-    return head_logps(LMHead.of(base), hidden_NH, handed_over(batch.targets, hidden_NH.device), block_size=block_size)
+    head, targets_N = LMHead.of(base), handed_over(batch.targets, hidden_NH.device)
+    logps_N = head_logps(head, hidden_NH, targets_N, block_size=block_size)
+    if teacher is None:
+        return logps_N, None
+    divergence_N = head_divergence(
+        head,
+        hidden_NH,
+        teacher.hidden_NH,
+        kind=teacher.kind,
+        mixture=teacher.mixture,
+        teacher_head=teacher.head,
+        block_size=block_size,
+    )
+    return logps_N, divergence_N
 
 
 def predictor_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:

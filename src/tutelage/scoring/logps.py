@@ -15,7 +15,7 @@ from tutelage.groups import Completion, Group, Role, handed_over, sum_per_comple
 from tutelage.models.attention import attention_by_products
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode
-from tutelage.scoring.forward import hidden_states, token_logps
+from tutelage.scoring.forward import TeacherStates, hidden_states, token_logps_and_divergences
 from tutelage.scoring.layout import collate_in_layout
 
 __all__ = [
@@ -45,11 +45,13 @@ class TokenLogps:
         groups: the groups, in order.
         logps_N: [N] log-prob of each completion token (nats per token), with gradient in training.
         completion_ids: [N] which completion each token belongs to; completions count over all groups, in order.
+        divergence_N: [N] divergence from a teacher at each token (nats), with gradient in training; None without a teacher.
     """
 
     groups: Sequence[Group]
     logps_N: Tensor
     completion_ids: Tensor
+    divergence_N: Tensor | None = None
 
     @property
     def num_completions(self) -> int:
@@ -63,6 +65,10 @@ class TokenLogps:
     def sum(self, values_N: Tensor) -> Tensor:
         """[C] sums of numbers per token over the tokens of each completion."""
         return sum_per_completion(values_N, self.completion_ids, self.num_completions)
+
+    def lengths(self) -> Tensor:
+        """[C] tokens of each completion, as numbers of the log-probs' type."""
+        return self._beside([len(completion.token_ids) for completion in self._completions])
 
     def known(self, name: str) -> Tensor:
         """[N] what ``Completion.token_values`` calls ``name``, without gradient; KeyError if it is not known of all."""
@@ -79,13 +85,28 @@ class TokenLogps:
 
     def logps_of(self, *roles: Role) -> Tensor:
         """[n] the log-probs of the tokens of completions that have these roles."""
+        return self.logps_N[self.index(self._places_of(roles))]
+
+    def only(self, *roles: Role) -> TokenLogps:
+        """The same of the completions alone that have these roles."""
+        if all(completion.role in roles for completion in self._completions):
+            return self
+        groups = [group.select(group.places(*roles)) for group in self.groups]
+        kept = (completion for group in groups for completion in group.completions)
+        ids = [place for place, completion in enumerate(kept) for _ in completion.token_ids]
+        places = self.index(self._places_of(roles))
+        divergence_N = None if self.divergence_N is None else self.divergence_N[places]
+        return TokenLogps(groups, self.logps_N[places], self.index(ids), divergence_N)
+
+    def _places_of(self, roles: Sequence[Role]) -> list[int]:
+        """Which of the N tokens are of completions that have these roles."""
         places, start = list[int](), 0
         for completion in self._completions:
             end = start + len(completion.token_ids)
             if completion.role in roles:
                 places += range(start, end)
             start = end
-        return self.logps_N[self.index(places)]
+        return places
 
     def sums_of(self, *roles: Role) -> Tensor:
         """[n] the log-probs of the completions that have these roles (nats per sequence)."""
@@ -115,6 +136,7 @@ def completion_token_logps(
     view: View = "policy",
     pad_token_id: int = 0,
     block_size: int | None = None,
+    teacher: TeacherStates | None = None,
 ) -> TokenLogps:
     """Log-prob of every completion token given its prompt and what comes before it, log π(y_i | x, y_<i).
 
@@ -126,9 +148,10 @@ def completion_token_logps(
         view: which prompt the completions are conditioned on.
         pad_token_id: pads rows; no result depends on it.
         block_size: vocabulary tokens per block of the head; affects only speed and memory.
+        teacher: what a teacher says of the same tokens (``teacher_states``), to compare the model's distributions with.
 
     Returns:
-        float32 log-probs (nats per token); differentiable.
+        float32 log-probs (nats per token), with the divergences from the teacher where there is one; differentiable.
 
     Raises:
         UserError: the model's logits are not its head applied to its hidden states.
@@ -137,8 +160,8 @@ def completion_token_logps(
     if view == "teacher":
         groups = [group.seen_by_teacher() for group in groups]
     batch = collate_in_layout(model, groups, layout, pad_token_id)
-    logps_N = token_logps(model, batch, block_size=block_size)
-    return TokenLogps(groups, logps_N, handed_over(batch.completion_ids, logps_N.device))
+    logps_N, divergence_N = token_logps_and_divergences(model, batch, teacher, block_size=block_size)
+    return TokenLogps(groups, logps_N, handed_over(batch.completion_ids, logps_N.device), divergence_N)
 
 
 def completion_logps(model: nn.Module, groups: Sequence[Group], **options: Any) -> Tensor:

@@ -189,10 +189,9 @@ class DemonstrationConfig(TrainingArguments):
         }
         for entry in fields(self):
             choices = entry.metadata.get("choices") if entry.name in own else None
-            if choices and getattr(self, entry.name) not in choices:
-                raise UserError(
-                    f"must be one of {', '.join(choices)}, not {getattr(self, entry.name)!r}.", field=entry.name
-                )
+            value = getattr(self, entry.name)
+            if choices and value not in choices and not (value is None and entry.default is None):
+                raise UserError(f"must be one of {', '.join(choices)}, not {value!r}.", field=entry.name)
 
     @property
     def computing(self) -> torch.dtype:

@@ -44,6 +44,7 @@ class Work:
         prompt_tokens, completion_tokens: of the longest prompt and demonstration; of a stream, what the settings allow.
         sample_tokens: of a stage, at most.
         row_tokens: a row's prompt and its completions, at most.
+        knows_earlier: whether the loss asks for log-probs or a distribution under an earlier policy: rows are passed once more.
     """
 
     steps: int
@@ -55,6 +56,7 @@ class Work:
     completion_tokens: int
     sample_tokens: int
     row_tokens: int
+    knows_earlier: bool = False
 
 
 def work_of(trainer: DemonstrationTrainer) -> Work:
@@ -64,7 +66,8 @@ def work_of(trainer: DemonstrationTrainer) -> Work:
     steps, per_epoch, batch = values[6], values[1], values[4]
     prompt, completion = _longest(trainer)
     if trainer.stages is None:
-        return Work(steps, 0, min(steps, per_epoch) * batch, 0, 0, prompt, completion, 0, prompt + completion)
+        rows, tokens = min(steps, per_epoch) * batch, prompt + completion
+        return Work(steps, 0, rows, 0, 0, prompt, completion, 0, tokens, trainer.knows_earlier)
     settings = cast(StageConfig, args)
     schedule = trainer.stages.schedule
     assert schedule is not None

@@ -72,12 +72,20 @@ class Costs:
     def timed(self, what: str) -> Iterator[None]:
         """Within, the clock runs for one kind of work."""
         begin = perf_counter()
+        try:
+            with self.counted(what):
+                yield
+        finally:
+            self.seconds[what] += perf_counter() - begin
+
+    @contextmanager
+    def counted(self, what: str) -> Iterator[None]:
+        """Within, operations are those of one kind of work, whose seconds are measured elsewhere."""
         self._timed.append(what)
         try:
             yield
         finally:
             self._timed.pop()
-            self.seconds[what] += perf_counter() - begin
 
     def count_flops(self, operations: float, *, trains: bool) -> None:
         """Add operations to the kind of work that is timed now; outside any, training or ``other``.

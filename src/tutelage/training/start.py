@@ -23,13 +23,20 @@ class Start:
 
     def __init__(self, policy: nn.Module, *, new_adapter: bool, keep: bool):
         self._policy = policy
+        self.weights: WeightSet | None = None
         self._is_base = (
             new_adapter
             and isinstance(policy, PeftModel)
             # Some adapters begin with a change of the base (PiSSA, OLoRA, LoftQ): for them the base is not the start.
             and getattr(policy.active_peft_config, "init_lora_weights", None) in (True, "gaussian")
         )
-        self.weights = WeightSet(policy) if keep and not self._is_base else None
+        if keep:
+            self.hold()
+
+    def hold(self) -> None:
+        """From now on the start is known whatever becomes of the policy, which still has its weights: before a checkpoint is loaded."""
+        if self.weights is None and not self._is_base:
+            self.weights = WeightSet(self._policy)
 
     def share(self, weights: WeightSet) -> None:
         """Somebody else holds the start's weights: once is enough."""

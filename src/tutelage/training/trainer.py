@@ -34,6 +34,7 @@ from tutelage.evaluation.probes import model_probes
 from tutelage.files import WRITING, storing, write_text, writing_folder
 from tutelage.groups import Group
 from tutelage.launch import asks_for_fsdp, check_launch
+from tutelage.models.head_divergence import DivergenceKind
 from tutelage.models.loading import (
     add_adapter,
     base_causal_lm,
@@ -49,6 +50,8 @@ from tutelage.models.router import router_loss
 from tutelage.models.sharding import is_sharded, unsharded, whole
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
+from tutelage.scoring.divergence import teacher_states
+from tutelage.scoring.forward import TeacherStates
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training import sharding
@@ -58,6 +61,7 @@ from tutelage.training.clock import record_time, recorded_time
 from tutelage.training.collapse import act_on_collapse, first_facts, signs_of_collapse
 from tutelage.training.config import DemonstrationConfig
 from tutelage.training.costs import peak_memory_bytes, run_settings
+from tutelage.training.earlier import Earlier
 from tutelage.training.exporting import check_export, finish_export, prepare_export, write_whole
 from tutelage.training.flops import counted
 from tutelage.training.identity import RUN, Data, check_identity, identity_of, record_identity
@@ -128,6 +132,8 @@ class DemonstrationTrainer(Trainer):
         args = copy.copy(args)
         self.info, self.algorithm, self.objective = info, info.name, objective
         self.stages: Stages | None = None
+        self.earlier: Earlier | None = None
+        self._anchor: DivergenceKind | None = None
         if args.device.type == "cpu":
             keep_freed_memory()
         policy, tokenizer = _loaded(model, processing_class, args, whole=peft_config is None)
@@ -228,6 +234,32 @@ class DemonstrationTrainer(Trainer):
         if self.train_dataset is not None:  # fail before training if there are too many stages
             self.set_initial_training_values(self.args, self.get_train_dataloader())
 
+    def know_earlier(self, earlier: Earlier) -> None:
+        """Hand in what adds to each step's demonstrations their log-probs under an earlier policy; before training, without stages."""
+        self.earlier = earlier
+
+    @property
+    def knows_earlier(self) -> bool:
+        """Whether the objective is told of an earlier policy, which takes passes besides those of the steps."""
+        return self.earlier is not None or self._anchor is not None
+
+    def anchor_to_start(self, kind: DivergenceKind, *, asked_by: str) -> None:
+        """From now on the objective gets the divergence from the start's next-token distribution at each token; before training.
+
+        Each micro-batch takes one more pass, without gradient. Where all parameters are trained, or an adapter that was there
+        already, a copy of what is trained is held.
+
+        Args:
+            kind: see ``head_divergence``.
+            asked_by: the setting, for the user.
+
+        Raises:
+            UserError: the policy is to be sharded.
+        """
+        sharding.refuse_sharded(self, asked_by)
+        self.start.hold()
+        self._anchor = kind
+
     @property
     def policy(self) -> nn.Module:
         """The model being trained, without the wrappers of a launcher."""
@@ -286,16 +318,18 @@ class DemonstrationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step, and what to average their loss over."""
-        if self.stages is None:
-            batches = list(islice(epoch_iterator, num_batches))
-        else:
+
+        def take() -> list[list[Group]]:
+            return list(islice(epoch_iterator, self.args.gradient_accumulation_steps))
+
+        step, end = self.state.global_step, self.state.max_steps
+        if self.stages is not None:
             self._logged = len(self.state.log_history)
-            batches = self.stages.next_step(
-                self.state.global_step,
-                self.state.max_steps,
-                lambda: list(islice(epoch_iterator, self.args.gradient_accumulation_steps)),
-            )
-        return self._step_of(batches)
+            return self._step_of(self.stages.next_step(step, end, take))
+        if self.earlier is not None:
+            with self.costs.timed("reference"):
+                return self._step_of(self.earlier.next_step(take, end - step))
+        return self._step_of(list(islice(epoch_iterator, num_batches)))
 
     def _step_of(self, batches: list[list[Group]]) -> tuple[list[list[Group]], dict[str, int]]:
         """Micro-batches of similar length, which keeps padding low, and the counts of the whole step.
@@ -319,17 +353,26 @@ class DemonstrationTrainer(Trainer):
     ):
         """The loss of one micro-batch of groups. That it is finite is looked at in ``check_step``, before any weight moves."""
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        options: dict[str, Any] = {"layout": self.layout, "pad_token_id": self.tokenization.pad_id}
+        start = self._start_states(inputs, options)
 
         def share() -> Tensor:
-            tokens = completion_token_logps(
-                self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id
-            )
+            tokens = completion_token_logps(self.policy, inputs, teacher=start, **options)
             return self.objective.loss(tokens, Step(counts, self.stage, self.means.add))
 
         # A wrapper averages gradients over processes; the shares of a step are to be added.
         loss = share() if self.processes.count == 1 else call_within(model, share) * self.processes.count
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
+
+    def _start_states(self, groups: list[Group], options: dict[str, Any]) -> TeacherStates | None:
+        """What the start says of the groups' tokens, where the objective is told."""
+        if self._anchor is None:
+            return None
+        context = self.start.active(self.state.global_step)
+        assert context is not None, "the start was asked to be held"
+        with self.costs.counted("training"):
+            return teacher_states(self.policy, groups, kind=self._anchor, context=lambda: context, **options)
 
     def check_step(self) -> None:
         """Before the optimizer's step: raise ``NonFiniteLossError`` in all processes where a loss or gradient is not finite.
@@ -436,6 +479,8 @@ class DemonstrationTrainer(Trainer):
             if state.best_global_step and (best.exists() or state.best_global_step == state.global_step):
                 state.best_model_checkpoint = str(best)
             if self.processes.is_main:
+                if self.earlier is not None:
+                    self.earlier.save(folder / name)
                 state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
                 put_in_place(folder / name, home / name)
                 rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
@@ -530,15 +575,18 @@ class DemonstrationTrainer(Trainer):
             record_time(folder, self.tokenization.now)
         return str(checkpoint) if checkpoint else None
 
-    def _train(self, *args, **kwargs):
+    def _train(self, checkpoint: str | None, *args, **kwargs):
         if self.evaluation_set is not None and self.evaluation_set.reference is None:
             with self.progress.phase("held-out log-probs of the start"):
                 self._remember_start(self.evaluation_set)
         if self.retention is not None:
             self.retention.measure_start(self._measured_retention, self.processes.on_main)
         with counted(self.policy, self.costs.count_flops):
+            if self.earlier is not None:
+                with self.costs.timed("reference"):
+                    self.earlier.begin(Path(checkpoint) if checkpoint else None)
             try:
-                output = super().train(*args, **kwargs)
+                output = super().train(checkpoint, *args, **kwargs)
             except (Terminated, CollapsedError):
                 self._save_at_last_step()
                 raise
