@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from tutelage.errors import UserError
 from tutelage.groups import Group
+from tutelage.losses import DivergenceKind
 from tutelage.models.head import LMHead
-from tutelage.models.head_divergence import DivergenceKind, head_divergence
+from tutelage.models.head_divergence import head_divergence
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode
 from tutelage.scoring.forward import predictor_hidden_states
