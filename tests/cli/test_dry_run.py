@@ -24,6 +24,7 @@ COMMANDS = {
     "spin": [],
     "irft": ["--stages_per_epoch=2", "--use_peft", "--lora_r=4"],
     "rft": [*RFT, "--stages_per_epoch=2"],
+    "sdft": ["--stages_per_epoch=2", "--samplings_per_stage=1", "--teacher=average"],
 }
 
 

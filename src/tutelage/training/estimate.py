@@ -19,7 +19,6 @@ from tutelage.data.records import group_record
 from tutelage.data.tokenized import group_from_row
 from tutelage.groups import Group
 from tutelage.models.loading import base_causal_lm
-from tutelage.scoring.logps import completion_token_logps
 from tutelage.training.stage_config import StageConfig
 
 if TYPE_CHECKING:
@@ -255,10 +254,10 @@ def pace_of(trainer: DemonstrationTrainer) -> Pace:
     scoring = (perf_counter() - begun) / tokens
     begun = perf_counter()
     with trainer.compute_loss_context_manager():
-        found = completion_token_logps(
+        found = trainer.measure(
             trainer.policy, groups, layout=trainer.layout, pad_token_id=trainer.tokenization.pad_id
         )
-    trainer.accelerator.backward(found.logps_N.sum())
+    trainer.accelerator.backward(found.sums().sum())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     stepping = (perf_counter() - begun) / tokens

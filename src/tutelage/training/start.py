@@ -28,8 +28,17 @@ class Start:
             and isinstance(policy, PeftModel)
             # Some adapters begin with a change of the base (PiSSA, OLoRA, LoftQ): for them the base is not the start.
             and getattr(policy.active_peft_config, "init_lora_weights", None) in (True, "gaussian")
+            # Biases of the base that are trained with it stay as they are trained where the adapter is off.
+            and getattr(policy.active_peft_config, "bias", "none") == "none"
         )
-        self.weights = WeightSet(policy) if keep and not self._is_base else None
+        self.weights: WeightSet | None = None
+        if keep:
+            self.keep()
+
+    def keep(self) -> None:
+        """Hold a copy of the trained weights from now on, where there is no other way back. Call it before training."""
+        if self.weights is None and not self._is_base:
+            self.weights = WeightSet(self._policy)
 
     def share(self, weights: WeightSet) -> None:
         """Somebody else holds the start's weights: once is enough."""

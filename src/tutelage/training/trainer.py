@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tutelage.card import model_card
 from tutelage.data.demonstrations import Turns, is_conversational
+from tutelage.data.teacher_prompt import TeacherPrompt
 from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import CollapsedError, NonFiniteLossError, Terminated, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
@@ -53,7 +54,7 @@ from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training import sharding
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
-from tutelage.training.checkpoints import RandomState, checkpoints, put_in_place, step_of
+from tutelage.training.checkpoints import Checkpointed, RandomState, checkpoints, put_in_place, step_of
 from tutelage.training.clock import record_time, recorded_time
 from tutelage.training.collapse import act_on_collapse, first_facts, signs_of_collapse
 from tutelage.training.config import DemonstrationConfig
@@ -67,7 +68,7 @@ from tutelage.training.loaders import alone, rebuilt, unshared
 from tutelage.training.lock import locked
 from tutelage.training.made import add_made
 from tutelage.training.metrics import Costs, Means
-from tutelage.training.objective import Objective, Step
+from tutelage.training.objective import Measure, Objective, Step
 from tutelage.training.optimization import check_optimization
 from tutelage.training.parallel import Processes, call_within, takes_calls, zero_of
 from tutelage.training.publishing import upload
@@ -100,6 +101,10 @@ class DemonstrationTrainer(Trainer):
         source, eval_source: what errors about the data call them: file names, for example.
         info: the algorithm's name, and what its records say of themselves.
         objective: its loss.
+        seen_by_teacher: makes a second view of each training row's prompt, ``Group.teacher_prompt_ids``; None for none.
+
+    Attributes:
+        measure: what the objective's loss is computed from.
 
     Raises:
         UserError: bad data, a tokenizer that does not fit the model, an adapter on a tied head.
@@ -124,9 +129,12 @@ class DemonstrationTrainer(Trainer):
         eval_source: str = "held-out data",
         info: AlgorithmInfo,
         objective: Objective,
+        seen_by_teacher: TeacherPrompt | None = None,
     ):
         args = copy.copy(args)
         self.info, self.algorithm, self.objective = info, info.name, objective
+        self.measure: Measure = completion_token_logps
+        self.checkpointed: list[Checkpointed] = []
         self.stages: Stages | None = None
         if args.device.type == "cpu":
             keep_freed_memory()
@@ -145,7 +153,13 @@ class DemonstrationTrainer(Trainer):
         )
         if train_dataset is not None:
             with self.progress.phase("reading demonstrations"):
-                train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns, source=source)  # type: ignore[arg-type]
+                train_dataset = tokenize_dataset(
+                    train_dataset,
+                    self.tokenization,
+                    turns=cast(Turns, args.turns),
+                    source=source,
+                    seen_by_teacher=seen_by_teacher,
+                )
         if peft_config is not None:
             set_seed(args.seed)  # adapter weights are initialized here, before transformers sets any seed
             policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
@@ -321,9 +335,7 @@ class DemonstrationTrainer(Trainer):
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
 
         def share() -> Tensor:
-            tokens = completion_token_logps(
-                self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id
-            )
+            tokens = self.measure(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
             return self.objective.loss(tokens, Step(counts, self.stage, self.means.add))
 
         # A wrapper averages gradients over processes; the shares of a step are to be added.
@@ -437,6 +449,8 @@ class DemonstrationTrainer(Trainer):
                 state.best_model_checkpoint = str(best)
             if self.processes.is_main:
                 state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+                for part in self.checkpointed:
+                    part.save(folder / name)
                 put_in_place(folder / name, home / name)
                 rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
         self.processes.wait()
@@ -508,7 +522,11 @@ class DemonstrationTrainer(Trainer):
             raise UserError("a sharded policy is trained once.", remedy="Make another trainer of its export.")
         with ExitStack() as until_the_end:
             begin = partial(self._begin, folder, resume_from_checkpoint, until_the_end)
-            return self._train(self.processes.on_main(begin), *args, **kwargs)
+            checkpoint = self.processes.on_main(begin)
+            if checkpoint:
+                for part in self.checkpointed:
+                    part.load(Path(checkpoint))
+            return self._train(checkpoint, *args, **kwargs)
 
     def _begin(self, folder: Path, checkpoint: str | bool | None, until_the_end: ExitStack) -> str | None:
         """Lock the folder and write down what the run is; the checkpoint to go on from. The first process does it."""
