@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from test_resume import KillAt, Killed
 
-from training_runs import SGD, Snapshots, assert_same_weights, distance, history, weights
+from training_runs import SETTINGS, SGD, Snapshots, assert_same_weights, distance, history, weights
 from tutelage.algorithms.registry import find
 from tutelage.data.demonstrations import read_row
 from tutelage.data.teacher_prompt import DEFAULT_TEMPLATE, TeacherPrompt
@@ -118,25 +118,56 @@ def test_a_run_is_a_loop_written_out(training, kind, average, layout):
 
 
 @pytest.mark.filterwarnings("ignore:.*experimental.*")
-def test_the_loss_is_that_of_trl(training):
-    """Of the same samples: its divergence on padded full logits, a mean over tokens and then over samples."""
-    theirs = pytest.importorskip("trl.experimental.sdft.loss_utils").compute_full_logit_self_distillation_loss
-    settings = {"max_steps": 1, "average": "samples", "stages_per_epoch": 1, "num_samples": 4}
-    trainer = training.run("sdft", model=ending(training), **settings, **SGD, **ORDER)
-    model, losses = ending(training), []
-    prompts = teacher_prompts(training, training.rows(), trainer)
-    for group in trainer.stages.store.sampled(0):
-        for sample in group.samples:
-            logits = logits_at(model, group.prompt_ids, sample.token_ids)
-            teacher_logits = logits_at(model, prompts[group.row], sample.token_ids)
-            padding = torch.zeros(8 - len(logits), logits.shape[1])
-            padded = [torch.cat([each, padding])[None] for each in (logits, teacher_logits)]
-            mask = torch.arange(8)[None] < len(logits)
-            per_token = theirs(*padded, distillation_alpha=0.0)
-            losses.append(((per_token * mask).sum(-1) / mask.sum(-1)).item())
-    lengths = {len(sample.token_ids) for group in trainer.stages.store.sampled(0) for sample in group.samples}
-    assert len(lengths) > 1, "else the means over samples and over tokens are the same"
-    assert history(trainer, "loss") == pytest.approx([sum(losses) / len(losses)], abs=1e-5)
+@pytest.mark.parametrize(("kind", "alpha"), [("forward_kl", 0.0), ("jensen_shannon", 0.3)])
+def test_steps_are_those_of_trl(training, kind, alpha):
+    """Of its own trainer on the same samples, where its settings say the same: all logits, and the mean over samples."""
+    peer = pytest.importorskip("trl.experimental.sdft")
+    template = "{demonstration} is good. {prompt}"
+    same = {**SGD, "max_steps": 2}
+    trainer = training.run(
+        "sdft",
+        model=ending(training),
+        divergence=kind,
+        mixture=alpha or 0.5,
+        average="samples",
+        teacher_prompt=template,
+        stages_per_epoch=1,
+        **{**same, **ORDER},
+    )
+    groups = trainer.stages.store.sampled(0)
+    assert len({len(group.samples[0].token_ids) for group in groups}) > 1
+
+    class Given(peer.SDFTTrainer):
+        def _generate(self, prompt_ids):
+            known = {group.prompt_ids: list(group.samples[0].token_ids) for group in groups}
+            return prompt_ids, [known[tuple(ids)] for ids in prompt_ids]
+
+    ending(training).save_pretrained(training.folder / "start")  # it loads its teacher from there
+    theirs = Given(
+        load_model(str(training.folder / "start")),
+        args=peer.SDFTConfig(
+            output_dir=str(training.folder / "peer"),
+            distillation_mode="full_logits",
+            distillation_alpha=alpha,
+            teacher_model_kind="base",
+            teacher_prompt_template=template.replace("demonstration", "privileged_context"),
+            num_generations=1,
+            shuffle_dataset=False,
+            per_device_train_batch_size=4,
+            max_completion_length=8,
+            **same,
+            **{name: SETTINGS[name] for name in ("bf16", "use_cpu", "report_to", "disable_tqdm", "logging_steps")},
+            save_strategy="no",
+            lr_scheduler_type="constant",
+            gradient_checkpointing=False,
+        ),
+        train_dataset=training.rows().rename_column("completion", "privileged_context"),
+        processing_class=training.tokenizer,
+    )
+    theirs.train()
+    assert history(trainer, "loss") == pytest.approx(history(theirs, "loss"), rel=1e-5)
+    assert distance(trainer.model, ending(training)) > 1e-3
+    assert_same_weights(trainer.model, theirs.model, 1e-5)
 
 
 # --- whose weights the teacher has ------------------------------------------------------------------------------------
