@@ -180,10 +180,10 @@ def seen(trainer):
         return trainer.policy(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("policy", ["full", "new adapter", "known adapter"])
+@pytest.mark.parametrize("policy", ["full", "new adapter", "known adapter", "new adapter and biases of the base"])
 def test_a_static_teacher_is_the_start(training, policy):
-    model = training.model()
-    options = {"peft_config": training.lora()} if policy == "new adapter" else {}
+    model = training.model("opt" if "biases" in policy else "llama")
+    options = {"peft_config": training.lora(bias="all" if "biases" in policy else "none")} if "new" in policy else {}
     if policy == "known adapter":
         model = get_peft_model(model, training.lora())
         for name, parameter in model.named_parameters():

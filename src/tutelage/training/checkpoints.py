@@ -46,6 +46,11 @@ class RandomState:
 class Checkpointed(Protocol):
     """A part of an algorithm whose state changes from step to step, and lies in the run's checkpoints."""
 
+    @property
+    def nbytes(self) -> int:
+        """What the state takes on the disk."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint's folder. The first process does it."""
         ...

@@ -205,7 +205,8 @@ def disk_of(trainer: DemonstrationTrainer, work: Work, memory: Memory, bytes_per
     per_stage = bytes_per_token * (
         work.sample_tokens + work.sampled_rows * (work.prompt_tokens + work.completion_tokens)
     )
-    return Disk(memory.gradients + optimizer + _MARGIN, kept, memory.gradients, round(per_stage * stages))
+    checkpoint = memory.gradients + optimizer + sum(part.nbytes for part in trainer.checkpointed) + _MARGIN
+    return Disk(checkpoint, kept, memory.gradients, round(per_stage * stages))
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,11 @@ class AveragedTeacher:
             p if p.dtype.itemsize >= 4 else nn.Parameter(p.detach().float()) for p in self._weights.parameters
         ]
 
+    @property
+    def nbytes(self) -> int:
+        """See ``Checkpointed.nbytes``."""
+        return sum(p.nbytes for p in self.average)
+
     def active(self) -> AbstractContextManager[object]:
         """See ``Teacher.active``."""
         return self._weights.active()
