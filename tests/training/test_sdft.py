@@ -16,6 +16,7 @@ from tutelage.data.teacher_prompt import DEFAULT_TEMPLATE, TeacherPrompt
 from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import UserError
 from tutelage.models.loading import load_model
+from tutelage.models.modes import evaluation_mode
 
 ORDER = {"train_sampling_strategy": "sequential"}
 TALKS = [
@@ -176,7 +177,7 @@ def test_steps_are_those_of_trl(training, kind, alpha):
 def seen(trainer):
     """The weights that the policy has in the teacher's pass, on the logits that they give."""
     ids = torch.tensor([[5, 9, 11, 3]])
-    with torch.no_grad(), trainer.measure.teacher.active():
+    with torch.no_grad(), evaluation_mode(trainer.policy), trainer.measure.teacher.active():
         return trainer.policy(input_ids=ids).logits
 
 
@@ -189,7 +190,8 @@ def test_a_static_teacher_is_the_start(training, policy):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data += 0.1
-    trainer = training.trainer("sdft", model=model, options=options, learning_rate=1e-2, stages_per_epoch=1)
+    settings = {"learning_rate": 1e-2, "stages_per_epoch": 1, "max_prompt_length": 60}
+    trainer = training.trainer("sdft", model=model, options=options, **settings)
     before = weights(trainer.policy)
     start = seen(trainer)
     trainer.train()
