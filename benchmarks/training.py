@@ -272,8 +272,9 @@ def peer_sdft(work: Work, turns: Turns) -> None:
         callbacks=[turns.callback()],
     )
     trainer.given = {group.prompt_ids: list(group.completions[1].token_ids) for group in step}
-    seen = [trainer.args.teacher_prompt_template.format(**row) for row in cast(Any, trainer.train_dataset)]
-    assert trainer.processing_class(text=seen)["input_ids"] == _seen_by_teacher(step)
+    args, tokenizer = cast(Any, trainer.args), cast(Any, trainer.processing_class)
+    seen = [args.teacher_prompt_template.format(**row) for row in cast(Any, trainer.train_dataset)]
+    assert tokenizer(text=seen)["input_ids"] == _seen_by_teacher(step)
     trainer.train()
 
 

@@ -26,7 +26,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 from short_tasks import TASKS, Task
 from short_tasks import judge as task_judge
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutelage.data import Tokenization
 from tutelage.data.teacher_prompt import DEFAULT_TEMPLATE, TeacherPrompt
@@ -56,9 +57,7 @@ SFT = {  # at its best for samples at temperature 1, by docs/lab.md: rate, passe
 NUM_SAMPLES = 8
 
 
-def in_a_world(
-    policy: PreTrainedModel, tokenization: Tokenization, world: World, seed: int
-) -> Iterator[dict[str, Any]]:
+def in_a_world(policy: nn.Module, tokenization: Tokenization, world: World, seed: int) -> Iterator[dict[str, Any]]:
     """What the student's view and each template give."""
     rows, rng = world.test(), generator("teacher-in-context", world.name, seed)
     others = [" ".join(world.task.answer(row.content, rng)) for row in rows]
@@ -72,7 +71,7 @@ def in_a_world(
 
 
 def on_a_task(
-    policy: PreTrainedModel, tokenization: Tokenization, task: Task, seed: int, count: int
+    policy: nn.Module, tokenization: Tokenization, task: Task, seed: int, count: int
 ) -> Iterator[dict[str, Any]]:
     """The same on rows of a task."""
     rows = task.rows(count, seed)
@@ -98,7 +97,7 @@ def views(
 
 
 def finding(
-    policy: PreTrainedModel,
+    policy: nn.Module,
     tokenization: Tokenization,
     prompts: Sequence[tuple[int, ...]],
     asked: Sequence[tuple[str, str]],

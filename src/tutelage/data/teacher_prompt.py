@@ -65,5 +65,5 @@ class TeacherPrompt:
 
     def _filled(self, prompt: str, demonstration: str) -> str:
         # At once: a prompt may hold "{demonstration}" itself.
-        texts = dict(zip(_FIELDS, (prompt, demonstration), strict=True))
+        texts: dict[str, str] = dict(zip(_FIELDS, (prompt, demonstration), strict=True))
         return re.sub("|".join(map(re.escape, _FIELDS)), lambda found: texts[found.group()], self.template)
