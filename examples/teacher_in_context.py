@@ -39,7 +39,7 @@ from tutelage.lab.running import execute
 from tutelage.lab.worlds import World, WorldOptions
 from tutelage.lab.worlds.task import generator
 from tutelage.models.loading import load_model, load_tokenizer
-from tutelage.sampling import SamplingParams, TransformersSampler
+from tutelage.sampling import Sample, SamplingParams, TransformersSampler
 from tutelage.scoring.logps import cached_logps
 
 # The words that the worlds' tokenizer has: the row before the prompt, as another row would be; and the answer alone.
@@ -63,8 +63,8 @@ def in_a_world(policy: nn.Module, tokenization: Tokenization, world: World, seed
     others = [" ".join(world.task.answer(row.content, rng)) for row in rows]
     asked = [(row.text, " ".join(row.answer)) for row in rows]
 
-    def judge(place: int, text: str) -> float:
-        return world.judge(rows[place], text.split())
+    def judge(place: int, sample: Sample, text: str) -> float:
+        return world.judge(rows[place], text.split()) if sample.finished else 0.0
 
     for name, prompts in views(tokenization, asked, TEMPLATES):
         yield {"view": name, **finding(policy, tokenization, prompts, asked, judge, others)}
@@ -77,7 +77,7 @@ def on_a_task(
     rows = task.rows(count, seed)
     asked = [(row["prompt"], row["completion"]) for row in rows]
 
-    def judge(place: int, text: str) -> float:
+    def judge(place: int, sample: Sample, text: str) -> float:
         return task_judge(text.strip().split("\n")[0], rows[place])
 
     for name, prompts in views(
@@ -101,7 +101,7 @@ def finding(
     tokenization: Tokenization,
     prompts: Sequence[tuple[int, ...]],
     asked: Sequence[tuple[str, str]],
-    judge: Callable[[int, str], float],
+    judge: Callable[[int, Sample, str], float],
     others: Sequence[str] = (),
 ) -> dict[str, float]:
     """Of samples after prompts, and of other right answers if there are any."""
@@ -112,7 +112,7 @@ def finding(
     for place, samples in enumerate(drawn):
         for sample in samples:
             text = tokenization.text(sample.token_ids)
-            scores.append(judge(place, text))
+            scores.append(judge(place, sample, text))
             copies.append(text.strip().split("\n")[0].split() == asked[place][1].split())
     values, copied = np.asarray(scores), np.asarray(copies)
     found = {
