@@ -120,6 +120,14 @@ ROWS = (
         peer_allocator="unmapped",
     ),
     Row(
+        "sdft_step",
+        "an optimizer step on given samples of 8 prompts: our SDFT, and TRL's, forward KL over the whole vocabulary",
+        ("training:ours_sdft", "training:peer_sdft"),
+        time={_GEMMA: 1 / 4},
+        memory={_GEMMA: 1 / 2},
+        peer_allocator="unmapped",
+    ),
+    Row(
         "sampling",
         "seconds per token, up to 64 tokens for 64 prompts of mixed lengths: our sampler, and transformers' generate",
         ("stages:ours_sampling", "stages:peer_sampling"),

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import DPOConfig, DPOTrainer
 from trl import SFTConfig as PeerSFTConfig
 from trl import SFTTrainer as PeerSFTTrainer
+from trl.experimental.sdft import SDFTConfig as PeerSDFTConfig
+from trl.experimental.sdft import SDFTTrainer as PeerSDFTTrainer
 
 from benchmarks.sides import Turns
 from benchmarks.workloads import Work, adapter, groups, rows, touched
-from tutelage.algorithms import IRFTConfig, IRFTTrainer, SFTConfig, SFTTrainer
+from tutelage.algorithms import IRFTConfig, IRFTTrainer, SDFTConfig, SDFTTrainer, SFTConfig, SFTTrainer
 from tutelage.groups import Group
 from tutelage.models.loading import add_adapter, load_model
 from tutelage.sampling import Sample, SamplingParams
@@ -29,10 +31,12 @@ from tutelage.sampling import Sample, SamplingParams
 __all__ = [
     "MOST_TURNS",
     "GivenSamples",
+    "ours_sdft",
     "ours_sft",
     "ours_sft_same_tokens",
     "ours_step",
     "ours_streamed_sft",
+    "peer_sdft",
     "peer_sft",
     "peer_step",
 ]
@@ -197,6 +201,86 @@ def peer_sft(work: Work, turns: Turns) -> None:
     completions = [[token for token in labels if token != -100] for labels in _trained(trainer, "labels")]
     assert completions == _completions(groups(work), 0)
     trainer.train()
+
+
+_SEEN = "{demonstration} {prompt}"
+"""What the teacher sees: the tokenizer has no words for a sentence around them."""
+
+
+def ours_sdft(work: Work, turns: Turns) -> None:
+    """A step of SDFT on given samples; the teacher is the base, with the adapter off."""
+    step = groups(work)
+    settings = _micro_batches(work)
+    model = touched(load_model(work.model_path, dtype=_dtype(work)))
+    turns.weights_loaded(**settings)
+    trainer = SDFTTrainer(
+        model,
+        SDFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            stages_per_epoch=1,
+            samplings_per_stage=1,
+            num_train_epochs=1,
+            num_samples=work.samples,
+            average="samples",
+            teacher_prompt=_SEEN,
+            **_limits(work),
+            **settings,
+            **_SHARED,
+        ),
+        Dataset.from_list(_demonstrations(work) * MOST_TURNS),
+        peft_config=adapter() if work.adapters else None,
+        callbacks=[turns.callback()],
+        sampler=GivenSamples(step),
+    )
+    assert _trained(trainer, "teacher_prompt_ids") == _seen_by_teacher(step) * MOST_TURNS
+    trainer.train()
+
+
+class _Given(PeerSDFTTrainer):
+    """TRL's trainer on given samples."""
+
+    given: dict[tuple[int, ...], list[int]]
+
+    def _generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        return prompt_ids, [self.given[tuple(ids)] for ids in prompt_ids]
+
+
+def peer_sdft(work: Work, turns: Turns) -> None:
+    """A step of TRL's SDFT on the same samples: forward KL on all logits, and the base as the teacher."""
+    step = groups(work)
+    settings = {**_micro_batches(work), "gradient_checkpointing": False, "distillation_mode": "full_logits"}
+    model = touched(AutoModelForCausalLM.from_pretrained(work.model_path, dtype=_dtype(work)))
+    turns.weights_loaded(**settings)
+    trainer = _Given(
+        model,
+        args=PeerSDFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            max_steps=MOST_TURNS,
+            num_generations=1,
+            distillation_alpha=0.0,
+            teacher_prompt_template=_SEEN.replace("demonstration", "privileged_context"),
+            shuffle_dataset=False,
+            max_completion_length=work.completion_tokens,
+            **settings,
+            **{name: value for name, value in _SHARED.items() if name != "train_sampling_strategy"},
+        ),
+        train_dataset=Dataset.from_list(
+            [{"prompt": row["prompt"], "privileged_context": row["completion"]} for row in rows(work)]
+        ),
+        processing_class=AutoTokenizer.from_pretrained(work.model_path),
+        peft_config=adapter() if work.adapters else None,
+        callbacks=[turns.callback()],
+    )
+    trainer.given = {group.prompt_ids: list(group.completions[1].token_ids) for group in step}
+    args, tokenizer = cast(Any, trainer.args), cast(Any, trainer.processing_class)
+    seen = [args.teacher_prompt_template.format(**row) for row in cast(Any, trainer.train_dataset)]
+    assert tokenizer(text=seen)["input_ids"] == _seen_by_teacher(step)
+    trainer.train()
+
+
+def _seen_by_teacher(step: Sequence[Group]) -> list[list[int]]:
+    """Each demonstration without its end, and the prompt."""
+    return [[*group.completions[0].token_ids[:-1], *group.prompt_ids] for group in step]
 
 
 def _micro_batches(work: Work, rows: int = 0) -> dict[str, int]:

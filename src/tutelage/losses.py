@@ -8,23 +8,27 @@ finite arguments.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "DivergenceKind",
     "LossKind",
     "RewardLossKind",
     "asft_loss",
+    "check_divergence",
     "dft_loss",
+    "distribution_divergence",
     "group_normalized_advantages",
     "implicit_reward",
     "importance_ratio",
     "irft_loss",
     "kl_loss",
     "leave_one_out_advantages",
+    "log_mixture",
     "policy_gradient_loss",
     "psft_loss",
     "reward_loss",
@@ -34,6 +38,7 @@ __all__ = [
 
 LossKind = Literal["logistic", "hinge", "linear"]
 RewardLossKind = Literal["logistic", "linear"]
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 # Nats beyond which an importance ratio grows linearly. e^20 ≈ 5e8: far beyond any useful ratio, and its square, which a
 # gradient norm takes, is far from the largest float32.
@@ -354,6 +359,66 @@ def kl_loss(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """
     _require_same_shape(logps=logps, reference_logps=reference_logps)
     return (logps - reference_logps) ** 2 / 2
+
+
+def distribution_divergence(
+    student_logps_NV: Tensor, teacher_logps_NV: Tensor, *, kind: DivergenceKind, mixture: float = 0.5
+) -> Tensor:
+    """Divergence of a student's next-token distribution p from a teacher's q over the whole vocabulary.
+
+    ::
+
+        forward_kl      KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)
+        reverse_kl      KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
+        jensen_shannon  β KL(q ‖ m) + (1 − β) KL(p ‖ m)  with  m = β q + (1 − β) p  and  β = mixture
+
+    The loss per token of SDFT (Shenfeld et al. 2026, arXiv 2601.19897). The last is the generalized Jensen-Shannon divergence of
+    GKD (Agarwal et al. 2023, arXiv 2306.13649, eq. 1). ``tutelage.models.head_divergence`` computes the same from hidden states,
+    a block of the vocabulary at a time.
+
+    Args:
+        student_logps_NV: [N, V] log p of each token of the vocabulary (nats), normalized, with gradient.
+        teacher_logps_NV: [N, V] log q; no gradient is expected through it.
+        kind: which divergence.
+        mixture: β, strictly between 0 and 1; read for "jensen_shannon" alone.
+
+    Returns:
+        [N] nats; at least 0 up to rounding.
+
+    Raises:
+        ValueError: shapes that differ, an unknown kind, or a mixture out of range.
+
+    >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> distribution_divergence(p, q, kind="forward_kl")
+    tensor([0.1308])
+    """
+    _require_same_shape(student_logps_NV=student_logps_NV, teacher_logps_NV=teacher_logps_NV)
+    check_divergence(kind, mixture)
+    log_p, log_q = student_logps_NV, teacher_logps_NV
+    if kind == "forward_kl":
+        terms = log_q.exp() * (log_q - log_p)
+    elif kind == "reverse_kl":
+        terms = log_p.exp() * (log_p - log_q)
+    else:
+        log_m = log_mixture(log_p, log_q, mixture)
+        terms = mixture * log_q.exp() * (log_q - log_m) + (1 - mixture) * log_p.exp() * (log_p - log_m)
+    return terms.sum(-1)
+
+
+def check_divergence(kind: DivergenceKind, mixture: float) -> None:
+    """Raise ``ValueError`` for an unknown kind of divergence, or a mixture that is not between 0 and 1 where it is read."""
+    if kind not in get_args(DivergenceKind):
+        raise ValueError(f"kind is '{kind}', not one of {', '.join(get_args(DivergenceKind))}")
+    if kind == "jensen_shannon" and not 0 < mixture < 1:
+        raise ValueError(f"mixture is {mixture}, not between 0 and 1; the KLs have a kind of their own")
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, mixture: float) -> Tensor:
+    """log(β q + (1 − β) p) with β = mixture, from log-probs.
+
+    Below exp(−87) the mixture itself would round to 0, and its logarithm to −∞.
+    """
+    return torch.logaddexp(log_p + math.log1p(-mixture), log_q + math.log(mixture))
 
 
 def _require_same_shape(**tensors: Tensor) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "spin": [],
     "irft": ["--stages_per_epoch=2", "--use_peft", "--lora_r=4"],
     "rft": [*RFT, "--stages_per_epoch=2"],
+    "sdft": ["--stages_per_epoch=2", "--samplings_per_stage=1", "--teacher=average"],
 }
 
 
@@ -83,10 +84,11 @@ def test_it_leaves_nothing_and_says_what_the_run_then_does(training, arguments, 
     assert spent <= len(folders) * samples * 6
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "irft"])
+@pytest.mark.parametrize("algorithm", ["sft", "irft", "sdft"])
 def test_memory_and_disk_are_those_of_a_run(training, algorithm):
     peft = {"peft_config": training.lora()} if algorithm == "irft" else {}
-    trainer = training.trainer(algorithm, options=peft, save_strategy="steps", save_steps=2, name="run")
+    more = {"teacher": "average"} if algorithm == "sdft" else {}
+    trainer = training.trainer(algorithm, options=peft, save_strategy="steps", save_steps=2, name="run", **more)
     work = work_of(trainer)
     memory, pace = memory_of(trainer, work), pace_of(trainer)
     disk = disk_of(trainer, work, memory, pace.bytes_per_token)
@@ -95,7 +97,7 @@ def test_memory_and_disk_are_those_of_a_run(training, algorithm):
     assert memory.optimizer == sum(v.numel() * v.element_size() for v in state)
     trained = [p for p in trainer.policy.parameters() if p.requires_grad]
     assert memory.gradients == sum(p.numel() * p.element_size() for p in trained)
-    assert memory.weights > memory.gradients or algorithm == "sft"
+    assert (memory.weights > memory.gradients) == (algorithm == "irft")
     folder = training.folder / "run"
     weights = ("safetensors", "optimizer.pt")
     (size, *_) = [
@@ -103,9 +105,9 @@ def test_memory_and_disk_are_those_of_a_run(training, algorithm):
         for found in folder.glob("checkpoint-*")
     ]
     assert size == pytest.approx(disk.checkpoint, abs=100_000)
-    # Of four steps SFT saves two; IRFT's four stages save four, of which two are kept and one is being written.
-    assert disk.checkpoints == {"sft": 2, "irft": 3}[algorithm]
-    samples = sum(path.stat().st_size for path in folder.glob("stages/*/samples.jsonl"))
+    # Of four steps SFT saves two; the others' four stages save four, of which two are kept and one is being written.
+    assert disk.checkpoints == {"sft": 2, "irft": 3, "sdft": 3}[algorithm]
+    samples = sum(path.stat().st_size for path in folder.glob("stages/**/samples.jsonl"))
     assert samples <= disk.stages * 1.2
     assert (disk.stages == 0) == (algorithm == "sft")
 

@@ -81,7 +81,7 @@ def test_their_logs_are_those_of_one(both, name):
     assert total <= 1.2 * two["operations"]["training"] <= 1.6 * total
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith(("irft", "spin", "rft"))])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith(("irft", "spin", "rft", "sdft"))])
 def test_their_samples_are_those_of_one_and_written_once(both, name):
     names = [sorted(p.relative_to(f / name) for p in (f / name / "run").rglob("*") if p.is_file()) for f in both]
     names = [[path for path in found if not path.name.startswith("rng_state")] for found in names]

@@ -161,6 +161,7 @@ def test_the_first_process_alone_writes(both):
 REFUSED = {
     "rft": "rft does not work on a model that is sharded",
     "asft": "--loss_kind asft does not work on a model that is sharded",
+    "sdft": "sdft does not work on a model that is sharded",
     "optim": "--optim adafactor does not work on a model that is sharded",
     "load_best_model_at_end": "--load_best_model_at_end does not work on a model that is sharded",
     "vllm": "--sampler vllm does not work on a model that is sharded",

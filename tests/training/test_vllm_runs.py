@@ -46,10 +46,11 @@ def samples(folder):
     }
 
 
-@pytest.mark.parametrize("algorithm", ["irft", "spin"])
+@pytest.mark.parametrize("algorithm", ["irft", "spin", "sdft"])
 def test_a_run_samples_from_the_policy_of_each_stage(training, algorithm):
     with serving(training.model()) as (server,):
-        trainer = make(training, [server], algorithm, stages_per_epoch=1 if algorithm == "spin" else 2)
+        more = {"samplings_per_stage": 1} if algorithm == "sdft" else {}
+        trainer = make(training, [server], algorithm, stages_per_epoch=1 if algorithm == "spin" else 2, **more)
         trainer.train()
         stages = 1 if algorithm == "spin" else 2
         assert len(server.loaded) == len(set(server.loaded)) == stages

@@ -1,5 +1,7 @@
 """A training step does not wait for the device, but for one check before the optimizer moves a weight."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -7,6 +9,7 @@ from transformers import TrainerCallback
 from waiting import Reads, waits
 
 from tutelage.groups import Completion, Group, Role
+from tutelage.models.weights import WeightSet
 from tutelage.rewards.explicit import ExplicitReward
 from tutelage.rewards.fitting import RewardFitter, RewardObjective
 from tutelage.testing.models import tiny_model
@@ -32,8 +35,14 @@ GROUPS = {
     "sft": [group(row, Role.DEMONSTRATION) for row in range(3)],
     "irft": [group(row, Role.DEMONSTRATION, Role.SAMPLE, Role.SAMPLE) for row in range(3)],
     "rft": [group(row, Role.SAMPLE, Role.SAMPLE) for row in range(3)],
+    "sdft": [replace(group(row, Role.SAMPLE, Role.SAMPLE), teacher_prompt_ids=(9, 4, 7, 5)) for row in range(3)],
 }
-SETTINGS = {"sft": {}, "irft": {"sft_weight": 0.1}, "rft": {"validation_rows": 4, "stages_per_epoch": 1}}
+SETTINGS = {
+    "sft": {},
+    "irft": {"sft_weight": 0.1},
+    "rft": {"validation_rows": 4, "stages_per_epoch": 1},
+    "sdft": {"average": "samples"},
+}
 
 
 def on_device(training, algorithm, adapters, **settings):
@@ -43,6 +52,8 @@ def on_device(training, algorithm, adapters, **settings):
         model = get_peft_model(model, training.lora())
     trainer = training.trainer(algorithm, model=model, **SETTINGS[algorithm], **settings)
     trainer.policy.to("meta")
+    if trainer.start.weights is not None:
+        trainer.start.weights = WeightSet(trainer.policy)
     return trainer
 
 
@@ -90,10 +101,10 @@ def test_waiting_is_found():
         assert len(found) == seen
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "irft"])
+@pytest.mark.parametrize("algorithm", ["sft", "irft", "sdft"])
 def test_a_step_reads_from_the_device_once(training, algorithm):
     """Of our own code and of transformers' loop, with as many micro-batches as one likes and whatever is tracked."""
-    stages = {"stages_per_epoch": 1} if algorithm == "irft" else {}
+    stages = {} if algorithm == "sft" else {"stages_per_epoch": 1}
     settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 100, **stages}
     trainer = training.trainer(algorithm, **settings)
     reads, steps = Reads(), []

@@ -32,6 +32,17 @@ RANK = int(os.environ.get("RANK", "0"))
 SHARDED = "TUTELAGE_TEST_SHARDED" in os.environ
 ROWS = {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
 STAGES = {"stages_per_epoch": 2, "num_samples": 3, "replay_stages": 1, "sampling_batch_size": 4}
+DISTILLED = {
+    **ROWS,
+    "stages_per_epoch": 2,
+    "num_samples": 2,
+    "sampling_batch_size": 4,
+    "average": "samples",
+    "teacher": "average",
+    "teacher_rate": 0.3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
 FEATURES = {
     "reward": "features",
     "reward_negatives": "initial,out_of_fold",
@@ -144,6 +155,10 @@ SCENARIOS = {
     "irft": lambda t: t.trainer("irft", data=sums(t), reference="initial", sft_weight=0.1, **ROWS, **STAGES, **SGD),
     "irft-kept": kept,
     "irft-adapter": lambda t: t.trainer("irft", data=sums(t), options=adapter(t), **ROWS, **STAGES, **SGD),
+    "sdft": lambda t: t.trainer("sdft", data=sums(t), **DISTILLED, **SGD),
+    "sdft-adapter": lambda t: t.trainer(
+        "sdft", data=sums(t), options=adapter(t), **{**DISTILLED, "teacher": "start"}, **SGD
+    ),
     "rft-model": lambda t: make(t, data=sums(t), **{**ROWS, "gradient_accumulation_steps": 1}),
     "rft-features": lambda t: t.trainer("rft", data=sums(t), options=adapter(t), **ROWS, **FEATURES),
     "irft-vllm": lambda t: t.trainer(
@@ -249,6 +264,7 @@ def refused(folder):
     attempts = {
         "rft": lambda: training.trainer("rft", data=sums(training), reward="features", **ROWS),
         "asft": lambda: training.trainer("sft", data=sums(training), loss_kind="asft", **ROWS),
+        "sdft": lambda: training.trainer("sdft", data=sums(training), **ROWS),
         "optim": lambda: training.trainer("sft", data=sums(training), optim="adafactor", **ROWS),
         "load_best_model_at_end": lambda: training.trainer(
             "sft",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tutelage.algorithms.irft import IRFTConfig, IRFTTrainer
     from tutelage.algorithms.rft import RFTConfig, RFTTrainer
+    from tutelage.algorithms.sdft import SDFTConfig, SDFTTrainer
     from tutelage.algorithms.sft import SFTConfig, SFTTrainer
     from tutelage.algorithms.spin import SPINConfig, SPINTrainer
 
@@ -14,6 +15,8 @@ __all__ = [
     "IRFTTrainer",
     "RFTConfig",
     "RFTTrainer",
+    "SDFTConfig",
+    "SDFTTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPINConfig",

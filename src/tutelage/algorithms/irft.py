@@ -24,7 +24,7 @@ from tutelage.results import AlgorithmInfo, Curve, RunRecord
 from tutelage.sampling import Sampler
 from tutelage.scoring.logps import TokenLogps
 from tutelage.training.objective import Step
-from tutelage.training.replay import Replay
+from tutelage.training.replay import Replay, pairs, without_copies
 from tutelage.training.setup import make_rollout, make_stages, make_store
 from tutelage.training.stage_config import StageConfig
 from tutelage.training.trainer import DemonstrationTrainer
@@ -219,7 +219,8 @@ def contrast_in_stages(trainer: DemonstrationTrainer, args: IRFTConfig, sampler:
     store = make_store(trainer)
     rollout = make_rollout(trainer, sampler, reference_is_initial=args.reference == "initial")
     # With the SFT term a demonstration teaches something without a sample beside it too.
-    phase = Replay(rollout, store, stages=args.replay_stages, needs_pairs=not args.sft_weight)
+    learnable = without_copies if args.sft_weight else pairs
+    phase = Replay(rollout, store, learnable, stages=args.replay_stages)
     trainer.train_in_stages(make_stages(trainer, rollout, store, phase))
 
 

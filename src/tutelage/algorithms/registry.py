@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "Algorithm", "find"]
 
-NAMES = ("sft", "spin", "irft", "rft")
+NAMES = ("sft", "spin", "irft", "rft", "sdft")
 """Each is the name of a module beside this one, which has an ``ALGORITHM``."""
 
 

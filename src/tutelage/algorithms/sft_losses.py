@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from tutelage.losses import asft_loss, dft_loss, psft_loss, sequence_weights, sft_loss
+from tutelage.losses import DivergenceKind, asft_loss, dft_loss, psft_loss, sequence_weights, sft_loss
 from tutelage.results import Curve
 from tutelage.scoring.logps import TokenLogps
-from tutelage.training.earlier import OldLogps, StartLogps
+from tutelage.training.earlier import AnchoredLogps, OldLogps, StartLogps
 from tutelage.training.metrics import Track
+from tutelage.training.sharding import refuse_sharded
+from tutelage.training.teacher import StartTeacher
 
 if TYPE_CHECKING:
     from tutelage.algorithms.sft import SFTConfig
@@ -57,8 +59,9 @@ def _asft(tokens: TokenLogps, args: SFTConfig, track: Track) -> Tensor:
 
 
 def _anchor(trainer: DemonstrationTrainer, args: SFTConfig) -> None:
-    kind = cast(Literal["forward_kl", "reverse_kl"], f"{args.anchor_kl}_kl")
-    trainer.anchor_to_start(kind, asked_by="--loss_kind asft")
+    refuse_sharded(trainer, "--loss_kind asft")
+    kind = cast(DivergenceKind, f"{args.anchor_kl}_kl")
+    trainer.measure = AnchoredLogps(StartTeacher(trainer.start), kind)
 
 
 def _psft(tokens: TokenLogps, args: SFTConfig, track: Track) -> Tensor:
@@ -70,7 +73,9 @@ def _psft(tokens: TokenLogps, args: SFTConfig, track: Track) -> Tensor:
 
 def _know_old(trainer: DemonstrationTrainer, args: SFTConfig) -> None:
     assert args.old_policy_steps is not None
-    trainer.know_earlier(OldLogps(trainer.scorer, args.old_policy_steps))
+    earlier = OldLogps(trainer.scorer, args.old_policy_steps)
+    trainer.earlier = earlier
+    trainer.checkpointed.append(earlier)
 
 
 def _iw(tokens: TokenLogps, args: SFTConfig, track: Track) -> Tensor:
@@ -90,7 +95,7 @@ def _iw(tokens: TokenLogps, args: SFTConfig, track: Track) -> Tensor:
 
 def _know_start(trainer: DemonstrationTrainer, args: SFTConfig) -> None:
     if trainer.train_dataset is not None:
-        trainer.know_earlier(StartLogps(trainer.scorer, trainer.train_dataset, trainer.progress))
+        trainer.earlier = StartLogps(trainer.scorer, trainer.train_dataset, trainer.progress)
 
 
 LOSS_KINDS = {

@@ -1,4 +1,4 @@
-"""tutelage sft | spin | irft | rft: train, evaluate, report."""
+"""tutelage sft | spin | irft | rft | sdft: train, evaluate, report."""
 
 from __future__ import annotations
 

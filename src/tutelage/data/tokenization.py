@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.data.demonstrations import Columns, Demonstration, Messages
+from tutelage.data.teacher_prompt import TeacherPrompt
 from tutelage.data.templates import ChatTemplate, Rendered, asks_for_time
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
@@ -194,6 +195,27 @@ class Tokenization:
         except UserError as error:
             raise _located(error, source, demonstration.number) from error
         return Group(prompt_ids, (completion,), row=demonstration.row)
+
+    def teacher_prompt_ids(
+        self, demonstration: Demonstration, seen: TeacherPrompt, *, source: str | None = None
+    ) -> tuple[int, ...] | None:
+        """The tokens of the prompt that a teacher sees; None if it is too long and such rows are to be dropped.
+
+        Raises:
+            UserError: names ``source`` and the row. A prompt that is too long; or as ``prompt_ids``.
+        """
+        conversational = not isinstance(demonstration.prompt, str)
+        try:
+            answer = self._without_end(demonstration.completion, conversational)
+            prompt_ids = self.prompt_ids(seen.of(demonstration.prompt, answer))
+            if len(prompt_ids) > seen.max_length and self.on_long_prompt == "error":
+                raise UserError(
+                    f"the prompt that the teacher sees has {len(prompt_ids)} tokens, the limit is {seen.max_length}.",
+                    remedy="Raise --max_teacher_prompt_length, or leave such rows out with --on_long_prompt drop.",
+                )
+        except UserError as error:
+            raise _located(error, source, demonstration.number) from error
+        return prompt_ids if len(prompt_ids) <= seen.max_length else None
 
     def preference_group(self, demonstration: Demonstration, *, source: str | None = None) -> Group | None:
         """The prompt with the preferred and the rejected answer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 
 from tutelage.data.demonstrations import Demonstration, Turns, holds_prompts_alone, read_prompts, read_rows
 from tutelage.data.origin import located
+from tutelage.data.teacher_prompt import TeacherPrompt
 from tutelage.data.tokenization import Tokenization
 from tutelage.errors import UserError
 from tutelage.groups import Completion, Group, Role
@@ -88,6 +89,7 @@ def tokenized_rows(
     turns: Turns = "last",
     source: str = "dataset",
     summary: DataSummary | None = None,
+    seen_by_teacher: TeacherPrompt | None = None,
 ) -> Iterator[TokenizedRow]:
     """Read and tokenize a dataset's demonstrations one by one; the way from rows to groups that everything takes.
 
@@ -96,9 +98,11 @@ def tokenized_rows(
         turns: as in ``read_row``.
         source: file or dataset, for messages to people.
         summary: is counted up as rows are read.
+        seen_by_teacher: makes a second view of each prompt; None for none.
 
     Yields:
-        every demonstration that remains: those with a prompt that is too long are left out or raise, as ``tokenization`` says.
+        every demonstration that remains: those with a prompt that is too long, in either view, are left out or raise, as
+        ``tokenization`` says.
 
     Raises:
         UserError: as ``read_rows`` and ``Tokenization.group`` for the first bad row.
@@ -114,6 +118,9 @@ def tokenized_rows(
         for demonstration in demonstrations:
             try:
                 group = tokenization.group(demonstration, source=source)
+                if group is not None and seen_by_teacher is not None:
+                    seen_ids = tokenization.teacher_prompt_ids(demonstration, seen_by_teacher, source=source)
+                    group = None if seen_ids is None else replace(group, teacher_prompt_ids=seen_ids)
                 pair = None if group is None else tokenization.pair(group, demonstration, source=source)
             except UserError as error:
                 raise located(error, dataset, index) from error
@@ -200,12 +207,13 @@ def tokenize_dataset(
     turns: Turns = "last",
     source: str = "dataset",
     summary: DataSummary | None = None,
+    seen_by_teacher: TeacherPrompt | None = None,
 ) -> Dataset | IterableDataset:
     """The tokens of every demonstration, and of the rejected answer where there is one.
 
     Columns of the result: ``row``; ``prompt_ids``, ``demonstration_ids`` and ``rejected_ids``, lists of tokens, the
-    last one empty without a rejected answer; ``demonstration_finished`` and ``rejected_finished``. ``group_from_row`` and
-    ``preference_group_from_row`` read them. No data is cached on disk.
+    last one empty without a rejected answer; ``demonstration_finished`` and ``rejected_finished``; with ``seen_by_teacher`` also
+    ``teacher_prompt_ids``. ``group_from_row`` and ``preference_group_from_row`` read them. No data is cached on disk.
 
     Args:
         dataset: of a recognized format; streamed data is read lazily, other data entirely, now.
@@ -213,6 +221,7 @@ def tokenize_dataset(
         turns: as in ``read_row``.
         source: file or dataset, for messages to people.
         summary: is counted up; of streamed data, while it is read.
+        seen_by_teacher: as in ``tokenized_rows``.
 
     Raises:
         UserError: as ``read_rows`` and ``Tokenization.group`` for the first bad row; or nothing remains.
@@ -223,22 +232,26 @@ def tokenize_dataset(
         "turns": turns,
         "source": source,
         "summary": summary or DataSummary(),
+        "seen_by_teacher": seen_by_teacher,
     }
+    features = (
+        FEATURES if seen_by_teacher is None else Features({**FEATURES, "teacher_prompt_ids": List(Value("int32"))})
+    )
     if isinstance(dataset, IterableDataset):
         # One generator, hence one shard: numbering rows in shards would give two rows the same number.
-        return IterableDataset.from_generator(_columns, features=FEATURES, gen_kwargs=arguments)
+        return IterableDataset.from_generator(_columns, features=features, gen_kwargs=arguments)
     rows = _columns(**arguments)
     chunks = iter(lambda: list(islice(rows, 1000)), [])  # Python's lists of tokens are large: not all at once
-    tokenized = concatenate_datasets([Dataset.from_list(chunk, features=FEATURES) for chunk in chunks])
+    tokenized = concatenate_datasets([Dataset.from_list(chunk, features=features) for chunk in chunks])
     log_dropped(arguments["summary"], source)
     return tokenized
 
 
 def _columns(
-    dataset: Dataset | IterableDataset, tokenization: Tokenization, turns: Turns, source: str, summary: DataSummary
+    dataset: Dataset | IterableDataset, tokenization: Tokenization, source: str, summary: DataSummary, **options: Any
 ) -> Iterator[dict[str, Any]]:
     any_left = False
-    for row in tokenized_rows(dataset, tokenization, turns=turns, source=source, summary=summary):
+    for row in tokenized_rows(dataset, tokenization, source=source, summary=summary, **options):
         any_left = True
         yield row_of_group(row.group, row.pair)
     if not any_left:
@@ -261,15 +274,18 @@ def row_of_group(group: Group, pair: Group | None = None) -> dict[str, Any]:
         "demonstration_finished": demonstration.finished if demonstration else False,
         "rejected_ids": list(rejected.token_ids) if rejected else [],
         "rejected_finished": rejected.finished if rejected else False,
+        **({} if group.teacher_prompt_ids is None else {"teacher_prompt_ids": list(group.teacher_prompt_ids)}),
     }
 
 
 def group_from_row(row: Mapping[str, Any]) -> Group:
     """The prompt with its demonstration, if it has one, from a row of ``tokenize_dataset`` or ``tokenize_prompts``."""
+    seen = row.get("teacher_prompt_ids")
+    group = Group(tuple(row["prompt_ids"]), row=row["row"], teacher_prompt_ids=tuple(seen) if seen else None)
     if not row["demonstration_ids"]:
-        return Group(tuple(row["prompt_ids"]), row=row["row"])
+        return group
     demonstration = Completion(tuple(row["demonstration_ids"]), Role.DEMONSTRATION, row["demonstration_finished"])
-    return Group(tuple(row["prompt_ids"]), (demonstration,), row=row["row"])
+    return group.add([demonstration])
 
 
 def preference_group_from_row(row: Mapping[str, Any]) -> Group | None:

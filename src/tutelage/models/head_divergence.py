@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from tutelage.losses import DivergenceKind, check_divergence, distribution_divergence, log_mixture
 from tutelage.models.head import LMHead, in_computing_precision, in_row_chunks, vocab_block_size, vocab_blocks
 
-__all__ = ["DivergenceKind", "head_divergence"]
-
-DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+__all__ = ["head_divergence"]
 
 
 def head_divergence(
@@ -29,15 +27,10 @@ def head_divergence(
 ) -> Tensor:
     """Divergence of the student's next-token distribution p from the teacher's q at each token.
 
-    With both as distributions over the whole vocabulary::
+    The kinds are those of ``tutelage.losses.distribution_divergence``.
 
-        forward_kl      KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)
-        reverse_kl      KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
-        jensen_shannon  β KL(q ‖ m) + (1 − β) KL(p ‖ m)  with  m = β q + (1 − β) p  and  β = mixture
-
-    The last is the generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649, eq. 1) with the convention of TRL's
-    ``GKDTrainer.generalized_jsd_loss``, whose ``beta`` is ``mixture``. TRL takes β = 0 and β = 1 for the two KLs; here
-    they are named, and β is strictly between.
+    "jensen_shannon" has the convention of TRL's ``GKDTrainer.generalized_jsd_loss``, whose ``beta`` is ``mixture``. TRL takes
+    β = 0 and β = 1 for the two KLs; here they are named, and β is strictly between.
 
     Nothing of size N × V is ever there, and the gradient goes to the student's side alone. A frozen linear head gets the
     gradient in the forward pass and keeps [N, H] for backward; a trained one reads its blocks again.
@@ -61,10 +54,7 @@ def head_divergence(
             vocabularies of different sizes.
     """
     teacher_head = teacher_head or head
-    if kind not in get_args(DivergenceKind):
-        raise ValueError(f"kind is '{kind}', not one of {', '.join(get_args(DivergenceKind))}")
-    if kind == "jensen_shannon" and not 0 < mixture < 1:
-        raise ValueError(f"mixture is {mixture}, not between 0 and 1; the KLs have a kind of their own")
+    check_divergence(kind, mixture)
     if len(hidden_NH) != len(teacher_hidden_NH):
         raise ValueError(f"{len(hidden_NH)} tokens of the student, {len(teacher_hidden_NH)} of the teacher")
     if head.vocab_size != teacher_head.vocab_size:
@@ -85,24 +75,11 @@ def head_divergence(
         with torch.no_grad():
             teacher_logits = teacher_head.transform(teacher_head.raw_logits(teacher_hidden), dtype)
         logits = head.transform(head.raw_logits(hidden), dtype)
-        return _terms(logits.log_softmax(1), teacher_logits.log_softmax(1), kind, mixture).sum(1)
+        return distribution_divergence(
+            logits.log_softmax(1), teacher_logits.log_softmax(1), kind=kind, mixture=mixture
+        )
 
     return in_row_chunks(chunk_divergence, head.vocab_size, hidden_NH, teacher_hidden_NH)
-
-
-def _terms(log_p: Tensor, log_q: Tensor, kind: DivergenceKind, mixture: float) -> Tensor:
-    """What each token of the vocabulary adds to the divergence, from log-probs of student (p) and teacher (q)."""
-    if kind == "forward_kl":
-        return log_q.exp() * (log_q - log_p)
-    if kind == "reverse_kl":
-        return log_p.exp() * (log_p - log_q)
-    log_m = _log_mixture(log_p, log_q, mixture)
-    return mixture * log_q.exp() * (log_q - log_m) + (1 - mixture) * log_p.exp() * (log_p - log_m)
-
-
-def _log_mixture(log_p: Tensor, log_q: Tensor, mixture: float) -> Tensor:
-    # From log-probs: below exp(−87) the mixture itself would round to 0, and its logarithm to −∞.
-    return torch.logaddexp(log_p + math.log1p(-mixture), log_q + math.log(mixture))
 
 
 _Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
@@ -219,7 +196,7 @@ def _log_ratio(comparison: _Comparison, log_p: Tensor, log_q: Tensor) -> Tensor:
     """w_v / p_v of the reverse KL, log(p_v/q_v), or of Jensen-Shannon, (1 − β) log(p_v/m_v)."""
     if comparison.kind == "reverse_kl":
         return log_p - log_q
-    return log_p.sub(_log_mixture(log_p, log_q, comparison.mixture)).mul_(1 - comparison.mixture)
+    return log_p.sub(log_mixture(log_p, log_q, comparison.mixture)).mul_(1 - comparison.mixture)
 
 
 _Sums = tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor | None]
@@ -295,7 +272,7 @@ def _mixture_sums(comparison: _Comparison, inputs: _Inputs, *, with_slopes: bool
     for _, weight, logits, teacher_logits in comparison.blocks(inputs):
         damping = comparison.head.damping(logits) if with_slopes else None
         log_p, log_q = logits.sub_(log_normalizers[0]), teacher_logits.sub_(log_normalizers[1])
-        log_m = _log_mixture(log_p, log_q, comparison.mixture)
+        log_m = log_mixture(log_p, log_q, comparison.mixture)
         teacher_part_N1 += log_q.sub(log_m).mul_(log_q.exp_()).sum(1, keepdim=True)
         weights = log_m.neg_().add_(log_p)
         probs = log_p.exp_()

@@ -4,22 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tutelage.errors import UserError
-from tutelage.groups import Group
+from tutelage.groups import Group, handed_over, sum_per_completion
+from tutelage.losses import DivergenceKind
 from tutelage.models.head import LMHead
-from tutelage.models.head_divergence import DivergenceKind, head_divergence
+from tutelage.models.head_divergence import head_divergence
 from tutelage.models.loading import base_causal_lm
 from tutelage.models.modes import evaluation_mode
 from tutelage.scoring.forward import TeacherStates, predictor_hidden_states
 from tutelage.scoring.layout import collate_in_layout
 from tutelage.scoring.logps import Layout
 
-__all__ = ["completion_divergence", "teacher_states"]
+__all__ = ["TokenDivergences", "completion_divergence", "teacher_states"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDivergences:
+    """Divergences at the completion tokens of some groups: what the loss of a distillation gets.
+
+    Attributes:
+        groups: the groups, in order.
+        divergences_N: [N] of each completion token (nats), with gradient in training.
+    """
+
+    groups: Sequence[Group]
+    divergences_N: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion, groups in order."""
+        return [len(c.token_ids) for c in chain.from_iterable(group.completions for group in self.groups)]
+
+    def sums(self) -> Tensor:
+        """[C] sum over the tokens of each completion (nats per sequence)."""
+        lengths = torch.tensor(self.lengths)
+        completion_ids = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return sum_per_completion(self.divergences_N, completion_ids, len(lengths))
+
+    def means(self) -> Tensor:
+        """[C] mean over the tokens of each completion (nats per token)."""
+        lengths = torch.tensor(self.lengths, dtype=self.divergences_N.dtype)
+        return self.sums() / handed_over(lengths, self.divergences_N.device)
 
 
 @torch.no_grad()

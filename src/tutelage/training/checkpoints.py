@@ -7,7 +7,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tutelage.errors import DamagedFileError
 from tutelage.files import sync
 from tutelage.training.manifest import MANIFEST, Manifest
 
-__all__ = ["RandomState", "checkpoint_problem", "checkpoints", "put_in_place", "step_of"]
+__all__ = ["Checkpointed", "RandomState", "checkpoint_problem", "checkpoints", "put_in_place", "step_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,23 @@ class RandomState:
         torch.set_rng_state(self.torch)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
+
+
+class Checkpointed(Protocol):
+    """A part of an algorithm whose state changes from step to step, and lies in the run's checkpoints."""
+
+    @property
+    def nbytes(self) -> int:
+        """What the state takes on the disk."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint's folder. The first process does it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go back to the state that a checkpoint has. Every process does it."""
+        ...
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -1,28 +1,34 @@
-"""Log-probs of the demonstrations under an earlier policy: that of the run's start, or that of some steps ago."""
+"""What a loss of SFT is told of an earlier policy: that of the run's start, or that of some steps ago."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import IterableDataset
+from torch import nn
 
 from tutelage.data.tokenized import group_from_row
 from tutelage.errors import UserError
 from tutelage.files import read_json, write_json
 from tutelage.groups import Group
+from tutelage.losses import DivergenceKind
 from tutelage.progress import Progress
+from tutelage.scoring.divergence import teacher_states
+from tutelage.scoring.logps import Layout, TokenLogps, completion_token_logps
 from tutelage.training.rollout import PolicyScorer
+from tutelage.training.teacher import Teacher
 from tutelage.training.termination import leave_if_asked
 
-__all__ = ["OLD_LOGPS", "Earlier", "OldLogps", "StartLogps"]
+__all__ = ["OLD_LOGPS", "AnchoredLogps", "Earlier", "OldLogps", "StartLogps"]
 
 OLD_LOGPS = "old_logps.json"
 """File of a checkpoint: log-probs that the steps after it still need, of a policy that is there no more."""
 
+_BYTES = 24  # of a number in a JSON file
 _CHUNK = 1024  # rows that are scored at a time: Python's lists of tokens are large
 
 _Step = list[list[Group]]
@@ -30,14 +36,13 @@ _Step = list[list[Group]]
 
 
 class Earlier(Protocol):
-    """Adds to the demonstrations of each optimizer step what is known of them under an earlier policy."""
+    """Adds to the demonstrations of each optimizer step what is known of them under an earlier policy.
 
-    def begin(self, checkpoint: Path | None) -> None:
-        """Training begins. The policy still has the weights of the run's start.
+    One whose numbers cannot be found out again is ``Checkpointed`` too.
+    """
 
-        Args:
-            checkpoint: that the run goes on from.
-        """
+    def begin(self) -> None:
+        """Training begins. The policy still has the weights of the run's start, also where it goes on from a checkpoint."""
         ...
 
     def next_step(self, take: Callable[[], _Step], steps_left: int) -> _Step:
@@ -49,9 +54,25 @@ class Earlier(Protocol):
         """
         ...
 
-    def save(self, checkpoint: Path) -> None:
-        """Write into a checkpoint what ``begin`` cannot find out again."""
-        ...
+
+class AnchoredLogps:
+    """Log-probs of the tokens with the divergence from a teacher at each: see ``tutelage.training.objective.Measure``.
+
+    Args:
+        teacher: whose weights the policy takes on for the teacher's pass, which is without gradient.
+        kind: see ``head_divergence``.
+    """
+
+    def __init__(self, teacher: Teacher, kind: DivergenceKind):
+        self.teacher = teacher
+        self.kind: DivergenceKind = kind
+
+    def __call__(
+        self, model: nn.Module, groups: Sequence[Group], /, *, layout: Layout, pad_token_id: int
+    ) -> TokenLogps:
+        options: dict[str, Any] = {"layout": layout, "pad_token_id": pad_token_id}
+        said = teacher_states(model, groups, kind=self.kind, context=self.teacher.active, **options)
+        return completion_token_logps(model, groups, teacher=said, **options)
 
 
 class StartLogps:
@@ -78,7 +99,8 @@ class StartLogps:
         self.scorer, self.data, self.progress = scorer, data, progress
         self._known: dict[tuple[int, int], float] = {}
 
-    def begin(self, checkpoint: Path | None) -> None:
+    def begin(self) -> None:
+        """See ``Earlier.begin``."""
         if self._known:
             return
         with self.progress.phase("log-probs of the demonstrations at the start", len(self.data)) as advance:
@@ -90,10 +112,8 @@ class StartLogps:
                 leave_if_asked(self.scorer.processes.any)
 
     def next_step(self, take: Callable[[], _Step], steps_left: int) -> _Step:
+        """See ``Earlier.next_step``."""
         return [[group.with_values("start_logp", [self._known[_key(group)]]) for group in batch] for batch in take()]
-
-    def save(self, checkpoint: Path) -> None:
-        pass
 
 
 def _key(group: Group) -> tuple[int, int]:
@@ -117,11 +137,13 @@ class OldLogps:
         self._taken: deque[_Step] = deque()  # empty where the run goes on inside a window
         self._logps: deque[list[dict[str, Any]]] = deque()  # of each step of the window that is still to come
 
-    def begin(self, checkpoint: Path | None) -> None:
+    def begin(self) -> None:
+        """See ``Earlier.begin``."""
         self._taken.clear()
-        self._logps = deque(read_json(checkpoint / OLD_LOGPS) if checkpoint else [])
+        self._logps.clear()
 
     def next_step(self, take: Callable[[], _Step], steps_left: int) -> _Step:
+        """See ``Earlier.next_step``."""
         if not self._logps:
             self._taken = deque(step for _ in range(min(self.steps, steps_left)) if (step := take()))
             self._logps = deque(self._score(self._taken))
@@ -134,8 +156,19 @@ class OldLogps:
         found = iter(self.scorer.token_logps([group for groups in held for group in groups]))
         return [[{"row": group.row, "logps": next(found)} for group in groups] for groups in held]
 
-    def save(self, checkpoint: Path) -> None:
-        write_json(checkpoint / OLD_LOGPS, list(self._logps))
+    @property
+    def nbytes(self) -> int:
+        """See ``Checkpointed.nbytes``; before training it is 0, and then a few numbers per token of a window."""
+        return sum(_BYTES * len(record["logps"]) for records in self._logps for record in records)
+
+    def save(self, folder: Path) -> None:
+        """See ``Checkpointed.save``."""
+        write_json(folder / OLD_LOGPS, list(self._logps))
+
+    def load(self, folder: Path) -> None:
+        """See ``Checkpointed.load``."""
+        self._taken.clear()
+        self._logps = deque(read_json(folder / OLD_LOGPS))
 
 
 def _with_old_logps(step: _Step, records: list[dict[str, Any]]) -> _Step:

@@ -19,7 +19,6 @@ from tutelage.data.records import group_record
 from tutelage.data.tokenized import group_from_row
 from tutelage.groups import Group
 from tutelage.models.loading import base_causal_lm
-from tutelage.scoring.logps import completion_token_logps
 from tutelage.training.stage_config import StageConfig
 
 if TYPE_CHECKING:
@@ -209,7 +208,8 @@ def disk_of(trainer: DemonstrationTrainer, work: Work, memory: Memory, bytes_per
     per_stage = bytes_per_token * (
         work.sample_tokens + work.sampled_rows * (work.prompt_tokens + work.completion_tokens)
     )
-    return Disk(memory.gradients + optimizer + _MARGIN, kept, memory.gradients, round(per_stage * stages))
+    checkpoint = memory.gradients + optimizer + sum(part.nbytes for part in trainer.checkpointed) + _MARGIN
+    return Disk(checkpoint, kept, memory.gradients, round(per_stage * stages))
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -258,10 +258,10 @@ def pace_of(trainer: DemonstrationTrainer) -> Pace:
     scoring = (perf_counter() - begun) / tokens
     begun = perf_counter()
     with trainer.compute_loss_context_manager():
-        found = completion_token_logps(
+        found = trainer.measure(
             trainer.policy, groups, layout=trainer.layout, pad_token_id=trainer.tokenization.pad_id
         )
-    trainer.accelerator.backward(found.logps_N.sum())
+    trainer.accelerator.backward(found.sums().sum())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     stepping = (perf_counter() - begun) / tokens

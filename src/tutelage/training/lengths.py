@@ -24,13 +24,20 @@ def probed_lengths(model: nn.Module, args: DemonstrationConfig, dataset: Any, so
         UserError: a row of theirs is too long for one rope, or may become so by what is sampled for it.
     """
     samples = getattr(args, "num_samples", 0)
-    row = args.max_prompt_length + args.max_completion_length
+    prompts = ["prompt_ids"]
+    longest_prompt = args.max_prompt_length
+    seen = getattr(args, "teacher_prompt_limit", 0)
+    if seen and isinstance(dataset, Dataset):  # its limit leaves room for what no row may have: the rows say
+        prompts.append("teacher_prompt_ids")
+        seen = max(map(len, dataset["teacher_prompt_ids"]), default=0)
+    row = max(longest_prompt, seen) + args.max_completion_length
     switch = rope_switch(model)
     if switch is not None and row > switch.length:
         if isinstance(dataset, Dataset):
             longest = max(
                 len(prompt) + (args.max_completion_length if samples else len(demonstration))
-                for prompt, demonstration in zip(dataset["prompt_ids"], dataset["demonstration_ids"], strict=True)
+                for name in prompts
+                for prompt, demonstration in zip(dataset[name], dataset["demonstration_ids"], strict=True)
             )
             what = f"rows of {source} {'may grow to' if samples else 'have up to'}"
             require_one_rope(model, longest, what=what, remedy="Lower --max_prompt_length or --max_completion_length")

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tutelage.groups import Group
-from tutelage.scoring.logps import TokenLogps
+from tutelage.scoring.logps import Layout
 from tutelage.training.metrics import Track
 
-__all__ = ["Objective", "Step"]
+__all__ = ["Measure", "Measured", "Objective", "Step"]
+
+
+class Measured(Protocol):
+    """What a loss is computed from: numbers of the completion tokens of some groups, with gradient."""
+
+    def sums(self) -> Tensor:
+        """[C] of each completion."""
+        ...
+
+
+class Measure(Protocol):
+    """Runs the policy on a micro-batch and gives what the objective's loss is computed from.
+
+    The default is ``completion_token_logps``: a ``TokenLogps``. An algorithm that compares distributions hands in its own.
+    """
+
+    def __call__(
+        self, model: nn.Module, groups: Sequence[Group], /, *, layout: Layout, pad_token_id: int
+    ) -> Measured: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +66,12 @@ class Objective(Protocol):
         """Number of items that the loss averages over, in the groups of an optimizer step."""
         ...
 
-    def loss(self, tokens: TokenLogps, step: Step) -> Tensor:
+    def loss(self, tokens: Any, step: Step) -> Tensor:
         """The micro-batch's share of the optimizer step's loss.
 
         Args:
-            tokens: the micro-batch's groups with the log-probs of their completion tokens under the policy, with
-                gradient.
+            tokens: what the trainer's ``measure`` gives of the micro-batch, by default a ``TokenLogps``: its groups with the
+                log-probs of their completion tokens under the policy, with gradient.
             step: holds ``counts`` of all groups of the optimizer step, to divide by.
 
         Returns:

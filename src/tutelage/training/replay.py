@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tutelage.groups import Group, drop_copies
+from tutelage.groups import Group, Role, drop_copies
 from tutelage.results import CandidateRecord
 from tutelage.rewards.base import Reward
 from tutelage.training.rollout import Rollout
 from tutelage.training.schedule import Draw
 from tutelage.training.store import StageStore
 
-__all__ = ["Replay", "spread"]
+__all__ = ["Replay", "pairs", "samples_alone", "spread", "without_copies"]
 
 
 class Replay:
     """The phase of an algorithm that learns no reward; see ``tutelage.training.stages.Phase``.
 
-    A row trains on its own group and on those of earlier stages that are replayed with it, without samples that equal
-    their demonstration. Replayed groups are scored by this stage's reference; their scores lie beside the stage's
+    A row trains on its own group and on those of earlier stages that are replayed with it. Replayed groups are scored by this stage's reference; their scores lie beside the stage's
     samples, for inside the stage the policy that gave them is gone.
 
     Args:
         stages: how many stages before the present one are replayed.
-        needs_pairs: leave out a group without a pair: nothing can be learned from it.
+        learnable: what there is to learn from in the groups of a row.
     """
 
-    def __init__(self, rollout: Rollout, store: StageStore, *, stages: int = 0, needs_pairs: bool = True):
-        self.rollout, self.store, self.stages, self.needs_pairs = rollout, store, stages, needs_pairs
+    def __init__(
+        self,
+        rollout: Rollout,
+        store: StageStore,
+        learnable: Callable[[Sequence[Group]], list[Group]],
+        *,
+        stages: int = 0,
+    ):
+        self.rollout, self.store, self.learnable, self.stages = rollout, store, learnable, stages
         self.reward: Reward | None = None
         self.chooses = False
         self.selection: list[CandidateRecord] = []
@@ -48,11 +54,7 @@ class Replay:
                 self.store.write_groups(stage, name, groups)
             for row, groups in zip(recorded, spread(self.store.groups(stage, name), len(recorded)), strict=True):
                 trained[row] += groups
-        return {row: self._learnable(groups) for row, groups in trained.items()}, {}
-
-    def _learnable(self, groups: Sequence[Group]) -> list[Group]:
-        kept = map(drop_copies, groups)
-        return [group for group in kept if group.pairs or not self.needs_pairs]
+        return {row: self.learnable(groups) for row, groups in trained.items()}, {}
 
     def reads_from(self, stage: int) -> int:
         """See ``Phase.reads_from``: the samples of the stages that are replayed."""
@@ -75,6 +77,21 @@ class Replay:
 
     def export(self, folder: Path) -> None:
         """Nothing lies beside the policy."""
+
+
+def without_copies(groups: Sequence[Group]) -> list[Group]:
+    """The groups without samples that equal their demonstration."""
+    return [drop_copies(group) for group in groups]
+
+
+def pairs(groups: Sequence[Group]) -> list[Group]:
+    """The same, without those that are left with no pair: nothing can be learned from them."""
+    return [group for group in without_copies(groups) if group.pairs]
+
+
+def samples_alone(groups: Sequence[Group]) -> list[Group]:
+    """The groups without their demonstrations."""
+    return [group.select(group.places(Role.SAMPLE)) for group in groups]
 
 
 def spread(groups: Sequence[Group], parts: int) -> list[list[Group]]:

@@ -76,6 +76,7 @@ class Rollout:
         reference_is_initial: the reference is the start and not the policy at the beginning of the stage.
         keep_old: keep the log-probs under the policy that drew the samples too (``old_logps``).
         tolerance: mean difference of log-probs between sampler and trainer (nats per token).
+        scores_samples: whether samples need log-probs under the reference too, and not demonstrations alone.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class Rollout:
         reference_is_initial: bool = False,
         keep_old: bool = False,
         tolerance: float = 0.0,
+        scores_samples: bool = True,
     ):
         if reference_is_initial and initial is None:
             raise ValueError("a reference at the start needs the weights of the start")
         self.sampler, self.params, self.scorer = sampler, params, scorer
         self.num_samples, self.initial = num_samples, initial
         self.reference_is_initial, self.keep_old, self.tolerance = reference_is_initial, keep_old, tolerance
+        self.scores_samples = scores_samples
         self.gap: float | None = None
         self._measured: dict[Group, _Logps] = {}
         self._start = self._now = self._trained()
@@ -238,6 +241,8 @@ class Rollout:
         Args:
             params: how the samples were drawn, if not as those of the stages.
         """
+        if not self.scores_samples:
+            return self._score_others(groups, params or self.params)
         needs_policy = self.keep_old or not self.reference_is_initial or not self.has_moved
         found = list(groups)
         policy: list[_Logps] = []
@@ -251,6 +256,18 @@ class Rollout:
             with self.initial.active():
                 reference = self.scorer.token_logps(groups)
         return [g.with_token_values("reference_logps", logps) for g, logps in zip(found, reference, strict=True)]
+
+    def _score_others(self, groups: Sequence[Group], params: SamplingParams) -> list[Group]:
+        """Log-probs under the policy of all but the samples."""
+        if isinstance(self.sampler, RemoteSampler):  # that it holds the trainer's weights shows in its samples
+            self.measure_if_asked(groups, params)
+        found = []
+        others = [role for role in Role if role is not Role.SAMPLE]
+        for group, logps in zip(groups, self._own_logps(groups, others), strict=True):
+            rest = iter(logps)
+            known = [None if c.role is Role.SAMPLE else next(rest) for c in group.completions]
+            found.append(group.with_token_values("reference_logps", known))
+        return found
 
     def rescore(self, groups: Sequence[Group]) -> list[Group]:
         """Groups of an earlier policy with reference log-probs under the policy as it stands."""

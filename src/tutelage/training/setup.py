@@ -37,12 +37,13 @@ def make_rollout(
     *,
     reference_is_initial: bool,
     keep_old: bool = False,
+    scores_samples: bool = True,
 ) -> Rollout:
     """What samples and scores.
 
     Args:
         sampler: draws; by default what the settings name.
-        reference_is_initial, keep_old: as for ``Rollout``.
+        reference_is_initial, keep_old, scores_samples: as for ``Rollout``.
 
     Raises:
         UserError: the model cannot be sampled from, or its adapter is not served by vLLM.
@@ -57,6 +58,7 @@ def make_rollout(
         reference_is_initial=reference_is_initial,
         keep_old=keep_old,
         tolerance=args.sampler_logps_tolerance,
+        scores_samples=scores_samples,
     )
 
 

@@ -23,18 +23,20 @@ class Start:
 
     def __init__(self, policy: nn.Module, *, new_adapter: bool, keep: bool):
         self._policy = policy
-        self.weights: WeightSet | None = None
         self._is_base = (
             new_adapter
             and isinstance(policy, PeftModel)
             # Some adapters begin with a change of the base (PiSSA, OLoRA, LoftQ): for them the base is not the start.
             and getattr(policy.active_peft_config, "init_lora_weights", None) in (True, "gaussian")
+            # Biases of the base that are trained with it stay as they are trained where the adapter is off.
+            and getattr(policy.active_peft_config, "bias", "none") == "none"
         )
+        self.weights: WeightSet | None = None
         if keep:
-            self.hold()
+            self.keep()
 
-    def hold(self) -> None:
-        """From now on the start is known whatever becomes of the policy, which still has its weights: before a checkpoint is loaded."""
+    def keep(self) -> None:
+        """Hold a copy of the trained weights from now on, where there is no other way back. Call it before training."""
         if self.weights is None and not self._is_base:
             self.weights = WeightSet(self._policy)
 

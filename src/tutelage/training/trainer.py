@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tutelage.card import model_card
 from tutelage.data.demonstrations import Turns, is_conversational
+from tutelage.data.teacher_prompt import TeacherPrompt
 from tutelage.data.tokenized import group_from_row, tokenize_dataset
 from tutelage.errors import CollapsedError, NonFiniteLossError, Terminated, UserError
 from tutelage.evaluation.policy import Evaluation, EvaluationSet
@@ -34,7 +35,6 @@ from tutelage.evaluation.probes import model_probes
 from tutelage.files import WRITING, storing, write_text, writing_folder
 from tutelage.groups import Group
 from tutelage.launch import asks_for_fsdp, check_launch
-from tutelage.models.head_divergence import DivergenceKind
 from tutelage.models.loading import (
     add_adapter,
     base_causal_lm,
@@ -50,13 +50,11 @@ from tutelage.models.router import router_loss
 from tutelage.models.sharding import is_sharded, unsharded, whole
 from tutelage.progress import Progress, Silent
 from tutelage.results import AlgorithmInfo, EvaluationRecord, RetentionRecord, RunRecord, run_id
-from tutelage.scoring.divergence import teacher_states
-from tutelage.scoring.forward import TeacherStates
 from tutelage.scoring.layout import probe_layout
 from tutelage.scoring.logps import Layout, completion_token_logps
 from tutelage.training import sharding
 from tutelage.training.callbacks import CostsInCheckpoints, Guard, StageEnd, Termination
-from tutelage.training.checkpoints import RandomState, checkpoints, put_in_place, step_of
+from tutelage.training.checkpoints import Checkpointed, RandomState, checkpoints, put_in_place, step_of
 from tutelage.training.clock import record_time, recorded_time
 from tutelage.training.collapse import act_on_collapse, first_facts, signs_of_collapse
 from tutelage.training.config import DemonstrationConfig
@@ -71,7 +69,7 @@ from tutelage.training.loaders import alone, rebuilt, unshared
 from tutelage.training.lock import locked
 from tutelage.training.made import add_made
 from tutelage.training.metrics import Costs, Means
-from tutelage.training.objective import Objective, Step
+from tutelage.training.objective import Measure, Objective, Step
 from tutelage.training.optimization import check_optimization
 from tutelage.training.parallel import Processes, call_within, takes_calls, zero_of
 from tutelage.training.publishing import upload
@@ -104,6 +102,12 @@ class DemonstrationTrainer(Trainer):
         source, eval_source: what errors about the data call them: file names, for example.
         info: the algorithm's name, and what its records say of themselves.
         objective: its loss.
+        seen_by_teacher: makes a second view of each training row's prompt, ``Group.teacher_prompt_ids``; None for none.
+
+    Attributes:
+        measure: what the objective's loss is computed from.
+        earlier: adds to each step's demonstrations what is known of them under an earlier policy; set before training, without stages.
+        checkpointed: parts whose state lies in checkpoints; added to before training.
 
     Raises:
         UserError: bad data, a tokenizer that does not fit the model, an adapter on a tied head.
@@ -128,12 +132,14 @@ class DemonstrationTrainer(Trainer):
         eval_source: str = "held-out data",
         info: AlgorithmInfo,
         objective: Objective,
+        seen_by_teacher: TeacherPrompt | None = None,
     ):
         args = copy.copy(args)
         self.info, self.algorithm, self.objective = info, info.name, objective
+        self.measure: Measure = completion_token_logps
+        self.checkpointed: list[Checkpointed] = []
         self.stages: Stages | None = None
         self.earlier: Earlier | None = None
-        self._anchor: DivergenceKind | None = None
         if args.device.type == "cpu":
             keep_freed_memory()
         policy, tokenizer = _loaded(model, processing_class, args, whole=peft_config is None)
@@ -151,7 +157,13 @@ class DemonstrationTrainer(Trainer):
         )
         if train_dataset is not None:
             with self.progress.phase("reading demonstrations"):
-                train_dataset = tokenize_dataset(train_dataset, self.tokenization, turns=args.turns, source=source)  # type: ignore[arg-type]
+                train_dataset = tokenize_dataset(
+                    train_dataset,
+                    self.tokenization,
+                    turns=cast(Turns, args.turns),
+                    source=source,
+                    seen_by_teacher=seen_by_teacher,
+                )
         if peft_config is not None:
             set_seed(args.seed)  # adapter weights are initialized here, before transformers sets any seed
             policy = add_adapter(cast(PreTrainedModel, policy), peft_config)
@@ -234,31 +246,10 @@ class DemonstrationTrainer(Trainer):
         if self.train_dataset is not None:  # fail before training if there are too many stages
             self.set_initial_training_values(self.args, self.get_train_dataloader())
 
-    def know_earlier(self, earlier: Earlier) -> None:
-        """Hand in what adds to each step's demonstrations their log-probs under an earlier policy; before training, without stages."""
-        self.earlier = earlier
-
     @property
     def knows_earlier(self) -> bool:
-        """Whether the objective is told of an earlier policy, which takes passes besides those of the steps."""
-        return self.earlier is not None or self._anchor is not None
-
-    def anchor_to_start(self, kind: DivergenceKind, *, asked_by: str) -> None:
-        """From now on the objective gets the divergence from the start's next-token distribution at each token; before training.
-
-        Each micro-batch takes one more pass, without gradient. Where all parameters are trained, or an adapter that was there
-        already, a copy of what is trained is held.
-
-        Args:
-            kind: see ``head_divergence``.
-            asked_by: the setting, for the user.
-
-        Raises:
-            UserError: the policy is to be sharded.
-        """
-        sharding.refuse_sharded(self, asked_by)
-        self.start.hold()
-        self._anchor = kind
+        """Whether the objective is told of other weights than the policy's, which takes passes besides those of the steps."""
+        return self.earlier is not None or self.measure is not completion_token_logps
 
     @property
     def policy(self) -> nn.Module:
@@ -353,26 +344,16 @@ class DemonstrationTrainer(Trainer):
     ):
         """The loss of one micro-batch of groups. That it is finite is looked at in ``check_step``, before any weight moves."""
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
-        options: dict[str, Any] = {"layout": self.layout, "pad_token_id": self.tokenization.pad_id}
-        start = self._start_states(inputs, options)
 
         def share() -> Tensor:
-            tokens = completion_token_logps(self.policy, inputs, teacher=start, **options)
+            with self.costs.counted("training"):  # passes without gradient too
+                tokens = self.measure(self.policy, inputs, layout=self.layout, pad_token_id=self.tokenization.pad_id)
             return self.objective.loss(tokens, Step(counts, self.stage, self.means.add))
 
         # A wrapper averages gradients over processes; the shares of a step are to be added.
         loss = share() if self.processes.count == 1 else call_within(model, share) * self.processes.count
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
-
-    def _start_states(self, groups: list[Group], options: dict[str, Any]) -> TeacherStates | None:
-        """What the start says of the groups' tokens, where the objective is told."""
-        if self._anchor is None:
-            return None
-        context = self.start.active(self.state.global_step)
-        assert context is not None, "the start was asked to be held"
-        with self.costs.counted("training"):
-            return teacher_states(self.policy, groups, kind=self._anchor, context=lambda: context, **options)
 
     def check_step(self) -> None:
         """Before the optimizer's step: raise ``NonFiniteLossError`` in all processes where a loss or gradient is not finite.
@@ -479,9 +460,9 @@ class DemonstrationTrainer(Trainer):
             if state.best_global_step and (best.exists() or state.best_global_step == state.global_step):
                 state.best_model_checkpoint = str(best)
             if self.processes.is_main:
-                if self.earlier is not None:
-                    self.earlier.save(folder / name)
                 state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+                for part in self.checkpointed:
+                    part.save(folder / name)
                 put_in_place(folder / name, home / name)
                 rotate_checkpoints(str(home), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
         self.processes.wait()
@@ -584,7 +565,9 @@ class DemonstrationTrainer(Trainer):
         with counted(self.policy, self.costs.count_flops):
             if self.earlier is not None:
                 with self.costs.timed("reference"):
-                    self.earlier.begin(Path(checkpoint) if checkpoint else None)
+                    self.earlier.begin()
+            for part in self.checkpointed if checkpoint else ():
+                part.load(Path(str(checkpoint)))
             try:
                 output = super().train(checkpoint, *args, **kwargs)
             except (Terminated, CollapsedError):
