@@ -23,6 +23,7 @@ def reward(tmp_path_factory):
     folder = tmp_path_factory.mktemp("against")
     tokenizer = tiny_tokenizer("zephyr")
     tiny_model(vocab_size=len(tokenizer), num_hidden_layers=2).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     learned = ExplicitReward.fresh(load_model(str(folder / "base")), shared=False)
     torch.manual_seed(0)
     torch.nn.init.normal_(learned.head.weight)
@@ -41,7 +42,8 @@ def score(reward, tmp_path, capsys):
             files[-1].write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
         output = tmp_path / "scored.jsonl"
         output.unlink(missing_ok=True)
-        command = ["score", "--reward", reward, "--dataset_name", files[0], "--output", output]
+        scorer = [] if "--policy" in args else ["--reward", reward]
+        command = ["score", *scorer, "--dataset_name", files[0], "--output", output]
         command += ["--against", files[1]] if against else []
         capsys.readouterr()
         code = main([str(part) for part in [*command, *args]])
@@ -70,10 +72,27 @@ def test_win_rate_of_two_files(score):
     assert "against" in shown
 
 
-def test_against_itself_is_one_half(score):
-    code, shown, _ = score(LONG, LONG)
+@pytest.mark.parametrize("by", ["reward", "policy"])
+def test_against_itself_is_one_half(by, score, reward, tmp_path):
+    """An answer that both files have is a tie, however passes of other batches round."""
+    rows = [{"prompt": f"What is {i}?", "completion": " The answer is" + f" {i}" * (1 + i % 7)} for i in range(40)]
+    arguments = []
+    if by == "policy":
+        tiny_model(vocab_size=len(tiny_tokenizer("zephyr")), num_hidden_layers=2, seed=1).save_pretrained(
+            tmp_path / "policy"
+        )
+        tiny_tokenizer("zephyr").save_pretrained(tmp_path / "policy")
+        arguments = ["--policy", tmp_path / "policy", "--reference", reward.parent / "base"]
+    code, shown, lines = score(rows, rows, *arguments)
     assert code == 0
-    assert "win rate: 0.5 [" in shown
+    assert "win rate: 0.5 [0.5, 0.5], 40 rows" in shown
+    assert all(line["completions"][0]["reward"] == line["against"][0]["reward"] for line in lines)
+
+
+def test_rows_without_counterpart_are_told(score):
+    code, shown, lines = score(LONG[:6], SHORT)
+    assert (code, len(lines)) == (0, 6)
+    assert "2 of 8 rows have no counterpart" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """tutelage score: pairs with a subset, and lists of chosen and rejected answers, as in RewardBench and RewardBench 2."""
 
+import csv
 import json
 import re
 
@@ -130,6 +131,45 @@ def test_rows_that_say_nothing_are_counted(score):
     code, shown, _ = score(rows, "--max_completion_length", 2)
     assert code == 0
     assert row_of(shown, "donotanswer")[4:] == ["1", "1"]
+
+
+def test_lists_with_a_right_answer_that_is_wrong_too_say_nothing(score):
+    code, shown, _ = score([*LISTS, LISTS[0] | {"rejected": [ANSWERS[0], " 5"]}])
+    assert code == 0
+    assert row_of(shown, "Math")[4:] == ["4", "1"]
+
+
+def test_all_left_out_is_shown(score):
+    rows = [PAIRS[0] | {"chosen": " The answer is 6", "rejected": " The answer is 7"}]
+    code, shown, _ = score(rows, "--max_completion_length", 2)
+    assert code == 0
+    assert row_of(shown, "donotanswer")[1:] == ["no pairs", "–", "–", "0", "1"]
+
+
+def test_long_prompts_of_lists_are_told_or_refused(score, caplog):
+    long = LISTS[0] | {"prompt": "What? " * 40}
+    code, _, lines = score([*LISTS, long], "--max_prompt_length", 30, "--on_long_prompt", "drop")
+    assert (code, len(lines)) == (0, 4)
+    assert "left out 1 of 5: prompt too long" in caplog.text
+    code, error, lines = score([long], "--max_prompt_length", 30, "--on_long_prompt", "drop")
+    assert (code, lines) == (2, None)
+    assert "no row remains" in error
+
+
+def test_lists_in_csv_are_refused(reward, tmp_path, capsys):
+    """CSV has no lists: they would be scored as texts with brackets."""
+    data = tmp_path / "data.csv"
+    with data.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*LISTS[0]])
+        writer.writeheader()
+        writer.writerows(LISTS)
+    output = tmp_path / "scored.jsonl"
+    command = ["score", "--reward", reward, "--dataset_name", data, "--output", output]
+    assert main([str(part) for part in command]) == 2
+    error = capsys.readouterr().err
+    assert "row 1" in error
+    assert "JSON lines or Parquet" in error
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(

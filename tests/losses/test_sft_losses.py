@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
+from tutelage.algorithms.sft import SFTConfig
+from tutelage.algorithms.sft_losses import LOSS_KINDS
+from tutelage.groups import Completion, Group, Role
 from tutelage.losses import asft_loss, dft_loss, policy_gradient_loss, psft_loss, sequence_weights, sft_loss
+from tutelage.scoring.logps import TokenLogps
 
 TARGETS = torch.tensor([0, 3, 6, 2, 2])
 
@@ -60,6 +64,20 @@ def test_ratios_are_clipped_above_alone():
     new, old = torch.tensor([0.5, 0.4, 0.1, 0.6]), torch.tensor([0.5, 0.2, 0.4, 0.5])
     losses = psft_loss(new.log(), old.log(), clip_range=0.25)
     torch.testing.assert_close(losses, torch.tensor([-1.0, -1.25, -0.25, -1.2]))
+
+
+@pytest.mark.parametrize("clip_range", [0.1, 0.28, 0.32, 0.57, 1.15])
+def test_clipped_tokens_are_counted(clip_range):
+    """Also where the exponential of the clipped log-ratio is rounded below 1 + ε, as float32 does at 0.32."""
+    group = Group(
+        (1,), (Completion((2, 3, 4), Role.DEMONSTRATION, True).with_token_values("old_logps", [-3.0, -3.0, -1.0]),)
+    )
+    tokens = TokenLogps([group], torch.tensor([-1.0, -2.9, -2.0]), torch.zeros(3, dtype=torch.long))
+    tracked = {}
+    args = SFTConfig(output_dir="x", loss_kind="psft", clip_range=clip_range, use_cpu=True)
+    LOSS_KINDS["psft"].losses(tokens, args, tracked.__setitem__)
+    clipped = [gain > math.log1p(clip_range) for gain in (2.0, 0.1, -1.0)]
+    assert tracked["tokens/clip_fraction"].tolist() == [float(each) for each in clipped]
 
 
 def test_it_is_ppo_with_an_advantage_of_one():

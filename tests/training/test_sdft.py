@@ -395,6 +395,8 @@ def test_a_prompt_that_is_too_long_for_the_teacher(training):
     assert "--max_teacher_prompt_length" in str(e.value)
     dropped = training.trainer("sdft", data=data, max_teacher_prompt_length=110, on_long_prompt="drop", **settings)
     assert [row["row"] for row in dropped.train_dataset] == [0, 1, 2, 3, 4, 6, 7]
+    with pytest.raises(UserError, match=r"prompt of the teacher too long \(8\).*--max_teacher_prompt_length"):
+        training.trainer("sdft", data=data, max_teacher_prompt_length=30, on_long_prompt="drop", **settings)
     by_default = find("sdft").config(output_dir="x", max_prompt_length=20, max_completion_length=8, use_cpu=True)
     assert by_default.teacher_prompt_limit == 20 + 8 + 128
 

@@ -60,7 +60,7 @@ class SFTConfig(DemonstrationConfig):
     clip_range: Annotated[float | None, number(0, above=True)] = field(
         default=None,
         metadata={
-            "help": "ε of psft: a token whose probability grew by more than this factor has no gradient; 0.28 by default."
+            "help": "ε of psft: a token whose probability grew by more than a factor of 1 + ε has no gradient; 0.28 by default."
         },
     )
     old_policy_steps: Annotated[int | None, whole(1)] = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -66,9 +67,10 @@ def _anchor(trainer: DemonstrationTrainer, args: SFTConfig) -> None:
 
 def _psft(tokens: TokenLogps, args: SFTConfig, track: Track) -> Tensor:
     assert args.clip_range is not None
-    losses_N = psft_loss(tokens.logps_N, tokens.known("old_logps"), clip_range=args.clip_range)
-    track("tokens/clip_fraction", (losses_N.detach() <= -(1 + args.clip_range)).float())
-    return losses_N
+    old_logps_N = tokens.known("old_logps")
+    # In logs: the exponential of a clipped log-ratio may be rounded below 1 + ε.
+    track("tokens/clip_fraction", (tokens.logps_N.detach() - old_logps_N >= math.log1p(args.clip_range)).float())
+    return psft_loss(tokens.logps_N, old_logps_N, clip_range=args.clip_range)
 
 
 def _know_old(trainer: DemonstrationTrainer, args: SFTConfig) -> None:

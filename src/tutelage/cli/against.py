@@ -17,27 +17,33 @@ from tutelage.terminal import say
 __all__ = ["joined", "parted", "show_win_rate"]
 
 
-def joined(groups: Sequence[Group], others: Sequence[Group], source: str) -> list[Group]:
+def joined(groups: Sequence[Group], others: Sequence[Group], *, source: str, other_source: str) -> list[Group]:
     """Each group with the answers of the other group of its row behind its own.
 
     They are scored together, because some rewards compare the answers to a prompt with each other.
 
     Args:
-        source: of the others, for messages to people.
+        source, other_source: of the groups and of the others, for messages to people.
 
     Raises:
-        UserError: a row is missing, has another prompt, or one of the two has no answer to compare.
+        UserError: a row of the others is missing, is there twice or has another prompt; or one of the two has no answer to compare.
     """
-    by_row = {group.row: group for group in others}
+    by_row: dict[int, Group] = {}
+    for other in others:
+        if by_row.setdefault(other.row, other) is not other:
+            raise Place(other_source, other.row + 1).error("is there twice.", "Give each row of the data once.")
     found = []
     for group in groups:
-        place, other = Place(source, group.row + 1, "prompt"), by_row.get(group.row)
+        place, other = Place(other_source, group.row + 1, "prompt"), by_row.get(group.row)
         if other is None:
             raise place.error("is missing.", "Give answers to the same rows of the same data.")
         if other.prompt_ids != group.prompt_ids:
             raise place.error("is another prompt than in --dataset_name.", "Give answers to the same rows.")
-        if not (_answers(group) and _answers(other)):
-            raise place.error("has no sample and no demonstration to compare.", "Give what `tutelage sample` wrote.")
+        for of, answers in ((source, _answers(group)), (other_source, _answers(other))):
+            if not answers:
+                raise Place(of, group.row + 1).error(
+                    "has no sample and no demonstration to compare.", "Give what `tutelage sample` wrote."
+                )
         found.append(replace(group, completions=(*group.completions, *other.completions)))
     return found
 

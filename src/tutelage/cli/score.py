@@ -16,8 +16,9 @@ from tutelage.cli.parser import (
     new_file,
     weight_arguments,
 )
-from tutelage.data.choices import holds_choices, read_choices
+from tutelage.data.choices import holds_choices, read_choices, refuse_written_lists
 from tutelage.data.columns import check_demonstrations, peek
+from tutelage.data.readers import extension
 from tutelage.errors import UserError
 from tutelage.models.paths import ENSEMBLE, FEATURE_REWARD, require_model, run_part
 from tutelage.ranges import number, whole
@@ -54,6 +55,8 @@ def _check_file(name: str, options: argparse.Namespace) -> None:
     if path.is_file() and path.parent.name.startswith(_STAGE) and (path.parent / MANIFEST).exists():
         Manifest(path.parent).require(path.name, "Resume its run, which makes it again, or score a copy elsewhere.")
     rows = peek(name)
+    if rows is not None and extension(path) in (".csv", ".tsv") and "subset" in rows.column_names:
+        refuse_written_lists(rows, name)
     if rows is not None and not columns_of(options).named and holds_choices(rows):
         for _ in read_choices(rows, source=name):
             pass

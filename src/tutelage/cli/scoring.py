@@ -59,11 +59,14 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
     subsets = _subsets(groups, dataset, options.dataset_name)
     together = groups
     if options.against:
-        others = _groups(load_dataset(options.against), tokenization, options.against, vocabulary)
-        together = joined(groups, others, options.against)
+        other_data = load_dataset(options.against, config_name=options.dataset_config, split=options.split)
+        others = _groups(other_data, tokenization, options.against, vocabulary)
+        together = joined(groups, others, source=options.dataset_name, other_source=options.against)
+        if unused := len(others) - len(groups):
+            say(console, f"{options.against}: {unused} of {len(others)} rows have no counterpart and are left out")
     reward, rewards, told = _rewards_of(options, name, together, tokenization, console)
     values = iter(rewards)
-    together = [group.with_values("reward", [next(values) for _ in group.completions]) for group in together]
+    together = [_rewarded(group, [next(values) for _ in group.completions]) for group in together]
     scored, others = parted(together, groups)
     summary = [*_summary(scored), *_pessimism(reward, together)]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,13 @@ def score(options: argparse.Namespace, name: str, output: Path, console: Console
         show_subsets(subsets.scores(scored), console)
     if options.against:
         show_win_rate(scored, others, console)
+
+
+def _rewarded(group: Group, rewards: Sequence[float]) -> Group:
+    """The group with its rewards. The same answer twice has one reward: passes of other batches round differently, and a tie is a tie."""
+    first: dict[tuple[tuple[int, ...], bool], float] = {}
+    pairs = zip(group.completions, rewards, strict=True)
+    return group.with_values("reward", [first.setdefault((c.token_ids, c.finished), reward) for c, reward in pairs])
 
 
 def _rewards_of(
@@ -127,7 +137,7 @@ def _groups(dataset: Any, tokenization: Tokenization, source: str, vocabulary: i
     """Every prompt with the completions that its row holds."""
     columns = set(dataset.column_names)
     if not tokenization.columns.named and holds_choices(dataset):
-        return list(choice_groups(dataset, tokenization, source=source))
+        return choice_groups(dataset, tokenization, source=source)
     if "completions" not in columns:
         rows = tokenize_dataset(dataset, tokenization, source=source)
         return [preference_group_from_row(row) or group_from_row(row) for row in rows]  # type: ignore[arg-type]
@@ -135,9 +145,8 @@ def _groups(dataset: Any, tokenization: Tokenization, source: str, vocabulary: i
 
 
 def _subsets(groups: Sequence[Group], dataset: Any, source: str) -> Subsets | None:
-    """Which subsets the rows belong to, where they hold right and wrong answers and the data name subsets."""
-    told = any(group.of(Role.PREFERRED) and group.of(Role.REJECTED) for group in groups)
-    return Subsets(groups, dataset, source) if told and SUBSET in dataset.column_names else None
+    """Which subsets the rows belong to, where the data hold right and wrong answers and name subsets."""
+    return Subsets(groups, dataset, source) if {SUBSET, "rejected"} <= {*dataset.column_names} else None
 
 
 def _recorded(row: Mapping[str, Any], number: int, tokenization: Tokenization, source: str, vocabulary: int) -> Group:

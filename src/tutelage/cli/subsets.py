@@ -94,7 +94,7 @@ class Subsets:
         return [self._score(name, found) for name, found in members.items()]
 
     def _score(self, name: str, groups: Sequence[Group]) -> Subset:
-        told = [group for group in groups if group.of(Role.PREFERRED) and group.of(Role.REJECTED)]
+        told = [group for group in groups if _says_something(group)]
         left_out = len(groups) - len(told)
         if not told:
             return Subset(name, "no pairs", math.nan, 0, None, left_out)
@@ -129,6 +129,12 @@ def show_subsets(subsets: Sequence[Subset], console: Console) -> None:
         say(console, f"RewardBench, mean of its sections: {fmean(score for score, _ in sections.values()):.3f}")
     elif not sections and len(known) > 1:
         say(console, f"mean of the subsets: {fmean(known.values()):.3f}")
+
+
+def _says_something(group: Group) -> bool:
+    """Whether there are right and wrong answers, and none is both (as after truncation)."""
+    right, wrong = ({c.token_ids for c in group.of(role)} for role in (Role.PREFERRED, Role.REJECTED))
+    return bool(right and wrong) and not right & wrong
 
 
 def _won(group: Group) -> float:

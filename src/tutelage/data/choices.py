@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from tutelage.groups import Group, Role
 
 if TYPE_CHECKING:
     from tutelage.data.tokenization import Tokenization
+    from tutelage.data.tokenized import DataSummary
 
-__all__ = ["Choice", "choice_groups", "holds_choices", "read_choices"]
+__all__ = ["Choice", "choice_groups", "holds_choices", "read_choices", "refuse_written_lists"]
 
 _ANSWERS = ("chosen", "rejected")
 
@@ -40,6 +42,30 @@ def holds_choices(dataset: Any) -> bool:
     return all(_is_list_of_texts(row.get(field)) for field in _ANSWERS)
 
 
+def refuse_written_lists(dataset: Any, source: str) -> None:
+    """CSV has no lists: refuse a first row whose ``chosen`` and ``rejected`` are lists written as text.
+
+    Raises:
+        UserError: they are.
+    """
+    row = next(iter(dataset), {})
+    if all(_is_list_of_texts(_parsed(row.get(field))) for field in _ANSWERS):
+        raise UserError(
+            "holds lists of answers written as text, which would be scored with their brackets.",
+            remedy="Write the rows as JSON lines or Parquet.",
+            file=source,
+            row=1,
+            field="chosen",
+        )
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return ast.literal_eval(value.strip()) if isinstance(value, str) else None
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+
+
 def read_choices(dataset: Any, *, source: str = "dataset") -> Iterator[Choice]:
     """The rows, in order.
 
@@ -55,15 +81,32 @@ def read_choices(dataset: Any, *, source: str = "dataset") -> Iterator[Choice]:
             raise located(error, dataset, index) from error
 
 
-def choice_groups(dataset: Any, tokenization: Tokenization, *, source: str = "dataset") -> Iterator[Group]:
+def choice_groups(dataset: Any, tokenization: Tokenization, *, source: str = "dataset") -> list[Group]:
     """Of each row the prompt with its answers as preferred and rejected ones; prompts that are too long as ``tokenization`` says.
 
     Raises:
-        UserError: as ``read_choices`` and ``Tokenization.completion``.
+        UserError: as ``read_choices`` and ``Tokenization.completion``; or nothing remains.
     """
+    from tutelage.data.tokenized import DataSummary, log_dropped  # imports datasets, and rows can be checked without
+
+    summary = DataSummary()
+    groups = list(_groups(dataset, tokenization, source, summary))
+    log_dropped(summary, source)
+    if not groups:
+        raise UserError(
+            f"no row remains: all {summary.rows} prompts are too long.",
+            remedy="Raise --max_prompt_length.",
+            file=source,
+        )
+    return groups
+
+
+def _groups(dataset: Any, tokenization: Tokenization, source: str, summary: DataSummary) -> Iterator[Group]:
     for choice in read_choices(dataset, source=source):
+        summary.rows += 1
         try:
             if (prompt_ids := tokenization.short_prompt_ids(choice.prompt)) is None:
+                summary.long_prompts += 1
                 continue
             answers = [(text, Role.PREFERRED) for text in choice.chosen]
             answers += [(text, Role.REJECTED) for text in choice.rejected]

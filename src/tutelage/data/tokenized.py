@@ -46,6 +46,7 @@ class DataSummary:
         empty: rows left out because the last turn of a dialogue in text is empty.
         unwanted: rows left out because their label says that the answer was not wanted.
         long_prompts: demonstrations left out because their prompt is too long.
+        long_teacher_prompts: those left out because the prompt that a teacher sees is too long.
     """
 
     rows: int = 0
@@ -55,6 +56,7 @@ class DataSummary:
     empty: int = 0
     unwanted: int = 0
     long_prompts: int = 0
+    long_teacher_prompts: int = 0
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -63,6 +65,7 @@ class DataSummary:
             "empty last turn of a dialogue": self.empty,
             "labelled false": self.unwanted,
             "prompt too long": self.long_prompts,
+            "prompt of the teacher too long": self.long_teacher_prompts,
         }
         return {reason: count for reason, count in reasons.items() if count}
 
@@ -118,14 +121,15 @@ def tokenized_rows(
         for demonstration in demonstrations:
             try:
                 group = tokenization.group(demonstration, source=source)
+                summary.long_prompts += group is None
                 if group is not None and seen_by_teacher is not None:
                     seen_ids = tokenization.teacher_prompt_ids(demonstration, seen_by_teacher, source=source)
                     group = None if seen_ids is None else replace(group, teacher_prompt_ids=seen_ids)
+                    summary.long_teacher_prompts += group is None
                 pair = None if group is None else tokenization.pair(group, demonstration, source=source)
             except UserError as error:
                 raise located(error, dataset, index) from error
             if group is None:
-                summary.long_prompts += 1
                 continue
             summary.demonstrations += 1
             summary.pairs += pair is not None
@@ -258,7 +262,7 @@ def _columns(
         reasons = ", ".join(f"{reason} ({count})" for reason, count in summary.dropped.items())
         raise UserError(
             f"no demonstration remains: {reasons}.",
-            remedy="Look at the data or raise --max_prompt_length.",
+            remedy=f"Look at the data or raise --max_{'teacher_' if summary.long_teacher_prompts else ''}prompt_length.",
             file=source,
         )
 

@@ -18,8 +18,8 @@ __all__ = ["Replay", "pairs", "samples_alone", "spread", "without_copies"]
 class Replay:
     """The phase of an algorithm that learns no reward; see ``tutelage.training.stages.Phase``.
 
-    A row trains on its own group and on those of earlier stages that are replayed with it. Replayed groups are scored by this stage's reference; their scores lie beside the stage's
-    samples, for inside the stage the policy that gave them is gone.
+    A row trains on its own group and on those of earlier stages that are replayed with it. Replayed groups are scored by this
+    stage's reference; their scores lie beside the stage's samples, for inside the stage the policy that gave them is gone.
 
     Args:
         stages: how many stages before the present one are replayed.
