@@ -53,6 +53,7 @@ def score(reward, tmp_path, capsys):
 
     def run(rows, *args):
         data, output = tmp_path / "data.jsonl", tmp_path / "out" / "scored.jsonl"
+        output.unlink(missing_ok=True)
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         capsys.readouterr()
         command = ["score", "--reward", reward, "--dataset_name", data, "--output", output, *args]

@@ -69,9 +69,8 @@ def test_ratios_are_clipped_above_alone():
 @pytest.mark.parametrize("clip_range", [0.1, 0.28, 0.32, 0.57, 1.15])
 def test_clipped_tokens_are_counted(clip_range):
     """Also where the exponential of the clipped log-ratio is rounded below 1 + ε, as float32 does at 0.32."""
-    group = Group(
-        (1,), (Completion((2, 3, 4), Role.DEMONSTRATION, True).with_token_values("old_logps", [-3.0, -3.0, -1.0]),)
-    )
+    demonstration = Completion((2, 3, 4), Role.DEMONSTRATION, True)
+    group = Group((1,), (demonstration,)).with_token_values("old_logps", [[-3.0, -3.0, -1.0]])
     tokens = TokenLogps([group], torch.tensor([-1.0, -2.9, -2.0]), torch.zeros(3, dtype=torch.long))
     tracked = {}
     args = SFTConfig(output_dir="x", loss_kind="psft", clip_range=clip_range, use_cpu=True)
