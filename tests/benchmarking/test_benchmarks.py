@@ -220,7 +220,7 @@ def test_a_checkout_that_another_installation_goes_before_is_refused(tmp_path):
 
 def test_rows_come_in_the_tables_order_with_each_model_and_choice_of_parameters():
     cases = [(row.name, *choice) for row, *choice in table.cases(["sampling", "all"], workloads.MODELS)]
-    names = ["step", "step_n4", "sft_step", "sampling", "irft_stage", "rft_stage", "irft_vs_sft"]
+    names = ["step", "step_n4", "sft_step", "sdft_step", "sampling", "irft_stage", "rft_stage", "irft_vs_sft"]
     assert list(dict.fromkeys(name for name, *_ in cases)) == names
     choices = [[model, parameters] for model in workloads.MODELS for parameters in ("adapters", "full")]
     for name in names:
